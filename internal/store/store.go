@@ -1,0 +1,349 @@
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/record"
+)
+
+// root is the prefix of everything that kmsctl keeps in etcd, with the version
+// of the layout. Under plain lie the few things that are needed before the
+// HSM is open, under rec the authenticated records.
+const (
+	root  = "/kmsctl/v1/"
+	plain = root + "plain/"
+	rec   = root + "rec/"
+)
+
+// opTimeout bounds each call to etcd whose context has no deadline.
+const opTimeout = 5 * time.Second
+
+// Plain reads and writes what must be readable before the HSM is open: the
+// installation's record and the ledger of logins. Nobody may trust it.
+type Plain struct{ c *clientv3.Client }
+
+// NewPlain works on a client.
+func NewPlain(c *clientv3.Client) *Plain { return &Plain{c} }
+
+// Get reads the JSON at name into v and gives its revision; record.ErrNotFound
+// when there is none.
+func (p *Plain) Get(ctx context.Context, name string, v any) (int64, error) {
+	ctx, cancel := bound(ctx)
+	defer cancel()
+	res, err := p.c.Get(ctx, plain+name)
+	if err != nil {
+		return 0, unreachable("read", name, err)
+	}
+	if len(res.Kvs) == 0 {
+		return 0, fmt.Errorf("%q: %w", name, record.ErrNotFound)
+	}
+	if err := json.Unmarshal(res.Kvs[0].Value, v); err != nil {
+		return 0, fmt.Errorf("read %q: %w", name, err)
+	}
+	return res.Kvs[0].ModRevision, nil
+}
+
+// Put writes v at name if its revision is still rev (0: it must not exist),
+// and gives the new revision; record.ErrConflict otherwise.
+func (p *Plain) Put(ctx context.Context, name string, v any, rev int64) (int64, error) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return 0, err
+	}
+	ctx, cancel := bound(ctx)
+	defer cancel()
+	key := plain + name
+	res, err := p.c.Txn(ctx).If(clientv3.Compare(clientv3.ModRevision(key), "=", rev)).Then(clientv3.OpPut(key, string(b))).Commit()
+	if err != nil {
+		return 0, unreachable("write", name, err)
+	}
+	if !res.Succeeded {
+		return 0, fmt.Errorf("write %q: %w", name, record.ErrConflict)
+	}
+	return res.Header.Revision, nil
+}
+
+// Store holds the authenticated records, with a local view of all of them.
+// Safe for concurrent use.
+type Store struct {
+	c      *clientv3.Client
+	codec  *record.Codec
+	cancel context.CancelFunc
+	done   chan struct{}
+	now    func() time.Time
+
+	mu    sync.RWMutex
+	kv    map[string]entry
+	rev   int64         // the view is complete up to here
+	moved chan struct{} // closed and replaced when rev grows
+	heard time.Time     // last sign of life of the watch
+}
+
+type entry struct {
+	value []byte
+	rev   int64
+}
+
+// Open loads every record and keeps the view fed until Close. It fails when
+// a record is not authentic: whoever could write one can have removed others.
+func Open(ctx context.Context, c *clientv3.Client, codec *record.Codec) (*Store, error) {
+	s := &Store{c: c, codec: codec, done: make(chan struct{}), now: time.Now, kv: map[string]entry{}, moved: make(chan struct{})}
+	if err := s.load(ctx); err != nil {
+		return nil, err
+	}
+	wctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	s.cancel = cancel
+	go s.watch(wctx)
+	return s, nil
+}
+
+// Close ends the watch. The client stays open: it belongs to the caller.
+func (s *Store) Close() {
+	s.cancel()
+	<-s.done
+}
+
+func (s *Store) load(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	kv := map[string]entry{}
+	var rev int64
+	const page = 2000
+	for from, end := rec, clientv3.GetPrefixRangeEnd(rec); ; {
+		opts := []clientv3.OpOption{clientv3.WithRange(end), clientv3.WithLimit(page)}
+		if rev != 0 {
+			opts = append(opts, clientv3.WithRev(rev))
+		}
+		res, err := s.c.Get(ctx, from, opts...)
+		if err != nil {
+			return unreachable("load", "records", err)
+		}
+		if rev == 0 {
+			rev = res.Header.Revision
+		}
+		for _, e := range res.Kvs {
+			path := strings.TrimPrefix(string(e.Key), rec)
+			var any json.RawMessage
+			if err := s.codec.Decode(path, e.Value, &any); err != nil {
+				return fault.New(fault.BadContent, "load record", path, err).
+					WithHint("somebody wrote to the store, or it belongs to another HSM master key: compare with a backup before going on")
+			}
+			kv[path] = entry{e.Value, e.ModRevision}
+		}
+		if !res.More {
+			break
+		}
+		from = string(res.Kvs[len(res.Kvs)-1].Key) + "\x00"
+	}
+	s.mu.Lock()
+	s.kv = kv
+	s.advance(rev)
+	s.mu.Unlock()
+	return nil
+}
+
+// advance notes that the view is complete up to rev. The lock is held.
+func (s *Store) advance(rev int64) {
+	s.heard = s.now()
+	if rev > s.rev {
+		s.rev = rev
+		close(s.moved)
+		s.moved = make(chan struct{})
+	}
+}
+
+// watch feeds the view. When the watch breaks it starts again where it was; a
+// history that was compacted away meanwhile means a fresh load.
+func (s *Store) watch(ctx context.Context) {
+	defer close(s.done)
+	for ctx.Err() == nil {
+		s.mu.RLock()
+		// From the last revision seen, not the next one: etcd answers progress
+		// requests only once it has reached a watch's start. Seeing an event
+		// twice does no harm.
+		from := s.rev
+		s.mu.RUnlock()
+		wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
+		ch := s.c.Watch(wctx, rec, clientv3.WithPrefix(), clientv3.WithRev(from), clientv3.WithProgressNotify())
+		compacted := s.follow(wctx, ch)
+		cancel()
+		if compacted && ctx.Err() == nil {
+			_ = s.load(ctx) // on failure the view stays stale, says so, and the loop tries again
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(50 * time.Millisecond): // a broken etcd must not be asked in a hot loop
+		}
+	}
+}
+
+// heartbeat is how often the watch is asked for a sign of life.
+const heartbeat = 250 * time.Millisecond
+
+func (s *Store) follow(ctx context.Context, ch clientv3.WatchChan) (compacted bool) {
+	tick := time.NewTicker(heartbeat)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-tick.C:
+			_ = s.c.RequestProgress(clientv3.WithRequireLeader(ctx)) // its failure shows as silence
+		case res, ok := <-ch:
+			if !ok || res.Err() != nil {
+				return ok && errors.Is(res.Err(), rpctypes.ErrCompacted)
+			}
+			s.apply(res)
+		}
+	}
+}
+
+func (s *Store) apply(res clientv3.WatchResponse) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	upTo := res.Header.Revision
+	for _, e := range res.Events {
+		// While a watch catches up, the header is ahead of the events.
+		upTo = e.Kv.ModRevision
+		path := strings.TrimPrefix(string(e.Kv.Key), rec)
+		if e.Type == clientv3.EventTypeDelete {
+			delete(s.kv, path)
+			continue
+		}
+		s.kv[path] = entry{e.Kv.Value, e.Kv.ModRevision}
+	}
+	s.advance(upTo)
+}
+
+// Lag is the time since the watch last gave a sign of life.
+func (s *Store) Lag() time.Duration {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.now().Sub(s.heard)
+}
+
+// Get reads the record at path from the view. A path that the view lacks is
+// read once from etcd itself, since another replica may just have made it.
+func (s *Store) Get(ctx context.Context, path string, v any) (int64, error) {
+	s.mu.RLock()
+	e, ok := s.kv[path]
+	s.mu.RUnlock()
+	if !ok {
+		ctx, cancel := bound(ctx)
+		defer cancel()
+		res, err := s.c.Get(ctx, rec+path)
+		if err != nil {
+			return 0, unreachable("read", path, err)
+		}
+		if len(res.Kvs) == 0 {
+			return 0, fmt.Errorf("record %q: %w", path, record.ErrNotFound)
+		}
+		e = entry{res.Kvs[0].Value, res.Kvs[0].ModRevision}
+	}
+	if err := s.codec.Decode(path, e.value, v); err != nil {
+		return 0, fault.New(fault.BadContent, "read record", path, err)
+	}
+	return e.rev, nil
+}
+
+// List calls each for every record under prefix in path order, from the view.
+func (s *Store) List(_ context.Context, prefix string, each func(m record.Meta, decode func(v any) error) error) error {
+	s.mu.RLock()
+	part := maps.Collect(under(s.kv, prefix))
+	s.mu.RUnlock()
+	for _, path := range slices.Sorted(maps.Keys(part)) {
+		e := part[path]
+		decode := func(v any) error {
+			if err := s.codec.Decode(path, e.value, v); err != nil {
+				return fault.New(fault.BadContent, "read record", path, err)
+			}
+			return nil
+		}
+		if err := each(record.Meta{Path: path, Rev: e.rev}, decode); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func under(kv map[string]entry, prefix string) iter.Seq2[string, entry] {
+	return func(yield func(string, entry) bool) {
+		for p, e := range kv {
+			if strings.HasPrefix(p, prefix) && !yield(p, e) {
+				return
+			}
+		}
+	}
+}
+
+// Commit does all changes in one transaction or none. A revision that does
+// not fit is record.ErrConflict. When it returns, the view has the changes.
+func (s *Store) Commit(ctx context.Context, changes ...record.Change) error {
+	var cmps []clientv3.Cmp
+	var ops []clientv3.Op
+	for _, ch := range changes {
+		key := rec + ch.Path
+		cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(key), "=", ch.Rev))
+		if ch.Value == nil {
+			ops = append(ops, clientv3.OpDelete(key))
+			continue
+		}
+		b, err := s.codec.Encode(ch.Path, ch.Value)
+		if err != nil {
+			return err
+		}
+		ops = append(ops, clientv3.OpPut(key, string(b)))
+	}
+	ctx, cancel := bound(ctx)
+	defer cancel()
+	res, err := s.c.Txn(ctx).If(cmps...).Then(ops...).Commit()
+	if err != nil {
+		return unreachable("write", changes[0].Path, err)
+	}
+	if !res.Succeeded {
+		return fmt.Errorf("write record %q: %w", changes[0].Path, record.ErrConflict)
+	}
+	return s.wait(ctx, res.Header.Revision)
+}
+
+// wait blocks until the view is complete up to rev, so that a client reads
+// what it wrote.
+func (s *Store) wait(ctx context.Context, rev int64) error {
+	for {
+		s.mu.RLock()
+		have, moved := s.rev, s.moved
+		s.mu.RUnlock()
+		if have >= rev {
+			return nil
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return unreachable("follow", "the store", ctx.Err())
+		}
+	}
+}
+
+func bound(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, opTimeout)
+}
+
+func unreachable(verb, what string, err error) error {
+	return fault.New(fault.Unreachable, verb+" in the store", what, err).WithHint("is etcd running and reachable?")
+}
