@@ -1,0 +1,212 @@
+// Package kmsapi has the words of the HTTP API: IBM Key Protect v2 with the
+// dialect of IBM Cloud Private (ICP), and kmsctl's own calls for instances and
+// onboarding. Field names and limits are those of IBM's API description.
+package kmsapi
+
+import "time"
+
+// Headers of the API.
+const (
+	HeaderInstance    = "Bluemix-Instance" // Key Protect: id of the instance, a UUID
+	HeaderInstanceICP = "Icp-Instance"     // the same in ICP's dialect
+	HeaderCorrelation = "Correlation-Id"
+	HeaderKeyRing     = "X-Kms-Key-Ring"
+	HeaderKeyTotal    = "Key-Total" // answer to HEAD /keys
+	HeaderPrefer      = "Prefer"    // return=minimal or return=representation
+)
+
+// Collection and content types.
+const (
+	TypeKey   = "application/vnd.ibm.kms.key+json"
+	TypeError = "application/vnd.ibm.kms.error+json"
+	// TypeCollection is what lists of the ICP generation say.
+	TypeCollection = "application/vnd.ibm.collection+json"
+)
+
+// Limits of the API.
+const (
+	MaxBody        = 1 << 20 // bytes of a request body
+	MaxPlaintext   = 4096    // bytes that wrap takes
+	MaxAADStrings  = 126
+	MaxAADLength   = 255  // characters of each
+	MaxStandard    = 7500 // bytes of a standard key's payload
+	GeneratedDEK   = 32   // bytes that wrap makes when it is given none
+	DefaultLimit   = 200
+	MaxLimit       = 5000
+	DefaultKeyRing = "default"
+)
+
+// Metadata heads every collection.
+type Metadata struct {
+	CollectionType  string `json:"collectionType"`
+	CollectionTotal int    `json:"collectionTotal"`
+}
+
+// Keys is a collection of keys.
+type Keys struct {
+	Metadata  Metadata `json:"metadata"`
+	Resources []Key    `json:"resources"`
+}
+
+// Key as the API shows it. Payload is the base64 material of a standard key,
+// on creation and on GET only.
+type Key struct {
+	Type                 string             `json:"type,omitempty"`
+	ID                   string             `json:"id,omitempty"`
+	Name                 string             `json:"name,omitempty"`
+	Aliases              []string           `json:"aliases,omitempty"`
+	Description          string             `json:"description,omitempty"`
+	Tags                 []string           `json:"tags,omitempty"`
+	State                int                `json:"state"`
+	Expiration           *time.Time         `json:"expirationDate,omitempty"`
+	Extractable          bool               `json:"extractable"`
+	CRN                  string             `json:"crn,omitempty"`
+	Imported             bool               `json:"imported"`
+	KeyRingID            string             `json:"keyRingID,omitempty"`
+	CreationDate         *time.Time         `json:"creationDate,omitempty"`
+	CreatedBy            string             `json:"createdBy,omitempty"`
+	AlgorithmType        string             `json:"algorithmType,omitempty"`
+	AlgorithmMetadata    *AlgorithmMetadata `json:"algorithmMetadata,omitempty"`
+	AlgorithmBitSize     int                `json:"algorithmBitSize,omitempty"`
+	AlgorithmMode        string             `json:"algorithmMode,omitempty"`
+	LastUpdateDate       *time.Time         `json:"lastUpdateDate,omitempty"`
+	LastRotateDate       *time.Time         `json:"lastRotateDate,omitempty"`
+	NonactiveStateReason *int               `json:"nonactiveStateReason,omitempty"`
+	KeyVersion           *KeyVersion        `json:"keyVersion,omitempty"`
+	DualAuthDelete       *DualAuthDelete    `json:"dualAuthDelete,omitempty"`
+	Deleted              *bool              `json:"deleted,omitempty"`
+	Payload              string             `json:"payload,omitempty"`
+}
+
+// AlgorithmMetadata is kept for old clients.
+type AlgorithmMetadata struct {
+	BitLength string `json:"bitLength"`
+	Mode      string `json:"mode"`
+}
+
+// KeyVersion names one version of a key's material.
+type KeyVersion struct {
+	ID           string     `json:"id"`
+	CreationDate *time.Time `json:"creationDate,omitempty"`
+}
+
+// DualAuthDelete says whether two people must agree to a deletion.
+type DualAuthDelete struct {
+	Enabled bool `json:"enabled"`
+}
+
+// CreateKeys is the body of POST /keys. What we do not take yet is listed, so
+// that it is refused by name and not as a typing error.
+type CreateKeys struct {
+	Metadata  *Metadata   `json:"metadata"`
+	Resources []CreateKey `json:"resources"`
+}
+
+// CreateKey is one key to make. Extractable true makes a standard key, false
+// (or absent) a root key. Payload imports base64 material.
+type CreateKey struct {
+	Type                string     `json:"type"`
+	Name                string     `json:"name"`
+	Description         string     `json:"description"`
+	ExpirationDate      *time.Time `json:"expirationDate"`
+	Extractable         bool       `json:"extractable"`
+	Payload             string     `json:"payload"`
+	Aliases             []string   `json:"aliases"`
+	Tags                []string   `json:"tags"`
+	EncryptedNonce      string     `json:"encryptedNonce"`
+	IV                  string     `json:"iv"`
+	EncryptionAlgorithm string     `json:"encryptionAlgorithm"`
+}
+
+// WrapRequest is the body of the wrap action; without plaintext the HSM makes
+// a data encryption key (DEK) of 32 bytes and the answer has it.
+type WrapRequest struct {
+	Plaintext string   `json:"plaintext,omitempty"` // base64
+	AAD       []string `json:"aad,omitempty"`
+}
+
+// UnwrapRequest is the body of the unwrap action.
+type UnwrapRequest struct {
+	Ciphertext string   `json:"ciphertext"`
+	AAD        []string `json:"aad,omitempty"`
+}
+
+// ActionAnswer is what wrap and unwrap give.
+type ActionAnswer struct {
+	Plaintext  string      `json:"plaintext,omitempty"`  // base64
+	Ciphertext string      `json:"ciphertext,omitempty"` // base64 of the JSON that Ciphertext describes
+	KeyVersion *KeyVersion `json:"keyVersion,omitempty"`
+}
+
+// CiphertextVersion is the version that this service writes.
+const CiphertextVersion = "4.0.0"
+
+// Ciphertext is what the base64 string of a wrap answer holds: IBM's fields
+// and the cipher suite. Everything but the two byte fields is authenticated
+// together with the caller's AAD.
+type Ciphertext struct {
+	Ciphertext []byte `json:"ciphertext"`
+	IV         []byte `json:"iv"`
+	Version    string `json:"version"`
+	Handle     string `json:"handle"` // id of the key version
+	Suite      uint8  `json:"suite"`
+}
+
+// Instance is a tenant: keys and policies live in one.
+type Instance struct {
+	ID        string    `json:"id"`
+	Name      string    `json:"name"`
+	Dialect   string    `json:"dialect"` // key-protect or icp
+	CreatedAt time.Time `json:"createdAt"`
+	CreatedBy string    `json:"createdBy"`
+}
+
+// CreateInstance is the body of POST /kmsctl/v1/instances.
+type CreateInstance struct {
+	Name    string `json:"name"`
+	Dialect string `json:"dialect,omitempty"`
+}
+
+// Instances is the answer of GET /kmsctl/v1/instances.
+type Instances struct {
+	Instances []Instance `json:"instances"`
+}
+
+// OnboardRequest is the body of POST /kmsctl/v1/onboard. Instance and Key are
+// ids; without them new ones are made.
+type OnboardRequest struct {
+	Name     string `json:"name"`
+	Instance string `json:"instance,omitempty"`
+	Key      string `json:"key,omitempty"`
+	Role     string `json:"role,omitempty"` // Viewer unless given: wrap and unwrap
+}
+
+// Onboarded is its answer. APIKey is shown this once.
+type Onboarded struct {
+	InstanceID string `json:"instanceId"`
+	ServiceID  string `json:"serviceId"`
+	APIKey     string `json:"apiKey"`
+	PolicyID   string `json:"policyId"`
+	KeyID      string `json:"keyId"`
+}
+
+// Token is the answer of the token endpoints.
+type Token struct {
+	AccessToken  string `json:"access_token"`
+	RefreshToken string `json:"refresh_token"`
+	TokenType    string `json:"token_type"`
+	ExpiresIn    int64  `json:"expires_in"` // seconds
+	Expiration   int64  `json:"expiration"` // Unix seconds
+}
+
+// TokenError is a token endpoint's refusal.
+type TokenError struct {
+	ErrorCode    string `json:"errorCode"`
+	ErrorMessage string `json:"errorMessage"`
+}
+
+// Health is the answer of /readyz.
+type Health struct {
+	Ready   bool     `json:"ready"`
+	Reasons []string `json:"reasons,omitempty"`
+}
