@@ -4,9 +4,12 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/cli/keyscmd"
 )
 
 // verbs lists the commands of floor 5.
-func verbs(*app.App) []*cobra.Command {
-	return nil
+func verbs(a *app.App) []*cobra.Command {
+	var all []*cobra.Command
+	all = append(all, keyscmd.New(a)...)
+	return all
 }

@@ -210,3 +210,55 @@ type Health struct {
 	Ready   bool     `json:"ready"`
 	Reasons []string `json:"reasons,omitempty"`
 }
+
+// ServiceID is somebody who is not a person.
+type ServiceID struct {
+	ID          string    `json:"id"`
+	Name        string    `json:"name"`
+	Description string    `json:"description,omitempty"`
+	CreatedAt   time.Time `json:"createdAt"`
+	CreatedBy   string    `json:"createdBy"`
+}
+
+// CreateServiceID is the body of POST /kmsctl/v1/iam/service-ids.
+type CreateServiceID struct {
+	Name        string `json:"name"`
+	Description string `json:"description,omitempty"`
+}
+
+// ServiceIDs is the answer of GET /kmsctl/v1/iam/service-ids.
+type ServiceIDs struct {
+	ServiceIDs []ServiceID `json:"serviceIds"`
+}
+
+// CreateAPIKey is the body of POST /kmsctl/v1/iam/api-keys; ServiceID is an id
+// or a name.
+type CreateAPIKey struct {
+	Name      string `json:"name"`
+	ServiceID string `json:"serviceId"`
+}
+
+// APIKey names an API key. Key has the key itself, in the answer to its
+// creation alone.
+type APIKey struct {
+	ID        string    `json:"id"`
+	Name      string    `json:"name"`
+	ServiceID string    `json:"serviceId"`
+	CreatedAt time.Time `json:"createdAt"`
+	Key       string    `json:"apiKey,omitempty"`
+}
+
+// CreatePolicy is the body of POST /kmsctl/v1/iam/policies. Without Key and
+// KeyRing the role holds for the whole instance.
+type CreatePolicy struct {
+	ServiceID string `json:"serviceId"`
+	Role      string `json:"role"`
+	Instance  string `json:"instance"`
+	Key       string `json:"key,omitempty"`
+	KeyRing   string `json:"keyRing,omitempty"`
+}
+
+// PolicyID is the answer to its creation.
+type PolicyID struct {
+	ID string `json:"id"`
+}

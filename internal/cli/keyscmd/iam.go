@@ -1,0 +1,190 @@
+package keyscmd
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"net/url"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+)
+
+type serviceIDResult kmsapi.ServiceID
+
+// Table is one line.
+func (r serviceIDResult) Table() ([]string, [][]string) {
+	return serviceIDList{[]kmsapi.ServiceID{kmsapi.ServiceID(r)}}.Table()
+}
+
+type serviceIDList struct {
+	ServiceIDs []kmsapi.ServiceID `json:"serviceIds"`
+}
+
+// Table is one line a service ID.
+func (l serviceIDList) Table() ([]string, [][]string) {
+	rows := make([][]string, 0, len(l.ServiceIDs))
+	for _, s := range l.ServiceIDs {
+		rows = append(rows, []string{s.ID, s.Name, s.CreatedAt.UTC().Format(time.RFC3339)})
+	}
+	return []string{"ID", "NAME", "CREATED"}, rows
+}
+
+type apiKeyResult kmsapi.APIKey
+
+// Table is one line a field.
+func (r apiKeyResult) Table() ([]string, [][]string) {
+	return nil, [][]string{{"id", r.ID}, {"name", r.Name}, {"service id", r.ServiceID}, {"api key", r.Key},
+		{"", "preserve the API key: it cannot be shown again"}}
+}
+
+type policyResult kmsapi.PolicyID
+
+// Table is one line.
+func (r policyResult) Table() ([]string, [][]string) { return []string{"ID"}, [][]string{{r.ID}} }
+
+// iamOptions serves all verbs of iam: each sets what it needs.
+type iamOptions struct {
+	*app.App
+	client                     app.ClientFlags
+	name, description          string
+	serviceID, role, key, ring string
+	needInstance, needService  bool
+}
+
+// Check holds the rules of the flags.
+func (o *iamOptions) Check() error {
+	errs := []error{o.client.Check(o.needInstance)}
+	if o.needService && o.serviceID == "" {
+		errs = append(errs, fault.Usagef("--service-id: missing").WithHint("see: kmsctl iam service-ids list"))
+	}
+	if o.needInstance && o.role == "" {
+		errs = append(errs, fault.Usagef("--role: missing").WithHint("as in Viewer, Editor, Administrator, Reader, Writer, Manager"))
+	}
+	if o.key != "" && o.ring != "" {
+		errs = append(errs, fault.Usagef("--key, --key-ring: only one of them"))
+	}
+	return errors.Join(errs...)
+}
+
+// verb makes one command of iam.
+func iamVerb(a *app.App, use, short, example string, args cobra.PositionalArgs, run func(context.Context, *iamOptions) error, flags func(*cobra.Command, *iamOptions)) *cobra.Command {
+	o := &iamOptions{App: a}
+	cmd := &cobra.Command{Use: use, Short: short, Example: example, Args: args, RunE: func(cmd *cobra.Command, args []string) error {
+		if len(args) == 1 {
+			o.name = args[0]
+		}
+		return app.Run(cmd.Context(), o, run)
+	}}
+	o.client.Add(cmd.Flags(), a)
+	if flags != nil {
+		flags(cmd, o)
+	}
+	return cmd
+}
+
+func newIAMCmd(a *app.App) *cobra.Command {
+	iam := &cobra.Command{Use: "iam", Short: "Say who may do what: service IDs, API keys, policies",
+		Long: "A service ID is somebody who is not a person. It proves itself by an API key, and may do what its policies allow."}
+	ids := &cobra.Command{Use: "service-ids", Short: "Create, list and delete service IDs"}
+	ids.AddCommand(
+		iamVerb(a, "create NAME", "Create a service ID", "  kmsctl iam service-ids create orders", cobra.ExactArgs(1), runServiceIDCreate,
+			func(c *cobra.Command, o *iamOptions) {
+				c.Flags().StringVar(&o.description, "description", "", "what it is for")
+			}),
+		iamVerb(a, "list", "List the service IDs", "  kmsctl iam service-ids list", cobra.NoArgs, runServiceIDList, nil),
+		iamVerb(a, "delete NAME", "Delete a service ID with its API keys and policies, at once", "  kmsctl iam service-ids delete orders", cobra.ExactArgs(1), runServiceIDDelete, nil),
+	)
+	keys := &cobra.Command{Use: "api-keys", Short: "Create and delete API keys"}
+	keys.AddCommand(
+		iamVerb(a, "create NAME", "Create an API key for a service ID; it is shown this once", "  kmsctl iam api-keys create laptop --service-id orders -o json",
+			cobra.ExactArgs(1), runAPIKeyCreate, serviceFlag),
+		iamVerb(a, "delete ID", "Delete an API key: it stops working at once", "  kmsctl iam api-keys delete 5f0c…", cobra.ExactArgs(1), runAPIKeyDelete, nil),
+	)
+	policies := &cobra.Command{Use: "policies", Short: "Create and delete access policies"}
+	policies.AddCommand(
+		iamVerb(a, "create", "Let a service ID act in an instance, or on one key or key ring of it",
+			"  kmsctl iam policies create --service-id orders --instance shop --role Viewer --key 02fd6835-6001-4482-a892-13bd2085f75d",
+			cobra.NoArgs, runPolicyCreate, func(c *cobra.Command, o *iamOptions) {
+				serviceFlag(c, o)
+				o.client.AddInstance(c.Flags())
+				o.needInstance = true
+				c.Flags().StringVar(&o.role, "role", "", "Viewer, Editor, Administrator, ClusterAdministrator, Reader, ReaderPlus, Writer, Manager or KeyPurge")
+				c.Flags().StringVar(&o.key, "key", "", "only this key")
+				c.Flags().StringVar(&o.ring, "key-ring", "", "only keys of this ring")
+			}),
+		iamVerb(a, "delete ID", "Delete a policy of a service ID", "  kmsctl iam policies delete 1f… --service-id orders", cobra.ExactArgs(1), runPolicyDelete, serviceFlag),
+	)
+	iam.AddCommand(ids, keys, policies)
+	return iam
+}
+
+func serviceFlag(c *cobra.Command, o *iamOptions) {
+	o.needService = true
+	c.Flags().StringVar(&o.serviceID, "service-id", "", "name or id of the service ID")
+}
+
+// call does one request and gives the error its words.
+func (o *iamOptions) call(ctx context.Context, op, object, method, path string, in, out any) error {
+	c, err := o.Client(ctx, &o.client)
+	if err != nil {
+		return err
+	}
+	return o.ClientError(op, object, c.Do(ctx, method, path, in, out))
+}
+
+func runServiceIDCreate(ctx context.Context, o *iamOptions) error {
+	var out kmsapi.ServiceID
+	in := kmsapi.CreateServiceID{Name: o.name, Description: o.description}
+	if err := o.call(ctx, "create service ID", o.name, http.MethodPost, "/kmsctl/v1/iam/service-ids", in, &out); err != nil {
+		return err
+	}
+	return o.Print(serviceIDResult(out))
+}
+
+func runServiceIDList(ctx context.Context, o *iamOptions) error {
+	var out kmsapi.ServiceIDs
+	if err := o.call(ctx, "list service IDs", "", http.MethodGet, "/kmsctl/v1/iam/service-ids", nil, &out); err != nil {
+		return err
+	}
+	return o.Print(serviceIDList{out.ServiceIDs})
+}
+
+func runServiceIDDelete(ctx context.Context, o *iamOptions) error {
+	return o.call(ctx, "delete service ID", o.name, http.MethodDelete, "/kmsctl/v1/iam/service-ids/"+url.PathEscape(o.name), nil, nil)
+}
+
+func runAPIKeyCreate(ctx context.Context, o *iamOptions) error {
+	var out kmsapi.APIKey
+	in := kmsapi.CreateAPIKey{Name: o.name, ServiceID: o.serviceID}
+	if err := o.call(ctx, "create API key", o.name, http.MethodPost, "/kmsctl/v1/iam/api-keys", in, &out); err != nil {
+		return err
+	}
+	return o.Print(apiKeyResult(out))
+}
+
+func runAPIKeyDelete(ctx context.Context, o *iamOptions) error {
+	return o.call(ctx, "delete API key", o.name, http.MethodDelete, "/kmsctl/v1/iam/api-keys/"+url.PathEscape(o.name), nil, nil)
+}
+
+func runPolicyCreate(ctx context.Context, o *iamOptions) error {
+	c, err := o.Client(ctx, &o.client)
+	if err != nil {
+		return err
+	}
+	var out kmsapi.PolicyID
+	in := kmsapi.CreatePolicy{ServiceID: o.serviceID, Role: o.role, Instance: c.Instance(), Key: o.key, KeyRing: o.ring}
+	if err := c.Do(ctx, http.MethodPost, "/kmsctl/v1/iam/policies", in, &out); err != nil {
+		return o.ClientError("create policy for", o.serviceID, err)
+	}
+	return o.Print(policyResult(out))
+}
+
+func runPolicyDelete(ctx context.Context, o *iamOptions) error {
+	path := "/kmsctl/v1/iam/policies/" + url.PathEscape(o.serviceID) + "/" + url.PathEscape(o.name)
+	return o.call(ctx, "delete policy", o.name, http.MethodDelete, path, nil, nil)
+}
