@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -27,6 +26,9 @@ const (
 	plain = root + "plain/"
 	rec   = root + "rec/"
 )
+
+// EtcdClient is the client that Store and Plain work on.
+type EtcdClient = *clientv3.Client
 
 // opTimeout bounds each call to etcd whose context has no deadline.
 const opTimeout = 5 * time.Second
@@ -86,10 +88,10 @@ type Store struct {
 	now    func() time.Time
 
 	mu    sync.RWMutex
-	kv    map[string]entry
-	rev   int64         // the view is complete up to here
-	moved chan struct{} // closed and replaced when rev grows
-	heard time.Time     // last sign of life of the watch
+	kv    map[string]map[string]entry // folder → path → record
+	rev   int64                       // the view is complete up to here
+	moved chan struct{}               // closed and replaced when rev grows
+	heard time.Time                   // last sign of life of the watch
 }
 
 type entry struct {
@@ -100,7 +102,7 @@ type entry struct {
 // Open loads every record and keeps the view fed until Close. It fails when
 // a record is not authentic: whoever could write one can have removed others.
 func Open(ctx context.Context, c *clientv3.Client, codec *record.Codec) (*Store, error) {
-	s := &Store{c: c, codec: codec, done: make(chan struct{}), now: time.Now, kv: map[string]entry{}, moved: make(chan struct{})}
+	s := &Store{c: c, codec: codec, done: make(chan struct{}), now: time.Now, kv: map[string]map[string]entry{}, moved: make(chan struct{})}
 	if err := s.load(ctx); err != nil {
 		return nil, err
 	}
@@ -119,7 +121,7 @@ func (s *Store) Close() {
 func (s *Store) load(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	kv := map[string]entry{}
+	kv := map[string]map[string]entry{}
 	var rev int64
 	const page = 2000
 	for from, end := rec, clientv3.GetPrefixRangeEnd(rec); ; {
@@ -141,7 +143,7 @@ func (s *Store) load(ctx context.Context) error {
 				return fault.New(fault.BadContent, "load record", path, err).
 					WithHint("somebody wrote to the store, or it belongs to another HSM master key: compare with a backup before going on")
 			}
-			kv[path] = entry{e.Value, e.ModRevision}
+			put(kv, path, entry{e.Value, e.ModRevision})
 		}
 		if !res.More {
 			break
@@ -220,10 +222,10 @@ func (s *Store) apply(res clientv3.WatchResponse) {
 		upTo = e.Kv.ModRevision
 		path := strings.TrimPrefix(string(e.Kv.Key), rec)
 		if e.Type == clientv3.EventTypeDelete {
-			delete(s.kv, path)
+			drop(s.kv, path)
 			continue
 		}
-		s.kv[path] = entry{e.Kv.Value, e.Kv.ModRevision}
+		put(s.kv, path, entry{e.Kv.Value, e.Kv.ModRevision})
 	}
 	s.advance(upTo)
 }
@@ -239,7 +241,7 @@ func (s *Store) Lag() time.Duration {
 // read once from etcd itself, since another replica may just have made it.
 func (s *Store) Get(ctx context.Context, path string, v any) (int64, error) {
 	s.mu.RLock()
-	e, ok := s.kv[path]
+	e, ok := s.kv[folder(path)][path]
 	s.mu.RUnlock()
 	if !ok {
 		ctx, cancel := bound(ctx)
@@ -259,10 +261,12 @@ func (s *Store) Get(ctx context.Context, path string, v any) (int64, error) {
 	return e.rev, nil
 }
 
-// List calls each for every record under prefix in path order, from the view.
-func (s *Store) List(_ context.Context, prefix string, each func(m record.Meta, decode func(v any) error) error) error {
+// List calls each for every record that lies directly in the folder, which
+// ends with a slash, in path order, from the view. It costs as much as the
+// folder has records, whatever else there is.
+func (s *Store) List(_ context.Context, dir string, each func(m record.Meta, decode func(v any) error) error) error {
 	s.mu.RLock()
-	part := maps.Collect(under(s.kv, prefix))
+	part := maps.Clone(s.kv[dir])
 	s.mu.RUnlock()
 	for _, path := range slices.Sorted(maps.Keys(part)) {
 		e := part[path]
@@ -279,13 +283,22 @@ func (s *Store) List(_ context.Context, prefix string, each func(m record.Meta, 
 	return nil
 }
 
-func under(kv map[string]entry, prefix string) iter.Seq2[string, entry] {
-	return func(yield func(string, entry) bool) {
-		for p, e := range kv {
-			if strings.HasPrefix(p, prefix) && !yield(p, e) {
-				return
-			}
-		}
+// folder is a path up to and with its last slash.
+func folder(path string) string { return path[:strings.LastIndexByte(path, '/')+1] }
+
+func put(kv map[string]map[string]entry, path string, e entry) {
+	dir := folder(path)
+	if kv[dir] == nil {
+		kv[dir] = map[string]entry{}
+	}
+	kv[dir][path] = e
+}
+
+func drop(kv map[string]map[string]entry, path string) {
+	dir := folder(path)
+	delete(kv[dir], path)
+	if len(kv[dir]) == 0 {
+		delete(kv, dir)
 	}
 }
 

@@ -1,0 +1,455 @@
+// Package iam says who somebody is and what they may do: service IDs, API
+// keys, access tokens, policies, and the roles of two families on one table of
+// actions. It keeps API keys as hashes only. It decides; it knows no HTTP.
+package iam
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+	"github.com/google/uuid"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/record"
+	"github.com/kmsctl/kmsctl/internal/secret"
+)
+
+// Store keeps records; see internal/store.
+type Store interface {
+	Get(ctx context.Context, path string, v any) (rev int64, err error)
+	List(ctx context.Context, prefix string, each func(m record.Meta, decode func(v any) error) error) error
+	Commit(ctx context.Context, changes ...record.Change) error
+}
+
+// Config of a Service. SigningKey is a P-256 key that is the same in every
+// replica and never stored in the clear.
+type Config struct {
+	SigningKey *ecdsa.PrivateKey
+	Now        func() time.Time
+}
+
+// Service answers who and whether. Safe for concurrent use.
+type Service struct {
+	store Store
+	key   *ecdsa.PrivateKey
+	kid   string
+	now   func() time.Time
+}
+
+// New makes a Service.
+func New(s Store, c Config) *Service {
+	pub, err := c.SigningKey.PublicKey.Bytes()
+	if err != nil {
+		panic(err) // a P-256 key always has its point
+	}
+	sum := sha256.Sum256(pub)
+	return &Service{store: s, key: c.SigningKey, kid: hex.EncodeToString(sum[:8]), now: c.Now}
+}
+
+// ServiceID is somebody who is not a person, at iam/serviceids/<id>.
+type ServiceID struct {
+	ID          string    `json:"id"` // ServiceId-<uuid>
+	Name        string    `json:"name"`
+	Description string    `json:"description,omitempty"`
+	CreatedAt   time.Time `json:"createdAt"`
+	CreatedBy   string    `json:"createdBy"`
+}
+
+// APIKey proves a service ID, or an administrator. Hash is the SHA-256 of the
+// whole key: it has 256 random bits, so a slow hash would add nothing.
+type APIKey struct {
+	ID        string    `json:"id"`
+	Name      string    `json:"name"`
+	ServiceID string    `json:"serviceId,omitempty"`
+	Admin     bool      `json:"admin,omitempty"`
+	Hash      string    `json:"hash"`
+	CreatedAt time.Time `json:"createdAt"`
+	CreatedBy string    `json:"createdBy"`
+}
+
+const (
+	serviceIDs = "iam/serviceids/"
+	names      = "iam/names/" // name of a service ID → its id
+	apiKeys    = "iam/apikeys/"
+	policies   = "iam/policies/" // <service id>/<policy id>
+	keyPrefix  = "kms_"
+)
+
+// Kind of a Principal.
+type Kind string
+
+// The kinds: the user who runs the embedded KMS, an administrator by API key,
+// and a service ID.
+const (
+	KindLocal   Kind = "local-admin"
+	KindAdmin   Kind = "admin"
+	KindService Kind = "service"
+)
+
+// Principal is somebody who has proved who they are. The zero value is nobody.
+type Principal struct {
+	Kind      Kind
+	ServiceID string
+	APIKeyID  string
+}
+
+// LocalAdmin is the user of this machine who runs the embedded KMS.
+func LocalAdmin() Principal { return Principal{Kind: KindLocal} }
+
+// String is how a principal appears in records and in the audit log.
+func (p Principal) String() string {
+	switch p.Kind {
+	case KindLocal:
+		return "local-admin"
+	case KindAdmin:
+		return "admin:" + p.APIKeyID
+	case KindService:
+		return p.ServiceID
+	}
+	return "nobody"
+}
+
+func (p Principal) admin() bool { return p.Kind == KindLocal || p.Kind == KindAdmin }
+
+var (
+	errNotAllowed = errors.New("the policies do not allow it")
+	errNotKnown   = errors.New("the token does not prove anybody")
+)
+
+// NewAPIKey makes an API key: kms_ and the unpadded URL-safe base64 of 16
+// bytes id and 32 bytes secret. id is in hex, hash is hex SHA-256 of the key.
+func NewAPIKey() (key secret.Value, id, hash string, err error) {
+	raw := make([]byte, 48)
+	if _, err := rand.Read(raw); err != nil {
+		return key, "", "", err
+	}
+	text := []byte(keyPrefix + base64.RawURLEncoding.EncodeToString(raw))
+	clear(raw[16:])
+	sum := sha256.Sum256(text)
+	return secret.New(text), hex.EncodeToString(raw[:16]), hex.EncodeToString(sum[:]), nil
+}
+
+// keyID is the id inside an API key, or "" when it is none.
+func keyID(key []byte) string {
+	rest, ok := strings.CutPrefix(string(key), keyPrefix)
+	raw, err := base64.RawURLEncoding.DecodeString(rest)
+	if !ok || err != nil || len(raw) != 48 {
+		return ""
+	}
+	return hex.EncodeToString(raw[:16])
+}
+
+// Token is an access token; ExpiresIn is in seconds, Expiration in Unix
+// seconds.
+type Token struct {
+	AccessToken string
+	ExpiresIn   int64
+	Expiration  int64
+}
+
+const (
+	tokenLife = time.Hour
+	issuer    = "kmsctl"
+	// CodeUnknownKey is what ICP and IBM Cloud answer to a wrong API key.
+	CodeUnknownKey = "BXNIM0415E"
+)
+
+type claims struct {
+	jwt.RegisteredClaims
+	IAMID  string `json:"iam_id"`
+	KeyID  string `json:"key_id"`
+	Kind   Kind   `json:"kind"`
+	Scopes string `json:"scope,omitempty"`
+}
+
+// Issue exchanges an API key for an access token (JWT, ES256, one hour).
+func (s *Service) Issue(ctx context.Context, key secret.Value) (Token, error) {
+	k, err := s.liveKey(ctx, keyID(key.Reveal()))
+	sum := sha256.Sum256(key.Reveal())
+	if err == nil && subtle.ConstantTimeCompare([]byte(k.Hash), []byte(hex.EncodeToString(sum[:]))) != 1 {
+		err = errNotKnown
+	}
+	if errors.Is(err, errNotKnown) {
+		return Token{}, fault.Newf(fault.Denied, "", "", "Provided API key could not be found").WithReason(CodeUnknownKey)
+	}
+	if err != nil {
+		return Token{}, err
+	}
+	now := s.now()
+	p := principalOf(k)
+	c := claims{IAMID: "iam-" + p.String(), KeyID: k.ID, Kind: p.Kind, RegisteredClaims: jwt.RegisteredClaims{
+		Issuer: issuer, Subject: p.String(), ID: uuid.NewString(), IssuedAt: jwt.NewNumericDate(now), ExpiresAt: jwt.NewNumericDate(now.Add(tokenLife))}}
+	t := jwt.NewWithClaims(jwt.SigningMethodES256, c)
+	t.Header["kid"] = s.kid
+	signed, err := t.SignedString(s.key)
+	if err != nil {
+		return Token{}, fmt.Errorf("sign token: %w", err)
+	}
+	return Token{AccessToken: signed, ExpiresIn: int64(tokenLife / time.Second), Expiration: now.Add(tokenLife).Unix()}, nil
+}
+
+// Authenticate checks a token, and that its API key and service ID still
+// exist: a token outlives neither.
+func (s *Service) Authenticate(ctx context.Context, token string) (Principal, error) {
+	var c claims
+	_, err := jwt.ParseWithClaims(token, &c, func(t *jwt.Token) (any, error) {
+		if t.Header["kid"] != s.kid {
+			return nil, errNotKnown
+		}
+		return &s.key.PublicKey, nil
+	}, jwt.WithValidMethods([]string{"ES256"}), jwt.WithIssuer(issuer), jwt.WithExpirationRequired(), jwt.WithIssuedAt(),
+		jwt.WithLeeway(10*time.Second), jwt.WithTimeFunc(s.now))
+	if err != nil {
+		return Principal{}, fault.New(fault.Denied, "", "", errNotKnown)
+	}
+	k, err := s.liveKey(ctx, c.KeyID)
+	if errors.Is(err, errNotKnown) {
+		return Principal{}, fault.New(fault.Denied, "", "", errNotKnown)
+	}
+	if err != nil {
+		return Principal{}, err
+	}
+	return principalOf(k), nil
+}
+
+func principalOf(k APIKey) Principal {
+	if k.Admin {
+		return Principal{Kind: KindAdmin, APIKeyID: k.ID}
+	}
+	return Principal{Kind: KindService, ServiceID: k.ServiceID, APIKeyID: k.ID}
+}
+
+// liveKey is the API key with this id, if it and its service ID exist.
+func (s *Service) liveKey(ctx context.Context, id string) (APIKey, error) {
+	var k APIKey
+	if id == "" || strings.Contains(id, "/") {
+		return k, errNotKnown
+	}
+	if _, err := s.store.Get(ctx, apiKeys+id, &k); err != nil {
+		return k, gone(err)
+	}
+	if k.Admin {
+		return k, nil
+	}
+	var sid ServiceID
+	_, err := s.store.Get(ctx, serviceIDs+k.ServiceID, &sid)
+	return k, gone(err)
+}
+
+func gone(err error) error {
+	if errors.Is(err, record.ErrNotFound) {
+		return errNotKnown
+	}
+	return err
+}
+
+// EnsureAdmin registers an administrator's API key by its id and hash. A
+// second call with the same key does nothing.
+func (s *Service) EnsureAdmin(ctx context.Context, id, hash string) error {
+	if b, err := hex.DecodeString(hash); err != nil || len(b) != sha256.Size {
+		return fault.Usagef("the administrator's key hash is not a SHA-256 in hex")
+	}
+	if b, err := hex.DecodeString(id); err != nil || len(b) != 16 {
+		return fault.Usagef("the administrator's key id is not 16 bytes in hex")
+	}
+	k := APIKey{ID: id, Name: "first administrator", Admin: true, Hash: hash, CreatedAt: s.stamp(), CreatedBy: "install"}
+	err := s.store.Commit(ctx, record.Change{Path: apiKeys + id, Value: k})
+	if errors.Is(err, record.ErrConflict) {
+		var have APIKey
+		if _, err := s.store.Get(ctx, apiKeys+id, &have); err != nil {
+			return err
+		}
+		if have.Hash != hash || !have.Admin {
+			return fault.Newf(fault.Conflict, "register administrator's key", id, "another key has this id")
+		}
+		return nil
+	}
+	return err
+}
+
+func (s *Service) stamp() time.Time { return s.now().UTC().Truncate(time.Second) }
+
+func checkName(name string) error {
+	if n := len([]rune(name)); n < 1 || n > 90 || strings.ContainsAny(name, "/\x00") || strings.HasPrefix(name, "ServiceId-") {
+		return fault.Usagef("name %q must have 1 to 90 characters, no slash, and not begin with ServiceId-", name)
+	}
+	return nil
+}
+
+// CreateServiceID makes a service ID; its name is unique.
+func (s *Service) CreateServiceID(ctx context.Context, who Principal, name, description string) (ServiceID, error) {
+	sid, changes, err := s.newServiceID(who, name, description)
+	if err != nil {
+		return sid, err
+	}
+	return sid, taken(name, s.store.Commit(ctx, changes...))
+}
+
+func taken(name string, err error) error {
+	if errors.Is(err, record.ErrConflict) {
+		return fault.Newf(fault.Conflict, "create service ID", name, "a service ID of this name exists").WithHint("choose another name, or delete it first: kmsctl iam service-ids delete %s", name)
+	}
+	return err
+}
+
+func (s *Service) newServiceID(who Principal, name, description string) (ServiceID, []record.Change, error) {
+	if err := checkName(name); err != nil {
+		return ServiceID{}, nil, err
+	}
+	sid := ServiceID{ID: "ServiceId-" + uuid.NewString(), Name: name, Description: description, CreatedAt: s.stamp(), CreatedBy: who.String()}
+	return sid, []record.Change{{Path: serviceIDs + sid.ID, Value: sid}, {Path: names + name, Value: sid.ID}}, nil
+}
+
+// ServiceIDs lists all service IDs.
+func (s *Service) ServiceIDs(ctx context.Context) ([]ServiceID, error) {
+	out := []ServiceID{}
+	err := s.store.List(ctx, serviceIDs, func(_ record.Meta, decode func(any) error) error {
+		var sid ServiceID
+		if err := decode(&sid); err != nil {
+			return err
+		}
+		out = append(out, sid)
+		return nil
+	})
+	return out, err
+}
+
+// Find gives a service ID by id or name, with its revision.
+func (s *Service) Find(ctx context.Context, nameOrID string) (ServiceID, int64, error) {
+	id := nameOrID
+	if strings.Contains(id, "/") {
+		return ServiceID{}, 0, notThere("service ID", nameOrID)
+	}
+	if !strings.HasPrefix(nameOrID, "ServiceId-") {
+		if _, err := s.store.Get(ctx, names+nameOrID, &id); err != nil {
+			return ServiceID{}, 0, absent("service ID", nameOrID, err)
+		}
+	}
+	var sid ServiceID
+	rev, err := s.store.Get(ctx, serviceIDs+id, &sid)
+	return sid, rev, absent("service ID", nameOrID, err)
+}
+
+func notThere(what, object string) error {
+	return fault.Newf(fault.NotFound, "find "+what, object, "there is none")
+}
+
+func absent(what, object string, err error) error {
+	if errors.Is(err, record.ErrNotFound) {
+		return notThere(what, object)
+	}
+	return err
+}
+
+// DeleteServiceID removes a service ID with its API keys and policies, in one
+// transaction.
+func (s *Service) DeleteServiceID(ctx context.Context, nameOrID string) error {
+	sid, rev, err := s.Find(ctx, nameOrID)
+	if err != nil {
+		return err
+	}
+	var id string
+	nameRev, err := s.store.Get(ctx, names+sid.Name, &id)
+	if err != nil {
+		return err
+	}
+	changes := []record.Change{{Path: serviceIDs + sid.ID, Rev: rev}, {Path: names + sid.Name, Rev: nameRev}}
+	err = s.store.List(ctx, apiKeys, func(m record.Meta, decode func(any) error) error {
+		var k APIKey
+		if err := decode(&k); err != nil {
+			return err
+		}
+		if k.ServiceID == sid.ID {
+			changes = append(changes, record.Change{Path: m.Path, Rev: m.Rev})
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = s.store.List(ctx, policies+sid.ID+"/", func(m record.Meta, _ func(any) error) error {
+		changes = append(changes, record.Change{Path: m.Path, Rev: m.Rev})
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return s.store.Commit(ctx, changes...)
+}
+
+// CreateAPIKey makes an API key for a service ID. The key is in the answer,
+// and nowhere else.
+func (s *Service) CreateAPIKey(ctx context.Context, who Principal, name, service string) (APIKey, secret.Value, error) {
+	if err := checkName(name); err != nil {
+		return APIKey{}, secret.Value{}, err
+	}
+	sid, _, err := s.Find(ctx, service)
+	if err != nil {
+		return APIKey{}, secret.Value{}, err
+	}
+	k, key, err := s.newAPIKey(who, name, sid.ID)
+	if err != nil {
+		return k, key, err
+	}
+	return k, key, s.store.Commit(ctx, record.Change{Path: apiKeys + k.ID, Value: k})
+}
+
+func (s *Service) newAPIKey(who Principal, name, service string) (APIKey, secret.Value, error) {
+	key, id, hash, err := NewAPIKey()
+	return APIKey{ID: id, Name: name, ServiceID: service, Hash: hash, CreatedAt: s.stamp(), CreatedBy: who.String()}, key, err
+}
+
+// DeleteAPIKey revokes an API key, and with it every token that it gave.
+func (s *Service) DeleteAPIKey(ctx context.Context, id string) error {
+	if strings.Contains(id, "/") {
+		return notThere("API key", id)
+	}
+	var k APIKey
+	rev, err := s.store.Get(ctx, apiKeys+id, &k)
+	if err != nil {
+		return absent("API key", id, err)
+	}
+	return s.store.Commit(ctx, record.Change{Path: apiKeys + id, Rev: rev})
+}
+
+// Onboarded is what Onboard made.
+type Onboarded struct {
+	ServiceID ServiceID
+	APIKey    secret.Value
+	PolicyID  string
+}
+
+// Onboard makes a service ID, an API key and a policy on one key, all or none.
+func (s *Service) Onboard(ctx context.Context, who Principal, name, instance, key, role string) (Onboarded, error) {
+	sid, changes, err := s.newServiceID(who, name, "")
+	if err != nil {
+		return Onboarded{}, err
+	}
+	k, value, err := s.newAPIKey(who, name, sid.ID)
+	if err != nil {
+		return Onboarded{}, err
+	}
+	p, err := NewPolicy(instance, key, "", role)
+	if err != nil {
+		return Onboarded{}, err
+	}
+	if err := s.mayGrant(ctx, who, p); err != nil {
+		return Onboarded{}, err
+	}
+	p.ID = uuid.NewString()
+	changes = append(changes, record.Change{Path: apiKeys + k.ID, Value: k}, record.Change{Path: policies + sid.ID + "/" + p.ID, Value: p})
+	if err := taken(name, s.store.Commit(ctx, changes...)); err != nil {
+		return Onboarded{}, err
+	}
+	return Onboarded{sid, value, p.ID}, nil
+}

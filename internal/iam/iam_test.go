@@ -1,0 +1,357 @@
+package iam_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/iam"
+	"github.com/kmsctl/kmsctl/internal/record"
+	"github.com/kmsctl/kmsctl/internal/secret"
+	"github.com/kmsctl/kmsctl/internal/store"
+)
+
+const (
+	shop  = "11111111-1111-4111-8111-111111111111"
+	other = "22222222-2222-4222-8222-222222222222"
+	keyA  = "aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa"
+	keyB  = "bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb"
+)
+
+type world struct {
+	*iam.Service
+	key *ecdsa.PrivateKey
+	now time.Time
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	m, err := store.OpenEmbedded(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := m.Client()
+	codec, err := record.NewCodec(bytes.Repeat([]byte{1}, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := store.Open(t.Context(), c, codec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { st.Close(); c.Close(); m.Close() })
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &world{key: k, now: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}
+	w.Service = iam.New(st, iam.Config{SigningKey: k, Now: func() time.Time { return w.now }})
+	return w
+}
+
+func (w *world) onboard(t *testing.T, name, role string) (iam.Onboarded, iam.Principal, string) {
+	t.Helper()
+	o, err := w.Onboard(t.Context(), iam.LocalAdmin(), name, shop, keyA, role)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tok, err := w.Issue(t.Context(), o.APIKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := w.Authenticate(t.Context(), tok.AccessToken)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return o, p, tok.AccessToken
+}
+
+func TestOnboardedServiceMayUseItsKeyAndNoOther(t *testing.T) {
+	w := newWorld(t)
+	_, p, _ := w.onboard(t, "orders", "Viewer")
+	for _, c := range []struct {
+		act  iam.Action
+		what iam.Resource
+		ok   bool
+	}{
+		{iam.KeysWrap, iam.Resource{Instance: shop, Key: keyA}, true},
+		{iam.KeysUnwrap, iam.Resource{Instance: shop, Key: keyA}, true},
+		{iam.KeysWrap, iam.Resource{Instance: shop, Key: keyB}, false},
+		{iam.KeysWrap, iam.Resource{Instance: other, Key: keyA}, false},
+		{iam.KeysRead, iam.Resource{Instance: shop, Key: keyA}, false},
+		{iam.KeysList, iam.Resource{Instance: shop}, false},
+		{iam.KeysCreate, iam.Resource{Instance: shop}, false},
+		{iam.IAMManage, iam.Resource{}, false},
+		{iam.InstancesManage, iam.Resource{}, false},
+	} {
+		err := w.Authorize(t.Context(), p, c.act, c.what)
+		if (err == nil) != c.ok || (err != nil && fault.KindOf(err) != fault.Denied) {
+			t.Errorf("%s on %+v: %v", c.act, c.what, err)
+		}
+	}
+	if err := w.Authorize(t.Context(), iam.Principal{}, iam.KeysWrap, iam.Resource{Instance: shop, Key: keyA}); fault.KindOf(err) != fault.Denied {
+		t.Errorf("nobody: %v", err)
+	}
+}
+
+// TestRoles is the table of who may do what on an instance.
+func TestRoles(t *testing.T) {
+	all := []iam.Action{iam.KeysCreate, iam.KeysList, iam.KeysRead, iam.KeysMetadata, iam.KeysWrap, iam.KeysUnwrap, iam.KeysRewrap, iam.KeysRotate,
+		iam.KeysEnable, iam.KeysDelete, iam.KeysRestore, iam.KeysPatch, iam.KeysPurge, iam.PoliciesManage, iam.InstancesManage, iam.IAMManage}
+	admin := "keys.create keys.list keys.read keys.metadata keys.wrap keys.unwrap keys.rotate keys.delete"
+	want := map[string]string{
+		"Viewer": "keys.wrap keys.unwrap",
+		"Editor": "keys.create keys.list keys.read keys.metadata keys.wrap keys.unwrap", "Administrator": admin, "AccountAdministrator": admin, "ClusterAdministrator": admin,
+		"Reader":     "keys.list keys.metadata keys.wrap keys.unwrap keys.rewrap",
+		"ReaderPlus": "keys.list keys.read keys.metadata keys.wrap keys.unwrap keys.rewrap",
+		"Writer":     "keys.create keys.list keys.read keys.metadata keys.wrap keys.unwrap keys.rewrap keys.rotate",
+		"Manager": "keys.create keys.list keys.read keys.metadata keys.wrap keys.unwrap keys.rewrap keys.rotate keys.enable keys.delete keys.restore " +
+			"keys.patch policies.manage",
+		"KeyPurge": "keys.purge",
+	}
+	w := newWorld(t)
+	for role, list := range want {
+		p, err := iam.NewPolicy(shop, "", "", role)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sid, err := w.CreateServiceID(t.Context(), iam.LocalAdmin(), role, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.CreatePolicy(t.Context(), iam.LocalAdmin(), role, p); err != nil {
+			t.Fatal(err)
+		}
+		var may []string
+		for _, act := range all {
+			who := iam.Principal{Kind: iam.KindService, ServiceID: sid.ID}
+			if w.Authorize(t.Context(), who, act, iam.Resource{Instance: shop, Key: keyA}) == nil {
+				may = append(may, string(act))
+			}
+		}
+		if got := strings.Join(may, " "); got != list {
+			t.Errorf("%s may\n%s, want\n%s", role, got, list)
+		}
+	}
+	for _, role := range []string{"Operator", "Auditor", "God", ""} {
+		if _, err := iam.NewPolicy(shop, "", "", role); fault.KindOf(err) != fault.Usage || fault.HintOf(err) == "" {
+			t.Errorf("role %q: %v", role, err)
+		}
+	}
+}
+
+func TestForgedTokensAreRefused(t *testing.T) {
+	w := newWorld(t)
+	_, p, good := w.onboard(t, "orders", "Viewer")
+	claims := func(exp time.Time) jwt.MapClaims {
+		return jwt.MapClaims{"iss": "kmsctl", "sub": p.ServiceID, "key_id": p.APIKeyID, "iat": w.now.Unix(), "exp": exp.Unix()}
+	}
+	kid := func(t *testing.T) any {
+		tok, _, err := jwt.NewParser().ParseUnverified(good, jwt.MapClaims{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return tok.Header["kid"]
+	}(t)
+	sign := func(m jwt.SigningMethod, key any, kid any, c jwt.MapClaims) string {
+		tok := jwt.NewWithClaims(m, c)
+		tok.Header["kid"] = kid
+		s, err := tok.SignedString(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	later := w.now.Add(time.Hour)
+	if _, err := w.Authenticate(t.Context(), sign(jwt.SigningMethodES256, w.key, kid, claims(later))); err != nil {
+		t.Fatalf("the control token: %v", err)
+	}
+	pub, err := x509.MarshalPKIXPublicKey(w.key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	stranger, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	noExp := claims(later)
+	delete(noExp, "exp")
+	foreign := claims(later)
+	foreign["iss"] = "x"
+	future := claims(later.Add(time.Hour))
+	future["iat"] = w.now.Add(time.Hour).Unix()
+	for name, tok := range map[string]string{
+		"none": sign(jwt.SigningMethodNone, jwt.UnsafeAllowNoneSignatureType, kid, claims(later)), "HS256 with the public key": sign(jwt.SigningMethodHS256, pub, kid, claims(later)),
+		"another key": sign(jwt.SigningMethodES256, stranger, kid, claims(later)), "another kid": sign(jwt.SigningMethodES256, w.key, "x", claims(later)),
+		"expired": sign(jwt.SigningMethodES256, w.key, kid, claims(w.now.Add(-time.Minute))), "no expiry": sign(jwt.SigningMethodES256, w.key, kid, noExp),
+		"another issuer": sign(jwt.SigningMethodES256, w.key, kid, foreign), "issued in the future": sign(jwt.SigningMethodES256, w.key, kid, future),
+		"empty": "", "rubbish": "a.b.c", "cut": good[:len(good)-4],
+	} {
+		if _, err := w.Authenticate(t.Context(), tok); fault.KindOf(err) != fault.Denied {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	w.now = w.now.Add(2 * time.Hour)
+	if _, err := w.Authenticate(t.Context(), good); fault.KindOf(err) != fault.Denied {
+		t.Errorf("after its hour: %v", err)
+	}
+}
+
+func TestRevocationBeatsTheToken(t *testing.T) {
+	w := newWorld(t)
+	for name, revoke := range map[string]func(iam.Onboarded, iam.Principal) error{
+		"api key":    func(_ iam.Onboarded, p iam.Principal) error { return w.DeleteAPIKey(t.Context(), p.APIKeyID) },
+		"service id": func(o iam.Onboarded, _ iam.Principal) error { return w.DeleteServiceID(t.Context(), o.ServiceID.Name) },
+	} {
+		o, p, tok := w.onboard(t, "svc "+name, "Viewer")
+		if err := revoke(o, p); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Authenticate(t.Context(), tok); fault.KindOf(err) != fault.Denied {
+			t.Errorf("%s deleted, token: %v", name, err)
+		}
+		if _, err := w.Issue(t.Context(), o.APIKey); fault.KindOf(err) != fault.Denied {
+			t.Errorf("%s deleted, new token: %v", name, err)
+		}
+	}
+	o, p, _ := w.onboard(t, "svc policy", "Viewer")
+	if err := w.DeletePolicy(t.Context(), o.ServiceID.ID, o.PolicyID); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Authorize(t.Context(), p, iam.KeysWrap, iam.Resource{Instance: shop, Key: keyA}); fault.KindOf(err) != fault.Denied {
+		t.Errorf("policy deleted: %v", err)
+	}
+}
+
+func TestWrongAPIKeys(t *testing.T) {
+	w := newWorld(t)
+	o, _, _ := w.onboard(t, "orders", "Viewer")
+	good := o.APIKey.Reveal()
+	for i := range good {
+		bad := bytes.Clone(good)
+		bad[i] ^= 1
+		_, err := w.Issue(t.Context(), secret.New(bad))
+		var f *fault.Error
+		if !errors.As(err, &f) || f.Kind != fault.Denied || f.Reason != iam.CodeUnknownKey {
+			t.Fatalf("byte %d flipped: %v", i, err)
+		}
+	}
+	for _, bad := range []string{"", "kms_", "x", "../../x"} {
+		if _, err := w.Issue(t.Context(), secret.New([]byte(bad))); fault.KindOf(err) != fault.Denied {
+			t.Errorf("%q: %v", bad, err)
+		}
+	}
+}
+
+func TestNobodyGrantsMoreThanTheyHave(t *testing.T) {
+	w := newWorld(t)
+	sid, err := w.CreateServiceID(t.Context(), iam.LocalAdmin(), "editor", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := iam.NewPolicy(shop, "", "", "Editor")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.CreatePolicy(t.Context(), iam.LocalAdmin(), "editor", p); err != nil {
+		t.Fatal(err)
+	}
+	who := iam.Principal{Kind: iam.KindService, ServiceID: sid.ID}
+	for _, c := range []struct {
+		instance, key, role string
+		ok                  bool
+	}{
+		{shop, keyA, "Viewer", true}, {shop, "", "Editor", true}, {shop, keyA, "Editor", true},
+		{shop, "", "Administrator", false}, {shop, keyA, "Manager", false}, {other, keyA, "Viewer", false}, {shop, keyA, "KeyPurge", false},
+	} {
+		p, err := iam.NewPolicy(c.instance, c.key, "", c.role)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = w.CreatePolicy(t.Context(), who, "editor", p)
+		if (err == nil) != c.ok || (err != nil && fault.KindOf(err) != fault.Denied) {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+}
+
+func TestFirstAdmin(t *testing.T) {
+	w := newWorld(t)
+	key, id, hash, err := iam.NewAPIKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := w.EnsureAdmin(t.Context(), id, hash); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tok, err := w.Issue(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := w.Authenticate(t.Context(), tok.AccessToken)
+	if err != nil || p.Kind != iam.KindAdmin {
+		t.Fatalf("%+v %v", p, err)
+	}
+	if err := w.Authorize(t.Context(), p, iam.InstancesManage, iam.Resource{}); err != nil {
+		t.Error(err)
+	}
+	if err := w.EnsureAdmin(t.Context(), id, strings.Repeat("0", 64)); fault.KindOf(err) != fault.Conflict {
+		t.Errorf("another hash for the same id: %v", err)
+	}
+	if w.EnsureAdmin(t.Context(), "../x", hash) == nil || w.EnsureAdmin(t.Context(), id, "x") == nil {
+		t.Error("a malformed id or hash was taken")
+	}
+}
+
+func TestNamesAreUniqueAndFreedByDeletion(t *testing.T) {
+	w := newWorld(t)
+	ctx := context.Background()
+	if _, err := w.CreateServiceID(ctx, iam.LocalAdmin(), "orders", ""); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Onboard(ctx, iam.LocalAdmin(), "orders", shop, keyA, "Viewer"); fault.KindOf(err) != fault.Conflict {
+		t.Errorf("%v", err)
+	}
+	if err := w.DeleteServiceID(ctx, "orders"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Onboard(ctx, iam.LocalAdmin(), "orders", shop, keyA, "Viewer"); err != nil {
+		t.Error(err)
+	}
+	all, err := w.ServiceIDs(ctx)
+	if err != nil || len(all) != 1 || !slices.ContainsFunc(all, func(s iam.ServiceID) bool { return s.Name == "orders" }) {
+		t.Errorf("%+v %v", all, err)
+	}
+	for _, bad := range []string{"", "a/b", "ServiceId-1", strings.Repeat("x", 91)} {
+		if _, err := w.CreateServiceID(ctx, iam.LocalAdmin(), bad, ""); fault.KindOf(err) != fault.Usage {
+			t.Errorf("name %q: %v", bad, err)
+		}
+	}
+}
+
+func TestParsePolicy(t *testing.T) {
+	manual := `{"resources":[{"namespaceId":"kube-system","serviceName":"kms","serviceInstance":"` + shop + `","resource":"` + keyA + `","resourceType":"key"}],
+		"roles":[{"id":"crn:v1:icp:private:iam::::role:Viewer"}]}`
+	if p, err := iam.ParsePolicy([]byte(manual)); err != nil || p.Resources[0].Key != keyA {
+		t.Errorf("the manual's policy: %+v %v", p, err)
+	}
+	for _, bad := range []string{`{`, `{}`, strings.Replace(manual, "kms", "cos", 1), strings.Replace(manual, "resourceType", "resorceType", 1),
+		strings.Replace(manual, shop, "x", 1), strings.Replace(manual, keyA, "*", 1), strings.Replace(manual, "role:Viewer", "role:Auditor", 1)} {
+		if _, err := iam.ParsePolicy([]byte(bad)); fault.KindOf(err) != fault.Usage {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+}

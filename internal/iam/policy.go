@@ -1,0 +1,243 @@
+package iam
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/google/uuid"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/record"
+)
+
+// Action is one thing that somebody may do.
+type Action string
+
+// The actions of the API.
+const (
+	KeysCreate      Action = "keys.create" // and import
+	KeysList        Action = "keys.list"   // and their total
+	KeysRead        Action = "keys.read"   // with a standard key's material
+	KeysMetadata    Action = "keys.metadata"
+	KeysWrap        Action = "keys.wrap"
+	KeysUnwrap      Action = "keys.unwrap"
+	KeysRewrap      Action = "keys.rewrap"
+	KeysRotate      Action = "keys.rotate"
+	KeysEnable      Action = "keys.enable" // and disable
+	KeysDelete      Action = "keys.delete"
+	KeysRestore     Action = "keys.restore"
+	KeysPatch       Action = "keys.patch"
+	KeysPurge       Action = "keys.purge"
+	PoliciesManage  Action = "policies.manage"
+	InstancesManage Action = "instances.manage" // administrators only
+	IAMManage       Action = "iam.manage"       // administrators only
+)
+
+// roleCRN begins the id of every role in a policy.
+const roleCRN = "crn:v1:icp:private:iam::::role:"
+
+var (
+	viewer   = []Action{KeysWrap, KeysUnwrap}
+	editor   = append(slices.Clone(viewer), KeysCreate, KeysList, KeysRead, KeysMetadata)
+	icpAdmin = append(slices.Clone(editor), KeysRotate, KeysDelete)
+	reader   = []Action{KeysMetadata, KeysWrap, KeysUnwrap, KeysRewrap, KeysList}
+	plus     = append(slices.Clone(reader), KeysRead)
+	writer   = append(slices.Clone(plus), KeysCreate, KeysRotate)
+	manager  = append(slices.Clone(writer), KeysEnable, KeysDelete, KeysRestore, KeysPatch, PoliciesManage)
+)
+
+// roles maps both families onto the actions: ICP's as registered by its IAM
+// operator, Key Protect's as in its access documentation.
+var roles = map[string][]Action{
+	"Viewer": viewer, "Editor": editor, "Administrator": icpAdmin, "AccountAdministrator": icpAdmin, "ClusterAdministrator": icpAdmin,
+	"Reader": reader, "ReaderPlus": plus, "Writer": writer, "Manager": manager, "KeyPurge": {KeysPurge},
+}
+
+// Policy is the manual's JSON: what, and in which role.
+type Policy struct {
+	ID        string     `json:"id,omitempty"`
+	Resources []Resource `json:"resources"`
+	Roles     []Role     `json:"roles"`
+}
+
+// Role is a role by its CRN.
+type Role struct {
+	ID string `json:"id"`
+}
+
+// Resource is what a policy, or a request, is about. In a policy an empty
+// Key means every key of the instance.
+type Resource struct {
+	NamespaceID  string `json:"namespaceId,omitempty"`
+	ServiceName  string `json:"serviceName,omitempty"`
+	Instance     string `json:"serviceInstance,omitempty"`
+	Key          string `json:"resource,omitempty"`
+	ResourceType string `json:"resourceType,omitempty"`
+	KeyRing      string `json:"keyRing,omitempty"`
+}
+
+// NewPolicy makes the policy of a role on an instance, or on one key or key
+// ring of it.
+func NewPolicy(instance, key, ring, role string) (Policy, error) {
+	r := Resource{NamespaceID: "kube-system", ServiceName: "kms", Instance: instance, Key: key, KeyRing: ring}
+	if key != "" {
+		r.ResourceType = "key"
+	}
+	p := Policy{Resources: []Resource{r}, Roles: []Role{{ID: roleCRN + role}}}
+	return p, p.check()
+}
+
+// ParsePolicy reads the manual's JSON strictly.
+func ParsePolicy(b []byte) (Policy, error) {
+	var p Policy
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&p); err != nil {
+		return p, fault.New(fault.Usage, "read policy", "", err)
+	}
+	return p, p.check()
+}
+
+func (p Policy) check() error {
+	if len(p.Resources) == 0 || len(p.Roles) == 0 {
+		return fault.Usagef("a policy needs at least one resource and one role")
+	}
+	for _, r := range p.Resources {
+		switch {
+		case r.ServiceName != "kms":
+			return fault.Usagef("policy: serviceName %q is not kms", r.ServiceName)
+		case uuid.Validate(r.Instance) != nil:
+			return fault.Usagef("policy: serviceInstance %q is no instance id", r.Instance)
+		case r.ResourceType != "" && r.ResourceType != "key":
+			return fault.Usagef("policy: resourceType %q is not key", r.ResourceType)
+		case r.Key != "" && uuid.Validate(r.Key) != nil:
+			return fault.Usagef("policy: resource %q is no key id", r.Key)
+		}
+	}
+	for _, r := range p.Roles {
+		if _, err := r.actions(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r Role) actions() ([]Action, error) {
+	name, ok := strings.CutPrefix(r.ID, roleCRN)
+	if name == "Operator" || name == "Auditor" {
+		return nil, fault.Usagef("role %q is not supported by kms", name).WithHint("use Viewer (wrap and unwrap), Editor, or Administrator")
+	}
+	acts := roles[name]
+	if !ok || acts == nil {
+		return nil, fault.Usagef("unknown role %q", r.ID).WithHint("use one of: Viewer, Editor, Administrator, ClusterAdministrator, Reader, ReaderPlus, Writer, Manager, KeyPurge")
+	}
+	return acts, nil
+}
+
+// covers says whether r, of a policy, covers what a request is about. A
+// policy on one key, or on one ring, does not cover the instance: listing
+// shows nothing of what was granted one by one.
+func (r Resource) covers(want Resource) bool {
+	if r.Instance == "" || r.Instance != want.Instance {
+		return false
+	}
+	if r.Key != "" && r.Key != want.Key {
+		return false
+	}
+	return r.KeyRing == "" || r.KeyRing == want.KeyRing
+}
+
+func (p Policy) allows(act Action, want Resource) bool {
+	if !slices.ContainsFunc(p.Resources, func(r Resource) bool { return r.covers(want) }) {
+		return false
+	}
+	return slices.ContainsFunc(p.Roles, func(r Role) bool {
+		acts, err := r.actions()
+		return err == nil && slices.Contains(acts, act)
+	})
+}
+
+// Authorize gives nil when somebody may do act on what, and fault.Denied
+// otherwise. It looks nothing else up, so that what is foreign looks like
+// what is not there.
+func (s *Service) Authorize(ctx context.Context, who Principal, act Action, what Resource) error {
+	if who.admin() {
+		return nil
+	}
+	if who.Kind != KindService || who.ServiceID == "" {
+		return fault.New(fault.Denied, "", "", errNotAllowed)
+	}
+	allowed := false
+	err := s.store.List(ctx, policies+who.ServiceID+"/", func(_ record.Meta, decode func(any) error) error {
+		var p Policy
+		if err := decode(&p); err != nil {
+			return err
+		}
+		allowed = allowed || p.allows(act, what)
+		return nil
+	})
+	if err == nil && !allowed {
+		err = fault.New(fault.Denied, "", "", errNotAllowed)
+	}
+	return err
+}
+
+// mayGrant lets nobody give more than they have: every action of the policy,
+// on each of its resources.
+func (s *Service) mayGrant(ctx context.Context, who Principal, p Policy) error {
+	if who.admin() {
+		return nil
+	}
+	for _, role := range p.Roles {
+		acts, err := role.actions()
+		if err != nil {
+			return err
+		}
+		for _, act := range acts {
+			for _, r := range p.Resources {
+				if err := s.Authorize(ctx, who, act, r); err != nil {
+					return fmt.Errorf("grant %s: %w", act, err)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// CreatePolicy gives a service ID a policy, within what the granter may do.
+func (s *Service) CreatePolicy(ctx context.Context, who Principal, service string, p Policy) (string, error) {
+	if err := p.check(); err != nil {
+		return "", err
+	}
+	sid, _, err := s.Find(ctx, service)
+	if err != nil {
+		return "", err
+	}
+	if err := s.mayGrant(ctx, who, p); err != nil {
+		return "", err
+	}
+	p.ID = uuid.NewString()
+	return p.ID, s.store.Commit(ctx, record.Change{Path: policies + sid.ID + "/" + p.ID, Value: p})
+}
+
+// DeletePolicy takes a policy from a service ID.
+func (s *Service) DeletePolicy(ctx context.Context, service, id string) error {
+	sid, _, err := s.Find(ctx, service)
+	if err != nil {
+		return err
+	}
+	if strings.Contains(id, "/") {
+		return notThere("policy", id)
+	}
+	var p Policy
+	path := policies + sid.ID + "/" + id
+	rev, err := s.store.Get(ctx, path, &p)
+	if err != nil {
+		return absent("policy", id, err)
+	}
+	return s.store.Commit(ctx, record.Change{Path: path, Rev: rev})
+}
