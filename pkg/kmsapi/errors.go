@@ -86,6 +86,12 @@ func StatusOf(code string) int {
 	return http.StatusInternalServerError
 }
 
+// Known says whether a reason code is one of this API's.
+func Known(code string) bool {
+	_, ok := statuses[code]
+	return ok
+}
+
 // NewErrors makes the body of a refusal. what says what could not be done
 // ("Key could not be created"); message completes or, when empty, is the
 // code's own message.

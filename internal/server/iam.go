@@ -1,0 +1,175 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"net/http"
+
+	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/iam"
+	"github.com/kmsctl/kmsctl/internal/kms"
+	"github.com/kmsctl/kmsctl/internal/secret"
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+)
+
+// grantType is IBM Cloud's and ICP's way to exchange an API key.
+const grantType = "urn:ibm:params:oauth:grant-type:apikey"
+
+// token answers the token endpoints. Refusals are 400, as IBM's IAM gives.
+func (s *Server) token(w http.ResponseWriter, r *http.Request) {
+	r.Body = http.MaxBytesReader(w, r.Body, 16<<10)
+	if err := r.ParseForm(); err != nil || r.PostForm.Get("grant_type") != grantType {
+		writeJSON(w, http.StatusBadRequest, kmsapi.TokenError{ErrorCode: "BXNIM0137E", ErrorMessage: "grant_type must be " + grantType})
+		return
+	}
+	key := secret.New([]byte(r.PostForm.Get("apikey")))
+	defer key.Zero()
+	e := audit.Event{Action: "iam.token.issue", Outcome: "success", Status: http.StatusOK, Remote: remote(r)}
+	t, err := s.IAM.Issue(r.Context(), key)
+	if err != nil {
+		e.Outcome, e.Status, e.Detail = "failure", http.StatusBadRequest, iam.CodeUnknownKey
+		if fault.KindOf(err) != fault.Denied {
+			e.Status, e.Detail = http.StatusServiceUnavailable, kmsapi.Unavailable
+		}
+	}
+	if aerr := s.Audit.Append(context.WithoutCancel(r.Context()), e); aerr != nil {
+		s.Log.Error("audit", "error", aerr)
+		e.Status = http.StatusServiceUnavailable
+	}
+	switch e.Status {
+	case http.StatusOK:
+		writeJSON(w, e.Status, kmsapi.Token{AccessToken: t.AccessToken, RefreshToken: "not_supported", TokenType: "Bearer", ExpiresIn: t.ExpiresIn, Expiration: t.Expiration})
+	case http.StatusBadRequest:
+		writeJSON(w, e.Status, kmsapi.TokenError{ErrorCode: iam.CodeUnknownKey, ErrorMessage: "Provided API key could not be found"})
+	default:
+		w.Header().Set("Retry-After", "5")
+		writeError(w, kmsapi.Unavailable, "Token could not be issued", "")
+	}
+}
+
+// onboard makes an instance and a key where none are named, then a service ID,
+// an API key and a policy on that one key. When the last step fails, what was
+// made before stays and is named in the answer of a second try.
+func onboard(ctx context.Context, c *call) (any, error) {
+	var in kmsapi.OnboardRequest
+	if err := c.decode(&in); err != nil {
+		return nil, err
+	}
+	if in.Role == "" {
+		in.Role = "Viewer"
+	}
+	// The service ID's name is looked at first: a name that is taken must not
+	// leave an instance and a key behind.
+	if _, _, err := c.IAM.Find(ctx, in.Name); err == nil {
+		return nil, fault.Newf(fault.Conflict, "onboard", in.Name, "a service ID of this name exists").WithReason(kmsapi.Conflict)
+	}
+	if in.Instance == "" {
+		inst, err := c.instanceNamed(ctx, in.Name)
+		if err != nil {
+			return nil, err
+		}
+		in.Instance = inst
+	}
+	c.instance = in.Instance
+	if in.Key == "" {
+		k, err := c.KMS.CreateKey(ctx, in.Instance, kmsapi.DefaultKeyRing, c.who.String(), kmsapi.CreateKey{Name: in.Name + " root key"})
+		if err != nil {
+			return nil, err
+		}
+		in.Key = k.ID
+	} else if _, err := c.KMS.Key(ctx, in.Instance, in.Key, false); err != nil {
+		return nil, err
+	}
+	c.id = in.Key
+	o, err := c.IAM.Onboard(ctx, c.who, in.Name, in.Instance, in.Key, in.Role)
+	if err != nil {
+		return nil, err
+	}
+	return kmsapi.Onboarded{InstanceID: in.Instance, ServiceID: o.ServiceID.ID, APIKey: string(o.APIKey.Reveal()), PolicyID: o.PolicyID, KeyID: in.Key}, nil
+}
+
+// instanceNamed makes the instance of this name, or takes the one that a run
+// which was cut short has left.
+func (c *call) instanceNamed(ctx context.Context, name string) (string, error) {
+	in, err := c.KMS.CreateInstance(ctx, kmsapi.CreateInstance{Name: name}, c.who.String())
+	if fault.KindOf(err) != fault.Conflict {
+		return in.ID, err
+	}
+	all, lerr := c.KMS.Instances(ctx)
+	if lerr != nil {
+		return "", lerr
+	}
+	for _, have := range all {
+		if have.Name != name {
+			continue
+		}
+		_, total, lerr := c.KMS.Keys(ctx, have.ID, kms.Query{Limit: 1})
+		if lerr == nil && total == 0 {
+			return have.ID, nil
+		}
+	}
+	return "", err
+}
+
+func createServiceID(ctx context.Context, c *call) (any, error) {
+	var in kmsapi.CreateServiceID
+	if err := c.decode(&in); err != nil {
+		return nil, err
+	}
+	s, err := c.IAM.CreateServiceID(ctx, c.who, in.Name, in.Description)
+	return kmsapi.ServiceID(s), err
+}
+
+func listServiceIDs(ctx context.Context, c *call) (any, error) {
+	all, err := c.IAM.ServiceIDs(ctx)
+	out := kmsapi.ServiceIDs{ServiceIDs: []kmsapi.ServiceID{}}
+	for _, s := range all {
+		out.ServiceIDs = append(out.ServiceIDs, kmsapi.ServiceID(s))
+	}
+	return out, err
+}
+
+func deleteServiceID(ctx context.Context, c *call) (any, error) {
+	return nil, c.IAM.DeleteServiceID(ctx, c.id)
+}
+
+func createAPIKey(ctx context.Context, c *call) (any, error) {
+	var in kmsapi.CreateAPIKey
+	if err := c.decode(&in); err != nil {
+		return nil, err
+	}
+	k, value, err := c.IAM.CreateAPIKey(ctx, c.who, in.Name, in.ServiceID)
+	if err != nil {
+		return nil, err
+	}
+	return kmsapi.APIKey{ID: k.ID, Name: k.Name, ServiceID: k.ServiceID, CreatedAt: k.CreatedAt, Key: string(value.Reveal())}, nil
+}
+
+func deleteAPIKey(ctx context.Context, c *call) (any, error) {
+	return nil, c.IAM.DeleteAPIKey(ctx, c.id)
+}
+
+func createPolicy(ctx context.Context, c *call) (any, error) {
+	var in kmsapi.CreatePolicy
+	if err := c.decode(&in); err != nil {
+		return nil, err
+	}
+	c.instance = in.Instance
+	if in.Key != "" && in.KeyRing != "" {
+		return nil, fault.New(fault.Usage, "", "", errors.New("key and keyRing exclude each other")).WithReason(kmsapi.InvalidField)
+	}
+	if _, err := c.KMS.Instance(ctx, in.Instance); err != nil {
+		return nil, err
+	}
+	p, err := iam.NewPolicy(in.Instance, in.Key, in.KeyRing, in.Role)
+	if err != nil {
+		return nil, err
+	}
+	id, err := c.IAM.CreatePolicy(ctx, c.who, in.ServiceID, p)
+	return kmsapi.PolicyID{ID: id}, err
+}
+
+func deletePolicy(ctx context.Context, c *call) (any, error) {
+	return nil, c.IAM.DeletePolicy(ctx, c.r.PathValue("service"), c.id)
+}

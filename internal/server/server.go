@@ -1,0 +1,365 @@
+// Package server is the HTTP API: routes as data, authentication,
+// authorization before any look-up, an audit line before any reply, and the
+// error bodies of Key Protect. It holds no rule of keys (internal/kms) or of
+// rights (internal/iam).
+package server
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/iam"
+	"github.com/kmsctl/kmsctl/internal/kms"
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+)
+
+// maxLag is how old the view of the store may be: longer, and a revoked right
+// might still be honoured, so requests are refused.
+const maxLag = time.Second
+
+// Auditor writes a line down for good before it returns.
+type Auditor interface {
+	Append(ctx context.Context, e audit.Event) error
+}
+
+// Config joins the parts.
+type Config struct {
+	KMS   *kms.Service
+	IAM   *iam.Service
+	Audit Auditor
+	Log   *slog.Logger
+	// Lag is the age of the view of the store.
+	Lag func() time.Duration
+	// Healthy lists what is wrong with the HSM; empty means ready.
+	Healthy func(ctx context.Context) []string
+}
+
+// Server answers the API. Safe for concurrent use.
+type Server struct {
+	Config
+	mux *http.ServeMux
+}
+
+// New builds the routes.
+func New(c Config) *Server {
+	s := &Server{Config: c, mux: http.NewServeMux()}
+	for _, r := range routes() {
+		for _, p := range r.patterns() {
+			s.mux.Handle(p, s.handler(r))
+		}
+	}
+	s.mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	s.mux.HandleFunc("GET /readyz", s.readyz)
+	for _, p := range []string{"/identity/token", "/oidc/token", "/iam-token/oidc/token"} {
+		s.mux.HandleFunc("POST "+p, s.token)
+	}
+	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		writeError(w, kmsapi.NoSuchPath, "Request could not be served", r.Method+" "+r.URL.Path+" is not served")
+	})
+	return s
+}
+
+type localKey struct{}
+
+// Serve answers on l until ctx ends, then lets running requests finish.
+// local marks a unix socket whose peers run as the same user: they are
+// administrators.
+func (s *Server) Serve(ctx context.Context, l net.Listener, local bool) error {
+	h := &http.Server{
+		Handler: s.mux, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 60 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug),
+		BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, localKey{}, local && sameUser(c))
+		},
+	}
+	done := make(chan error, 1)
+	go func() { done <- h.Serve(l) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	err := h.Shutdown(stop)
+	if err != nil {
+		err = errors.Join(err, h.Close())
+	}
+	<-done
+	return err
+}
+
+func (s *Server) readyz(w http.ResponseWriter, r *http.Request) {
+	h := kmsapi.Health{Reasons: s.reasons(r.Context())}
+	h.Ready = len(h.Reasons) == 0
+	status := http.StatusOK
+	if !h.Ready {
+		status = http.StatusServiceUnavailable
+	}
+	writeJSON(w, status, h)
+}
+
+func (s *Server) reasons(ctx context.Context) []string {
+	out := s.Healthy(ctx)
+	if lag := s.Lag(); lag > maxLag {
+		out = append(out, fmt.Sprintf("storage: silent for %s", lag.Round(100*time.Millisecond)))
+	}
+	return out
+}
+
+// call is one request on its way.
+type call struct {
+	*Server
+	r         *http.Request
+	who       iam.Principal
+	instance  string
+	id        string // of the key, or of the object in the path
+	ring      string
+	body      []byte
+	resHeader http.Header
+}
+
+// route is one endpoint.
+type route struct {
+	methods string // "POST", or several with a blank between
+	paths   []string
+	name    string // audit action
+	what    string // what could not be done, for errors
+	action  iam.Action
+	scope   scope
+	status  int
+	handle  func(ctx context.Context, c *call) (any, error)
+}
+
+// scope says what a right must cover for the call.
+type scope int
+
+const (
+	inInstance scope = iota // the instance of the header
+	onKey                   // the key in the path, within the instance
+	everywhere              // no instance: administration
+)
+
+func (r route) patterns() []string {
+	var out []string
+	for _, m := range strings.Fields(r.methods) {
+		for _, p := range r.paths {
+			out = append(out, m+" "+p)
+		}
+	}
+	return out
+}
+
+func (s *Server) handler(rt route) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
+		corr := r.Header.Get(kmsapi.HeaderCorrelation)
+		if len(corr) > 128 || corr == "" {
+			corr = uuid.NewString()
+		}
+		w.Header().Set(kmsapi.HeaderCorrelation, corr)
+		c := &call{Server: s, r: r, id: r.PathValue("id"), resHeader: w.Header()}
+		status, body, err := s.do(r.Context(), rt, c)
+		code, message := "", ""
+		if err != nil {
+			code, message = publicError(err)
+			status = kmsapi.StatusOf(code)
+		}
+		e := audit.Event{Action: rt.name, Outcome: "success", Status: status, Principal: c.who.String(), Instance: c.instance, Key: c.id,
+			CorrelationID: corr, Remote: remote(r)}
+		if err != nil {
+			e.Outcome, e.Detail = "failure", code
+		}
+		if aerr := s.Audit.Append(context.WithoutCancel(r.Context()), e); aerr != nil {
+			// What is not written down does not happen for the caller.
+			s.Log.Error("audit", "error", aerr)
+			status, code, message, err = http.StatusServiceUnavailable, kmsapi.Unavailable, "", aerr
+		}
+		if err != nil {
+			if code == kmsapi.Unavailable {
+				w.Header().Set("Retry-After", "5")
+			}
+			writeError(w, code, rt.what, message)
+		} else {
+			writeJSON(w, status, body)
+		}
+		level := slog.LevelInfo
+		attrs := []any{"route", rt.name, "status", status, "ms", float64(time.Since(start).Microseconds()) / 1000, "correlation", corr}
+		if status >= http.StatusInternalServerError {
+			level = slog.LevelError
+			attrs = append(attrs, "error", err.Error())
+		}
+		s.Log.Log(r.Context(), level, "request", attrs...)
+	})
+}
+
+// do is the order that every call keeps: is the view fresh, who is it, may
+// they, and only then look anything up.
+func (s *Server) do(ctx context.Context, rt route, c *call) (int, any, error) {
+	if lag := s.Lag(); lag > maxLag {
+		return 0, nil, fault.Newf(fault.Unreachable, "", "", "the view of the store is %s old", lag).WithReason(kmsapi.Unavailable)
+	}
+	var err error
+	if c.who, err = s.authenticate(ctx, c.r); err != nil {
+		return 0, nil, err
+	}
+	if rt.scope != everywhere {
+		if c.instance = instanceOf(c.r); uuid.Validate(c.instance) != nil {
+			c.instance = ""
+			return 0, nil, fault.Newf(fault.Usage, "", "", "instance header missing or no UUID").WithReason(kmsapi.InvalidInstance)
+		}
+	}
+	c.ring = c.r.Header.Get(kmsapi.HeaderKeyRing)
+	if err := s.authorize(ctx, rt, c); err != nil {
+		return 0, nil, err
+	}
+	if c.r.Body != nil {
+		if c.body, err = io.ReadAll(io.LimitReader(c.r.Body, kmsapi.MaxBody+1)); err != nil {
+			return 0, nil, fault.New(fault.Usage, "read", "body", err).WithReason(kmsapi.BadBody)
+		}
+		defer clear(c.body)
+		if len(c.body) > kmsapi.MaxBody {
+			return 0, nil, fault.Newf(fault.Usage, "read", "body", "more than %d bytes", kmsapi.MaxBody).WithReason(kmsapi.TooLarge)
+		}
+	}
+	body, err := rt.handle(ctx, c)
+	return rt.status, body, err
+}
+
+func (s *Server) authenticate(ctx context.Context, r *http.Request) (iam.Principal, error) {
+	if local, _ := ctx.Value(localKey{}).(bool); local {
+		return iam.LocalAdmin(), nil
+	}
+	kind, token, ok := strings.Cut(r.Header.Get("Authorization"), " ")
+	if !ok || !strings.EqualFold(kind, "Bearer") {
+		return iam.Principal{}, fault.Newf(fault.Denied, "authenticate", "", "no bearer token").WithReason(kmsapi.Unauthorized)
+	}
+	p, err := s.IAM.Authenticate(ctx, strings.TrimSpace(token))
+	if fault.KindOf(err) == fault.Denied {
+		return p, fault.New(fault.Denied, "authenticate", "", err).WithReason(kmsapi.Unauthorized)
+	}
+	return p, err
+}
+
+func (s *Server) authorize(ctx context.Context, rt route, c *call) error {
+	res := iam.Resource{Instance: c.instance}
+	if rt.scope == onKey {
+		res.Key, res.KeyRing = c.id, s.KMS.Ring(ctx, c.instance, c.id)
+	} else {
+		res.KeyRing = c.ring
+	}
+	err := s.IAM.Authorize(ctx, c.who, rt.action, res)
+	if fault.KindOf(err) == fault.Denied {
+		return fault.New(fault.Denied, "", "", err).WithReason(kmsapi.Forbidden)
+	}
+	return err
+}
+
+func instanceOf(r *http.Request) string {
+	if v := r.Header.Get(kmsapi.HeaderInstance); v != "" {
+		return v
+	}
+	return r.Header.Get(kmsapi.HeaderInstanceICP)
+}
+
+func remote(r *http.Request) string {
+	if local, _ := r.Context().Value(localKey{}).(bool); local {
+		return "local"
+	}
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		return ""
+	}
+	return host
+}
+
+// decode reads the body strictly. An empty body, {} and null are alike: IBM's
+// clients send any of them.
+func (c *call) decode(v any) error {
+	b := bytes.TrimSpace(c.body)
+	if len(b) == 0 || string(b) == "null" {
+		return nil
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	err := d.Decode(v)
+	if err == nil && d.More() {
+		err = errors.New("more than one JSON value")
+	}
+	if err != nil {
+		return fault.New(fault.Usage, "", "", err).WithReason(kmsapi.BadBody)
+	}
+	return nil
+}
+
+// publicError gives the code and the text that a caller may see. A fault with
+// a reason says its own cause; everything else is one of a few general texts.
+func publicError(err error) (code, message string) {
+	var f *fault.Error
+	if errors.As(err, &f) && f.Reason != "" {
+		switch f.Reason {
+		case kmsapi.InvalidField, kmsapi.InvalidQuery, kmsapi.NotBuilt:
+			return f.Reason, f.Err.Error()
+		case kmsapi.BadBody:
+			if strings.HasPrefix(f.Err.Error(), "json: unknown field") || strings.HasPrefix(f.Err.Error(), "Only ") {
+				return f.Reason, "Invalid body data was passed: Please ensure the data passed had valid formatting with no invalid characters: " + f.Err.Error()
+			}
+			return f.Reason, ""
+		}
+		if kmsapi.Known(f.Reason) {
+			return f.Reason, ""
+		}
+	}
+	switch fault.KindOf(err) {
+	case fault.Usage:
+		return kmsapi.InvalidField, err.Error()
+	case fault.Denied:
+		return kmsapi.Forbidden, ""
+	case fault.NotFound:
+		return kmsapi.KeyNotFound, err.Error()
+	case fault.Conflict:
+		return kmsapi.Conflict, err.Error()
+	case fault.Unreachable, fault.NotReady:
+		return kmsapi.Unavailable, ""
+	}
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		return kmsapi.Unavailable, ""
+	}
+	return kmsapi.Internal, ""
+}
+
+func writeError(w http.ResponseWriter, code, what, message string) {
+	writeJSON(w, kmsapi.StatusOf(code), kmsapi.NewErrors(code, what, message))
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	if v == nil {
+		w.WriteHeader(status)
+		return
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
+		http.Error(w, "internal error", http.StatusInternalServerError)
+		return
+	}
+	defer clear(b)
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+	_, _ = w.Write(b) // a caller who is gone cannot be told
+}
