@@ -1,0 +1,247 @@
+package token_test
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"fmt"
+	"os/exec"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/secret"
+	"github.com/kmsctl/kmsctl/internal/token"
+)
+
+const module = "/usr/lib/softhsm/libsofthsm2.so"
+
+var ids = hsm.MasterIDs{Install: "test", Wrap: []byte("wrap-id-16-bytes"), Seal: []byte("seal-id-16-bytes"), Sign: []byte("sign-id-16-bytes")}
+
+func pin(s string) secret.Value { return secret.New([]byte(s)) }
+
+// softToken makes a token in a folder of its own and opens it.
+func softToken(t *testing.T, dir string) *token.Token {
+	t.Helper()
+	t.Setenv("SOFTHSM2_CONF", "")
+	if err := token.MakeSoftToken(dir, module, "kms", pin("password")); err != nil {
+		t.Fatal(err)
+	}
+	tok, err := token.Open(token.Config{Module: module, Label: "kms"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(tok.Close)
+	return tok
+}
+
+func openToken(t *testing.T, dir string) *token.Token {
+	t.Helper()
+	tok := softToken(t, dir)
+	if err := tok.Login(pin("password")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tok.OpenMaster(ids, true); err != nil {
+		t.Fatal(err)
+	}
+	return tok
+}
+
+func TestWrapUnwrapSealSign(t *testing.T) {
+	tok := openToken(t, t.TempDir())
+	made, err := tok.CreateRootKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	brought, err := tok.ImportRootKey(pin("0123456789abcdef"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, k := range map[string]hsm.NewKey{"made": made, "brought": brought} {
+		a, err := tok.Wrap(k.Blob, []byte("dek"), []byte("aad"))
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		b, err := tok.Wrap(k.Blob, []byte("dek"), []byte("aad"))
+		if err != nil || bytes.Equal(a.IV, b.IV) || bytes.Equal(a.Ciphertext, b.Ciphertext) {
+			t.Errorf("%s: an IV repeats: %v", name, err)
+		}
+		if got, err := tok.Unwrap(k.Blob, a, []byte("aad")); err != nil || string(got) != "dek" {
+			t.Errorf("%s: %q %v", name, got, err)
+		}
+		if _, err := tok.Unwrap(k.Blob, a, []byte("other")); fault.KindOf(err) != fault.BadContent {
+			t.Errorf("%s: other aad: %v", name, err)
+		}
+		for i := range a.Ciphertext {
+			bad := hsm.Sealed{Suite: a.Suite, IV: a.IV, Ciphertext: bytes.Clone(a.Ciphertext)}
+			bad.Ciphertext[i] ^= 1
+			if _, err := tok.Unwrap(k.Blob, bad, []byte("aad")); fault.KindOf(err) != fault.BadContent {
+				t.Errorf("%s: byte %d flipped: %v", name, i, err)
+			}
+		}
+	}
+	a, err := tok.Wrap(made.Blob, []byte("dek"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tok.Unwrap(brought.Blob, a, nil); fault.KindOf(err) != fault.BadContent {
+		t.Errorf("another key: %v", err)
+	}
+	sealed, err := tok.Seal([]byte("secret"), []byte("purpose"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := tok.Unseal(sealed, []byte("purpose")); err != nil || string(got) != "secret" {
+		t.Errorf("%q %v", got, err)
+	}
+	if _, err := tok.Unseal(sealed, []byte("another")); fault.KindOf(err) != fault.BadContent {
+		t.Errorf("unseal for another purpose: %v", err)
+	}
+	m, err := tok.OpenMaster(ids, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sig, err := tok.Sign([]byte("head"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub, err := x509.ParsePKIXPublicKey(m.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if sum := sha256.Sum256([]byte("head")); !ecdsa.VerifyASN1(pub.(*ecdsa.PublicKey), sum[:], sig) {
+		t.Error("the signature does not verify")
+	}
+}
+
+func TestMasterKeysOutliveTheProcessAndAreNeverReadable(t *testing.T) {
+	dir := t.TempDir()
+	var first hsm.Master
+	var k hsm.NewKey
+	t.Run("first", func(t *testing.T) {
+		tok := openToken(t, dir)
+		var err error
+		if first, err = tok.OpenMaster(ids, false); err != nil {
+			t.Fatal(err)
+		}
+		if k, err = tok.CreateRootKey(); err != nil {
+			t.Fatal(err)
+		}
+	})
+	tok := softToken(t, dir)
+	if _, err := tok.CreateRootKey(); fault.KindOf(err) != fault.NotReady {
+		t.Errorf("before login: %v", err)
+	}
+	if err := tok.Login(pin("password")); err != nil {
+		t.Fatal(err)
+	}
+	again, err := tok.OpenMaster(ids, false)
+	if err != nil || !bytes.Equal(again.WrapKCV, first.WrapKCV) || !bytes.Equal(again.SealKCV, first.SealKCV) || !bytes.Equal(again.PublicKey, first.PublicKey) {
+		t.Fatalf("%+v %v", again, err)
+	}
+	if _, err := tok.Wrap(k.Blob, []byte("dek"), nil); err != nil {
+		t.Error(err)
+	}
+	cmd := exec.Command("pkcs11-tool", "--module", module, "--login", "--pin", "password", "--token-label", "kms", "-O")
+	out, err := cmd.CombinedOutput() // SOFTHSM2_CONF is in the environment
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for _, name := range []string{"mkek", "mseal", "msign"} {
+		_, part, found := strings.Cut(string(out), "kms:test:"+name+":v1")
+		part, _, _ = strings.Cut(part, "label:")
+		if !found || !strings.Contains(part, "sensitive, always sensitive, never extractable, local") {
+			t.Errorf("%s in\n%s", name, out)
+		}
+	}
+}
+
+func TestMasterKeysOfAnotherStoreAreNotMade(t *testing.T) {
+	tok := softToken(t, t.TempDir())
+	if err := tok.Login(pin("password")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tok.OpenMaster(ids, false); fault.KindOf(err) != fault.NotFound || fault.HintOf(err) == "" {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestABlobOfAnotherMasterIsRefused(t *testing.T) {
+	var k hsm.NewKey
+	t.Run("other", func(t *testing.T) {
+		var err error
+		if k, err = openToken(t, t.TempDir()).CreateRootKey(); err != nil {
+			t.Fatal(err)
+		}
+	})
+	tok := openToken(t, t.TempDir())
+	for name, blob := range map[string][]byte{"other": k.Blob, "empty": nil, "short": k.Blob[:10], "other form": append([]byte{9}, k.Blob[1:]...)} {
+		if _, err := tok.Wrap(blob, []byte("x"), nil); fault.KindOf(err) != fault.BadContent {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestAWrongPINIsTriedOnce(t *testing.T) {
+	tok := softToken(t, t.TempDir())
+	if err := tok.Login(pin("wrong")); fault.KindOf(err) != fault.Denied || fault.HintOf(err) == "" {
+		t.Fatalf("%v", err)
+	}
+	if info, err := tok.Info(); err != nil || !info.PINCountLow || info.LoggedIn {
+		t.Errorf("%+v %v", info, err)
+	}
+	// The right PIN would succeed if it reached the token.
+	if err := tok.Login(pin("password")); fault.KindOf(err) != fault.Denied {
+		t.Errorf("a second login reached the token: %v", err)
+	}
+}
+
+func TestNoLibraryNoToken(t *testing.T) {
+	if _, err := token.Open(token.Config{Module: "/nowhere/lib.so", Label: "kms"}); fault.KindOf(err) != fault.NotFound || fault.ObjectOf(err) != "/nowhere/lib.so" {
+		t.Errorf("%v", err)
+	}
+	softToken(t, t.TempDir())
+	no := uint64(5)
+	for _, c := range []token.Config{{Module: module, Label: "other"}, {Module: module, Serial: "1"}, {Module: module, Slot: &no}} {
+		if _, err := token.Open(c); fault.KindOf(err) != fault.NotFound || !strings.Contains(err.Error(), `"kms"`) {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+}
+
+func TestCacheUnderPressure(t *testing.T) {
+	tok := openToken(t, t.TempDir())
+	var blobs [][]byte
+	for range 20 {
+		k, err := tok.CreateRootKey()
+		if err != nil {
+			t.Fatal(err)
+		}
+		blobs = append(blobs, k.Blob)
+	}
+	var wg sync.WaitGroup
+	for g := range 4 {
+		wg.Go(func() {
+			for i := range 40 {
+				blob := blobs[(i*7+g)%len(blobs)]
+				text := []byte(fmt.Sprint(g, i))
+				c, err := tok.Wrap(blob, text, nil)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if i%5 == 0 {
+					tok.Evict(blob)
+				}
+				if got, err := tok.Unwrap(blob, c, nil); err != nil || !bytes.Equal(got, text) {
+					t.Errorf("%q %v", got, err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
