@@ -621,7 +621,9 @@ func (t *Token) ImportRootKey(material secret.Value) (hsm.NewKey, error) {
 	if n := len(material.Reveal()); n != 16 && n != 24 && n != 32 {
 		return hsm.NewKey{}, fault.Newf(fault.Usage, "import root key", "", "%d bytes are no AES key", n)
 	}
-	return t.newRoot(func(s pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) { return t.sessionKey(s, material.Reveal(), true) })
+	return t.newRoot(func(s pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
+		return t.sessionKey(s, material.Reveal(), true)
+	})
 }
 
 // blobHead begins a wrapped root key: format 1, wrapped by RFC 3394, under
