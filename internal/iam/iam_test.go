@@ -157,13 +157,11 @@ func TestForgedTokensAreRefused(t *testing.T) {
 	claims := func(exp time.Time) jwt.MapClaims {
 		return jwt.MapClaims{"iss": "kmsctl", "sub": p.ServiceID, "key_id": p.APIKeyID, "iat": w.now.Unix(), "exp": exp.Unix()}
 	}
-	kid := func(t *testing.T) any {
-		tok, _, err := jwt.NewParser().ParseUnverified(good, jwt.MapClaims{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return tok.Header["kid"]
-	}(t)
+	parsed, _, err := jwt.NewParser().ParseUnverified(good, jwt.MapClaims{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kid := parsed.Header["kid"]
 	sign := func(m jwt.SigningMethod, key any, kid any, c jwt.MapClaims) string {
 		tok := jwt.NewWithClaims(m, c)
 		tok.Header["kid"] = kid

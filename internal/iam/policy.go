@@ -78,6 +78,10 @@ type Resource struct {
 	Key          string `json:"resource,omitempty"`
 	ResourceType string `json:"resourceType,omitempty"`
 	KeyRing      string `json:"keyRing,omitempty"`
+	// Resolve, in a request, gives the id and the ring of the key that Key
+	// names. It is called only when a policy of the same instance needs to know,
+	// so that what is foreign costs no look-up.
+	Resolve func() (key, ring string) `json:"-"`
 }
 
 // NewPolicy makes the policy of a role on an instance, or on one key or key
@@ -145,10 +149,14 @@ func (r Resource) covers(want Resource) bool {
 	if r.Instance == "" || r.Instance != want.Instance {
 		return false
 	}
-	if r.Key != "" && r.Key != want.Key {
-		return false
+	if r.Key == "" && r.KeyRing == "" || r.KeyRing == "" && r.Key == want.Key {
+		return true
 	}
-	return r.KeyRing == "" || r.KeyRing == want.KeyRing
+	key, ring := want.Key, want.KeyRing
+	if want.Resolve != nil {
+		key, ring = want.Resolve()
+	}
+	return (r.Key == "" || r.Key == key) && (r.KeyRing == "" || r.KeyRing == ring)
 }
 
 func (p Policy) allows(act Action, want Resource) bool {

@@ -14,13 +14,14 @@ import (
 	"github.com/kmsctl/kmsctl/internal/kms"
 	"github.com/kmsctl/kmsctl/internal/record"
 	"github.com/kmsctl/kmsctl/internal/store"
+	"github.com/kmsctl/kmsctl/internal/testkit"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
 type world struct {
 	*kms.Service
 	instance string
-	token    *fakeToken
+	token    *testkit.Token
 	now      time.Time
 }
 
@@ -40,7 +41,7 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { st.Close(); c.Close(); m.Close() })
-	w := &world{token: newToken("p", "p"), now: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}
+	w := &world{token: testkit.NewToken("p", "p"), now: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}
 	w.Service = kms.New(st, w.token, w.token, func() time.Time { return w.now })
 	w.instance = w.newInstance(t, "shop")
 	return w
@@ -248,7 +249,7 @@ func TestHSMFailureIsNotACiphertextError(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.token.deviceErr = fault.Newf(fault.Unreachable, "unwrap", "fake", "CKR_DEVICE_REMOVED")
+	w.token.DeviceErr = fault.Newf(fault.Unreachable, "unwrap", "fake", "CKR_DEVICE_REMOVED")
 	if _, err := w.Unwrap(t.Context(), w.instance, k.ID, kmsapi.UnwrapRequest{Ciphertext: out.Ciphertext}); fault.KindOf(err) != fault.Unreachable {
 		t.Errorf("%v", err)
 	}
@@ -320,73 +321,73 @@ func plainStore(t *testing.T) *store.Plain {
 }
 
 func TestUnlockMakesMasterKeysOnceAndFindsThemAgain(t *testing.T) {
-	p, tok := plainStore(t), newToken("pin", "pin")
+	p, tok := plainStore(t), testkit.NewToken("pin", "pin")
 	a, err := kms.Unlock(t.Context(), p, tok, time.Now)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tok.loggedIn = false
+	tok.LoggedIn = false
 	b, err := kms.Unlock(t.Context(), p, tok, time.Now)
 	if err != nil || !bytes.Equal(a.RecordKey, b.RecordKey) || !bytes.Equal(a.TokenKey, b.TokenKey) || a.Install != b.Install || len(a.RecordKey) != 32 {
 		t.Errorf("%v", err)
 	}
-	if bytes.Equal(a.RecordKey, a.TokenKey) || len(tok.keys) != 1 {
-		t.Errorf("%d master keys", len(tok.keys))
+	if bytes.Equal(a.RecordKey, a.TokenKey) || len(tok.Masters) != 1 {
+		t.Errorf("%d master keys", len(tok.Masters))
 	}
 }
 
 func TestUnlockRefusesAnotherToken(t *testing.T) {
 	p := plainStore(t)
-	if _, err := kms.Unlock(t.Context(), p, newToken("pin", "pin"), time.Now); err != nil {
+	if _, err := kms.Unlock(t.Context(), p, testkit.NewToken("pin", "pin"), time.Now); err != nil {
 		t.Fatal(err)
 	}
-	other := newToken("pin", "pin")
-	other.serial = "s2"
+	other := testkit.NewToken("pin", "pin")
+	other.Serial = "s2"
 	if _, err := kms.Unlock(t.Context(), p, other, time.Now); fault.KindOf(err) != fault.BadContent {
 		t.Errorf("another serial: %v", err)
 	}
-	if len(other.keys) != 0 {
+	if len(other.Masters) != 0 {
 		t.Error("a master key was made on the wrong token")
 	}
-	cleared := newToken("pin", "pin")
+	cleared := testkit.NewToken("pin", "pin")
 	if _, err := kms.Unlock(t.Context(), p, cleared, time.Now); fault.KindOf(err) != fault.NotFound {
 		t.Errorf("the same token without its keys: %v", err)
 	}
 }
 
 func TestAWrongPINIsTriedOnce(t *testing.T) {
-	p, tok := plainStore(t), newToken("wrong", "right")
+	p, tok := plainStore(t), testkit.NewToken("wrong", "right")
 	for range 3 {
 		if _, err := kms.Unlock(t.Context(), p, tok, time.Now); fault.KindOf(err) != fault.Denied {
 			t.Fatalf("%v", err)
 		}
 	}
-	if tok.logins != 1 {
-		t.Fatalf("%d logins with a wrong PIN", tok.logins)
+	if tok.Logins != 1 {
+		t.Fatalf("%d logins with a wrong PIN", tok.Logins)
 	}
-	tok.pin = "right" // the secret has changed
-	if _, err := kms.Unlock(t.Context(), p, tok, time.Now); err != nil || tok.logins != 2 {
-		t.Errorf("%d logins: %v", tok.logins, err)
+	tok.PIN = "right" // the secret has changed
+	if _, err := kms.Unlock(t.Context(), p, tok, time.Now); err != nil || tok.Logins != 2 {
+		t.Errorf("%d logins: %v", tok.Logins, err)
 	}
-	tok.loggedIn = false // a restart with a known good PIN
+	tok.LoggedIn = false // a restart with a known good PIN
 	if _, err := kms.Unlock(t.Context(), p, tok, time.Now); err != nil {
 		t.Error(err)
 	}
 }
 
 func TestAnAttemptWhoseEndNobodySaw(t *testing.T) {
-	p, tok := plainStore(t), newToken("wrong", "right")
-	tok.deviceErr = fault.New(fault.Unreachable, "log in", "fake", context.DeadlineExceeded)
+	p, tok := plainStore(t), testkit.NewToken("wrong", "right")
+	tok.DeviceErr = fault.New(fault.Unreachable, "log in", "fake", context.DeadlineExceeded)
 	if _, err := kms.Unlock(t.Context(), p, tok, time.Now); fault.KindOf(err) != fault.Unreachable {
 		t.Fatal(err)
 	}
-	tok.deviceErr = nil
-	tok.countLow = true // the token says that the attempt failed
-	if _, err := kms.Unlock(t.Context(), p, tok, time.Now); fault.KindOf(err) != fault.Denied || tok.logins != 0 {
-		t.Errorf("%d logins: %v", tok.logins, err)
+	tok.DeviceErr = nil
+	tok.CountLow = true // the token says that the attempt failed
+	if _, err := kms.Unlock(t.Context(), p, tok, time.Now); fault.KindOf(err) != fault.Denied || tok.Logins != 0 {
+		t.Errorf("%d logins: %v", tok.Logins, err)
 	}
-	tok.countLow = false // the attempt never reached it
-	if _, err := kms.Unlock(t.Context(), p, tok, time.Now); fault.KindOf(err) != fault.Denied || tok.logins != 1 {
-		t.Errorf("%d logins: %v", tok.logins, err)
+	tok.CountLow = false // the attempt never reached it
+	if _, err := kms.Unlock(t.Context(), p, tok, time.Now); fault.KindOf(err) != fault.Denied || tok.Logins != 1 {
+		t.Errorf("%d logins: %v", tok.Logins, err)
 	}
 }

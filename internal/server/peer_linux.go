@@ -20,7 +20,7 @@ func sameUser(c net.Conn) bool {
 	}
 	same := false
 	err = raw.Control(func(fd uintptr) {
-		cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) //nolint:gosec // a descriptor fits an int
+		cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 		same = err == nil && int(cred.Uid) == os.Getuid()
 	})
 	return err == nil && same

@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -99,7 +100,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener, local bool) error {
 	if err != nil {
 		err = errors.Join(err, h.Close())
 	}
-	<-done
+	_ = <-done // http.ErrServerClosed
 	return err
 }
 
@@ -258,7 +259,8 @@ func (s *Server) authenticate(ctx context.Context, r *http.Request) (iam.Princip
 func (s *Server) authorize(ctx context.Context, rt route, c *call) error {
 	res := iam.Resource{Instance: c.instance}
 	if rt.scope == onKey {
-		res.Key, res.KeyRing = c.id, s.KMS.Ring(ctx, c.instance, c.id)
+		res.Key = c.id
+		res.Resolve = sync.OnceValues(func() (string, string) { return c.id, s.KMS.Ring(ctx, c.instance, c.id) })
 	} else {
 		res.KeyRing = c.ring
 	}
@@ -297,8 +299,10 @@ func (c *call) decode(v any) error {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	err := d.Decode(v)
-	if err == nil && d.More() {
-		err = errors.New("more than one JSON value")
+	if err == nil {
+		if _, end := d.Token(); !errors.Is(end, io.EOF) { // More is false before a stray ] or }
+			err = errors.New("something follows the JSON value")
+		}
 	}
 	if err != nil {
 		return fault.New(fault.Usage, "", "", err).WithReason(kmsapi.BadBody)

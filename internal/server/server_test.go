@@ -1,0 +1,414 @@
+package server_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/iam"
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+)
+
+func TestCreateWrapUnwrapUnderBothPrefixesAndHeaders(t *testing.T) {
+	w := newWorld(t)
+	root := w.root(t, "shop")
+	for _, prefix := range []string{"/api/v2", "/kms/api/v2"} {
+		for _, header := range []string{"Bluemix-Instance", "Icp-Instance"} {
+			c := client{w: w, token: root.token}.with(header, root.instance)
+			r := c.do(t, "POST", prefix+"/keys", createBody(`"name":"root","extractable":false`))
+			k := r.key(t)
+			if r.status != 201 || k.State != 1 || k.KeyVersion == nil || k.Payload != "" || k.KeyRingID != "default" {
+				t.Fatalf("%d %s", r.status, r.body)
+			}
+			path := prefix + "/keys/" + k.ID
+			var wrapped, open kmsapi.ActionAnswer
+			c.do(t, "POST", path+"/actions/wrap", `{"plaintext":"aGVsbG8=","aad":["a"]}`).into(t, &wrapped)
+			if wrapped.Ciphertext == "" || wrapped.Plaintext != "" {
+				t.Errorf("%+v", wrapped)
+			}
+			in, _ := json.Marshal(kmsapi.UnwrapRequest{Ciphertext: wrapped.Ciphertext, AAD: []string{"a"}})
+			c.do(t, "POST", path+"/actions/unwrap", string(in)).into(t, &open)
+			if open.Plaintext != "aGVsbG8=" {
+				t.Errorf("%+v", open)
+			}
+			for _, sub := range []string{"", "/metadata"} {
+				if got := c.do(t, "GET", path+sub, ""); got.status != 200 || got.key(t).ID != k.ID {
+					t.Errorf("%s: %+v", sub, got)
+				}
+			}
+		}
+	}
+	var list kmsapi.Keys
+	root.do(t, "GET", "/api/v2/keys", "").into(t, &list)
+	if len(list.Resources) != 4 || list.Metadata.CollectionTotal != 4 || list.Metadata.CollectionType != kmsapi.TypeKey {
+		t.Errorf("%+v", list.Metadata)
+	}
+	if r := root.do(t, "HEAD", "/api/v2/keys", ""); r.status != 200 || r.header.Get("Key-Total") != "4" {
+		t.Errorf("%d %v", r.status, r.header)
+	}
+}
+
+// TestEmptyBodies: IBM's clients send nothing, {} or null where there is
+// nothing to say.
+func TestEmptyBodies(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop")
+	k := c.create(t, `"name":"root"`)
+	for _, body := range []string{"", "{}", "null", " \n", `{"plaintext":""}`} {
+		var out kmsapi.ActionAnswer
+		c.do(t, "POST", "/api/v2/keys/"+k.ID+"/actions/wrap", body).into(t, &out)
+		if out.Plaintext == "" || out.Ciphertext == "" {
+			t.Errorf("body %q: %+v", body, out)
+		}
+	}
+	if r := c.do(t, "POST", "/api/v2/keys/"+k.ID+"/actions/unwrap", ""); r.code() != kmsapi.NoBody || r.status != 400 {
+		t.Errorf("%+v", r)
+	}
+}
+
+func TestBodiesAreReadStrictly(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop")
+	for name, b := range map[string]struct {
+		body, code, says string
+	}{
+		"unknown field":    {createBody(`"name":"xx","colour":"red"`), kmsapi.BadBody, `unknown field \"colour\"`},
+		"trailing comma":   {createBody(`"name":"xx",`), kmsapi.BadBody, "valid formatting"},
+		"two values":       {createBody(`"name":"xx"`) + "{}", kmsapi.BadBody, "valid formatting"},
+		"rubbish after":    {createBody(`"name":"xx"`) + "]", kmsapi.BadBody, "valid formatting"},
+		"no JSON":          {"name=xx", kmsapi.BadBody, "valid formatting"},
+		"wrong type":       {createBody(`"name":7`), kmsapi.BadBody, "valid formatting"},
+		"no metadata":      {`{"resources":[{"name":"xx"}]}`, kmsapi.BadBody, "CollectionMetadata is empty"},
+		"nothing":          {"", kmsapi.BadBody, "CollectionMetadata is empty"},
+		"total differs":    {`{"metadata":{"collectionType":"x","collectionTotal":2},"resources":[{"name":"xx"}]}`, kmsapi.CollectionTotal, "Collection total"},
+		"two keys":         {`{"metadata":{"collectionType":"x","collectionTotal":2},"resources":[{"name":"xx"},{"name":"yy"}]}`, kmsapi.BadBody, "Only creation of one key"},
+		"name too short":   {createBody(`"name":"x"`), kmsapi.InvalidField, "`name`"},
+		"payload no base":  {createBody(`"name":"xx","payload":"%"`), kmsapi.InvalidField, "`payload`"},
+		"root of 31 bytes": {createBody(`"name":"xx","payload":"AAAA"`), kmsapi.InvalidField, "128, 192 or 256"},
+	} {
+		r := c.do(t, "POST", "/api/v2/keys", b.body)
+		if r.status != 400 || r.code() != b.code || !strings.Contains(r.body, b.says) || !strings.Contains(r.body, "Bad Request: Key could not be created") {
+			t.Errorf("%s: %d %s", name, r.status, r.body)
+		}
+	}
+	if r := c.do(t, "POST", "/api/v2/keys", createBody(`"name":"`+strings.Repeat("x", kmsapi.MaxBody)+`"`)); r.status != 413 || r.code() != kmsapi.TooLarge {
+		t.Errorf("large body: %d %.200s", r.status, r.body)
+	}
+	if _, total, err := w.kms.Keys(t.Context(), c.instance, allKeys); err != nil || total != 0 {
+		t.Errorf("%d keys were made all the same: %v", total, err)
+	}
+}
+
+// TestAuthentication: whoever is not known gets 401 without a reason, whatever
+// was wrong, and whatever they asked for.
+func TestAuthentication(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop")
+	k := c.create(t, `"name":"root"`)
+	good := c.token
+	head, sig, _ := strings.Cut(good, ".")
+	for name, value := range map[string]string{
+		"nothing": "", "no scheme": good, "basic": "Basic " + good, "rubbish": "Bearer x.y.z", "other signature": "Bearer " + good[:len(good)-4] + "AAAA",
+		"no algorithm": "Bearer eyJhbGciOiJub25lIn0." + sig[:strings.IndexByte(sig, '.')] + ".", "cut": "Bearer " + head, "an API key": "Bearer " + w.admin,
+	} {
+		bad := client{w: w, instance: c.instance}.with("Authorization", value)
+		for _, path := range []string{"/api/v2/keys/" + k.ID, "/api/v2/keys/nope", "/kmsctl/v1/instances"} {
+			r := bad.do(t, "GET", path, "")
+			if r.status != 401 || strings.Contains(r.body, "reasons") || !strings.Contains(r.body, kmsapi.UnauthorizedText) {
+				t.Errorf("%s, %s: %d %s", name, path, r.status, r.body)
+			}
+			if e := w.audit.last(); e.Outcome != "failure" || e.Status != 401 || e.Principal != "nobody" {
+				t.Errorf("%s: audit %+v", name, e)
+			}
+		}
+	}
+	w.advance(2 * time.Hour)
+	if r := c.do(t, "GET", "/api/v2/keys", ""); r.status != 401 {
+		t.Errorf("an expired token: %d", r.status)
+	}
+}
+
+func TestInstanceHeader(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop")
+	for _, id := range []string{"", "shop", "../x"} {
+		c.instance = id
+		if r := c.do(t, "GET", "/api/v2/keys", ""); r.status != 400 || r.code() != kmsapi.InvalidInstance {
+			t.Errorf("%q: %+v", id, r)
+		}
+	}
+	c.instance = "00000000-0000-4000-8000-000000000000"
+	if r := c.do(t, "GET", "/api/v2/keys", ""); r.status != 404 || r.code() != kmsapi.InstanceNotFound {
+		t.Errorf("%+v", r)
+	}
+}
+
+// TestAuthorizationComesBeforeLookUp: to somebody without a right, a key that
+// is there and a key that is not look the same, and the HSM is not asked.
+func TestAuthorizationComesBeforeLookUp(t *testing.T) {
+	w := newWorld(t)
+	mine, theirs := w.root(t, "mine"), w.root(t, "theirs")
+	a, b, foreign := mine.create(t, `"name":"aa"`), mine.create(t, `"name":"bb"`), theirs.create(t, `"name":"cc"`)
+	s := mine.service(t, "orders", "Viewer", a.ID, "")
+	calls := w.token.Calls.Load()
+	var bodies []string
+	for _, c := range []struct{ instance, key string }{
+		{mine.instance, b.ID}, {mine.instance, foreign.ID}, {mine.instance, "00000000-0000-4000-8000-000000000000"}, {mine.instance, "no-such-alias"},
+		{theirs.instance, foreign.ID}, {theirs.instance, a.ID}, {"00000000-0000-4000-8000-000000000000", a.ID},
+	} {
+		s.instance = c.instance
+		r := s.do(t, "POST", "/api/v2/keys/"+c.key+"/actions/wrap", "{not even JSON")
+		if r.status != 403 || r.code() != kmsapi.Forbidden {
+			t.Errorf("%+v: %d %s", c, r.status, r.body)
+		}
+		bodies = append(bodies, r.body)
+		if e := w.audit.last(); e.Action != "kms.secrets.wrap" || e.Outcome != "failure" || e.Status != 403 || e.Key != c.key || e.Instance != c.instance ||
+			!strings.HasPrefix(e.Principal, "ServiceId-") || e.Detail != kmsapi.Forbidden {
+			t.Errorf("audit %+v", e)
+		}
+	}
+	for _, body := range bodies {
+		if body != bodies[0] {
+			t.Errorf("bodies differ:\n%s\n%s", bodies[0], body)
+		}
+	}
+	if n := w.token.Calls.Load(); n != calls {
+		t.Errorf("the HSM was asked %d times", n-calls)
+	}
+	s.instance = mine.instance
+	if r := s.do(t, "POST", "/api/v2/keys/"+a.ID+"/actions/wrap", ""); r.status != 200 {
+		t.Errorf("its own key: %d %s", r.status, r.body)
+	}
+	if r := s.do(t, "GET", "/api/v2/keys", ""); r.status != 403 {
+		t.Errorf("list by a policy on one key: %d", r.status)
+	}
+}
+
+func TestRevocationHoldsAtOnce(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop")
+	k := c.create(t, `"name":"root"`)
+	var o kmsapi.Onboarded
+	c.do(t, "POST", "/kmsctl/v1/onboard", `{"name":"orders","instance":"`+c.instance+`","key":"`+k.ID+`"}`).into(t, &o)
+	s := client{w: w, token: w.login(t, o.APIKey), instance: c.instance}
+	wrap := "/api/v2/keys/" + k.ID + "/actions/wrap"
+	if r := s.do(t, "POST", wrap, ""); r.status != 200 {
+		t.Fatal(r)
+	}
+	if r := c.do(t, "DELETE", "/kmsctl/v1/iam/policies/"+o.ServiceID+"/"+o.PolicyID, ""); r.status != 204 {
+		t.Fatal(r)
+	}
+	if r := s.do(t, "POST", wrap, ""); r.status != 403 {
+		t.Errorf("policy deleted: %d", r.status)
+	}
+	if r := c.do(t, "DELETE", "/kmsctl/v1/iam/service-ids/orders", ""); r.status != 204 {
+		t.Fatal(r)
+	}
+	if r := s.do(t, "POST", wrap, ""); r.status != 401 {
+		t.Errorf("service ID deleted: %d", r.status)
+	}
+}
+
+// TestNothingIsAnsweredThatIsNotWrittenDown: when the audit log fails, so does
+// the call, and the answer holds nothing.
+func TestNothingIsAnsweredThatIsNotWrittenDown(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop")
+	k := c.create(t, `"name":"xx","extractable":true`)
+	w.audit.err = errors.New("no space left on device")
+	r := c.do(t, "GET", "/api/v2/keys/"+k.ID, "")
+	if r.status != 503 || r.code() != kmsapi.Unavailable || r.header.Get("Retry-After") == "" || strings.Contains(r.body, k.Payload) || strings.Contains(r.body, "space") {
+		t.Errorf("%d %v %s", r.status, r.header, r.body)
+	}
+	res, err := http.PostForm(w.url+"/oidc/token", url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey"}, "apikey": {w.admin}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	if res.StatusCode != 503 {
+		t.Errorf("token: %d", res.StatusCode)
+	}
+}
+
+func TestAStaleViewRefuses(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop")
+	w.lag.Store(int64(1001 * time.Millisecond))
+	r := c.do(t, "GET", "/api/v2/keys", "")
+	if r.status != 503 || r.code() != kmsapi.Unavailable || r.header.Get("Retry-After") == "" {
+		t.Errorf("%+v", r)
+	}
+	ready := c.do(t, "GET", "/readyz", "")
+	if ready.status != 503 || !strings.Contains(ready.body, "storage: silent for 1s") {
+		t.Errorf("%+v", ready)
+	}
+	if r := c.do(t, "GET", "/livez", ""); r.status != 200 {
+		t.Errorf("livez: %d", r.status)
+	}
+	w.lag.Store(0)
+	if r := c.do(t, "GET", "/api/v2/keys", ""); r.status != 200 {
+		t.Errorf("fresh again: %+v", r)
+	}
+}
+
+func TestReadinessNamesTheReasons(t *testing.T) {
+	w := newWorld(t)
+	c := client{w: w}
+	var h kmsapi.Health
+	if r := c.do(t, "GET", "/readyz", ""); r.status != 200 {
+		t.Errorf("%+v", r)
+	}
+	sick := []string{"hsm: not logged in"}
+	w.sick.Store(&sick)
+	r := c.do(t, "GET", "/readyz", "")
+	r.into(t, &h)
+	if r.status != 503 || h.Ready || len(h.Reasons) != 1 || h.Reasons[0] != sick[0] {
+		t.Errorf("%d %+v", r.status, h)
+	}
+}
+
+// TestHSMFailure: the caller learns that the service is away, and nothing of
+// why; the log has the cause.
+func TestHSMFailure(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop")
+	k := c.create(t, `"name":"root"`)
+	var out kmsapi.ActionAnswer
+	c.do(t, "POST", "/api/v2/keys/"+k.ID+"/actions/wrap", "").into(t, &out)
+	w.token.DeviceErr = fault.Newf(fault.Unreachable, "unwrap", "fake", "CKR_DEVICE_REMOVED")
+	in, _ := json.Marshal(kmsapi.UnwrapRequest{Ciphertext: out.Ciphertext})
+	r := c.do(t, "POST", "/api/v2/keys/"+k.ID+"/actions/unwrap", string(in))
+	if r.status != 503 || r.code() != kmsapi.Unavailable || strings.Contains(r.body, "CKR") {
+		t.Errorf("%d %s", r.status, r.body)
+	}
+	w.token.DeviceErr = errors.New("a bug with a secret")
+	r = c.do(t, "POST", "/api/v2/keys/"+k.ID+"/actions/unwrap", string(in))
+	if r.status != 500 || r.code() != kmsapi.Internal || strings.Contains(r.body, "secret") {
+		t.Errorf("%d %s", r.status, r.body)
+	}
+}
+
+func TestEveryCallLeavesOneAuditLine(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop").with("Correlation-Id", "corr-1")
+	before := w.audit.count()
+	k := c.create(t, `"name":"root"`)
+	if e := w.audit.last(); w.audit.count() != before+1 || e.Action != "kms.secrets.create" || e.Key != k.ID || e.CorrelationID != "corr-1" || e.Remote != "127.0.0.1" ||
+		e.Outcome != "success" || e.Status != 201 || e.Instance != c.instance || !strings.HasPrefix(e.Principal, "admin:") {
+		t.Errorf("%+v", e)
+	}
+	r := c.do(t, "GET", "/api/v2/keys/"+k.ID+"x", "")
+	if r.status != 404 || r.code() != kmsapi.KeyNotFound || r.header.Get("Correlation-Id") != "corr-1" {
+		t.Errorf("%+v", r)
+	}
+	if e := w.audit.last(); e.Outcome != "failure" || e.Detail != kmsapi.KeyNotFound {
+		t.Errorf("%+v", e)
+	}
+	if r := c.do(t, "GET", "/api/v3/keys", ""); r.status != 404 || r.code() != kmsapi.NoSuchPath {
+		t.Errorf("%+v", r)
+	}
+}
+
+func TestTokenEndpoints(t *testing.T) {
+	w := newWorld(t)
+	for _, path := range []string{"/identity/token", "/oidc/token", "/iam-token/oidc/token"} {
+		for name, c := range map[string]struct {
+			form   url.Values
+			status int
+			says   string
+		}{
+			"good":        {url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey"}, "apikey": {w.admin}, "response_type": {"cloud_iam"}}, 200, `"access_token":"ey`},
+			"wrong key":   {url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey"}, "apikey": {w.admin + "x"}}, 400, "BXNIM0415E"},
+			"no key":      {url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey"}}, 400, "Provided API key could not be found"},
+			"other grant": {url.Values{"grant_type": {"client_credentials"}}, 400, "grant_type"},
+		} {
+			res, err := http.PostForm(w.url+path, c.form)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var body json.RawMessage
+			err = json.NewDecoder(res.Body).Decode(&body)
+			res.Body.Close()
+			if err != nil || res.StatusCode != c.status || !strings.Contains(string(body), c.says) {
+				t.Errorf("%s %s: %d %s %v", path, name, res.StatusCode, body, err)
+			}
+		}
+	}
+	if e := w.audit.last(); e.Action != "iam.token.issue" {
+		t.Errorf("%+v", e)
+	}
+}
+
+// TestLocalSocket: the same user on this machine is administrator without a
+// token.
+func TestLocalSocket(t *testing.T) {
+	w := newWorld(t)
+	h := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", w.socket)
+	}}}
+	defer h.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(t.Context(), "GET", "http://local/kmsctl/v1/instances", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := roundTrip(t, h, req); r.status != 200 {
+		t.Errorf("%+v", r)
+	}
+	if e := w.audit.last(); e.Principal != iam.LocalAdmin().String() || e.Remote != "local" {
+		t.Errorf("%+v", e)
+	}
+}
+
+func TestOnboardAndManageByHTTP(t *testing.T) {
+	w := newWorld(t)
+	c := client{w: w, token: w.login(t, w.admin)}
+	var o kmsapi.Onboarded
+	r := c.do(t, "POST", "/kmsctl/v1/onboard", `{"name":"orders"}`)
+	if r.into(t, &o); r.status != 201 || o.APIKey == "" || o.KeyID == "" || o.InstanceID == "" || o.PolicyID == "" || !strings.HasPrefix(o.ServiceID, "ServiceId-") {
+		t.Fatalf("%+v", r)
+	}
+	s := client{w: w, token: w.login(t, o.APIKey), instance: o.InstanceID}
+	if r := s.do(t, "POST", "/api/v2/keys/"+o.KeyID+"/actions/wrap", ""); r.status != 200 {
+		t.Errorf("%+v", r)
+	}
+	for _, path := range []string{"/kmsctl/v1/instances", "/kmsctl/v1/iam/service-ids"} {
+		if r := s.do(t, "GET", path, ""); r.status != 403 {
+			t.Errorf("%s by a service: %d", path, r.status)
+		}
+	}
+	var sid kmsapi.ServiceID
+	c.do(t, "POST", "/kmsctl/v1/iam/service-ids", `{"name":"billing"}`).into(t, &sid)
+	var key kmsapi.APIKey
+	c.do(t, "POST", "/kmsctl/v1/iam/api-keys", `{"name":"laptop","serviceId":"billing"}`).into(t, &key)
+	if key.Key == "" || key.ServiceID != sid.ID {
+		t.Fatalf("%+v", key)
+	}
+	var p kmsapi.PolicyID
+	c.do(t, "POST", "/kmsctl/v1/iam/policies", `{"serviceId":"billing","role":"Editor","instance":"`+o.InstanceID+`"}`).into(t, &p)
+	b := client{w: w, token: w.login(t, key.Key), instance: o.InstanceID}
+	if r := b.do(t, "GET", "/api/v2/keys", ""); r.status != 200 {
+		t.Errorf("%+v", r)
+	}
+	for _, role := range []string{"Operator", "Auditor", "King"} {
+		if r := c.do(t, "POST", "/kmsctl/v1/iam/policies", `{"serviceId":"billing","role":"`+role+`","instance":"`+o.InstanceID+`"}`); r.status != 400 {
+			t.Errorf("%s: %+v", role, r)
+		}
+	}
+	if r := c.do(t, "DELETE", "/kmsctl/v1/iam/api-keys/"+key.ID, ""); r.status != 204 {
+		t.Errorf("%+v", r)
+	}
+	if r := b.do(t, "GET", "/api/v2/keys", ""); r.status != 401 {
+		t.Errorf("API key deleted: %d", r.status)
+	}
+	c.instance = o.InstanceID
+	if r := c.do(t, "DELETE", "/kmsctl/v1/instance", ""); r.status != 409 {
+		t.Errorf("delete an instance with keys: %+v", r)
+	}
+}

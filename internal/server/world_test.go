@@ -1,0 +1,310 @@
+package server_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/iam"
+	"github.com/kmsctl/kmsctl/internal/kms"
+	"github.com/kmsctl/kmsctl/internal/record"
+	"github.com/kmsctl/kmsctl/internal/server"
+	"github.com/kmsctl/kmsctl/internal/store"
+	"github.com/kmsctl/kmsctl/internal/testkit"
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+)
+
+// auditor keeps events, and fails when told to.
+type auditor struct {
+	mu     sync.Mutex
+	events []audit.Event
+	err    error
+}
+
+func (a *auditor) Append(_ context.Context, e audit.Event) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.err != nil {
+		return a.err
+	}
+	a.events = append(a.events, e)
+	return nil
+}
+
+func (a *auditor) last() audit.Event {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.events) == 0 {
+		return audit.Event{}
+	}
+	return a.events[len(a.events)-1]
+}
+
+func (a *auditor) count() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.events)
+}
+
+// world is the API over a real embedded etcd and a token that can be told to
+// fail, on a TCP address and on a local socket.
+type world struct {
+	url, socket string
+	token       *testkit.Token
+	kms         *kms.Service
+	iam         *iam.Service
+	audit       *auditor
+	log         *bytes.Buffer
+	clock       atomic.Int64 // nanoseconds after start
+	lag         atomic.Int64
+	sick        atomic.Pointer[[]string]
+	admin       string // an administrator's API key
+}
+
+var start = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+
+func (w *world) now() time.Time          { return start.Add(time.Duration(w.clock.Load())) }
+func (w *world) advance(d time.Duration) { w.clock.Add(int64(d)) }
+
+// safeBuffer may be written by the server while the test reads.
+type safeBuffer struct {
+	mu sync.Mutex
+	b  *bytes.Buffer
+}
+
+func (s *safeBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	m, err := store.OpenEmbedded(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := m.Client()
+	codec, err := record.NewCodec(bytes.Repeat([]byte{1}, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := store.Open(t.Context(), c, codec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &world{token: testkit.NewToken("p", "p"), audit: &auditor{}, log: &bytes.Buffer{}}
+	w.iam = iam.New(st, iam.Config{SigningKey: k, Now: w.now})
+	w.kms = kms.New(st, w.token, w.token, w.now)
+	none := []string{}
+	w.sick.Store(&none)
+	s := server.New(server.Config{
+		KMS: w.kms, IAM: w.iam, Audit: w.audit, Log: slog.New(slog.NewJSONHandler(&safeBuffer{b: w.log}, nil)),
+		Lag:     func() time.Duration { return time.Duration(w.lag.Load()) },
+		Healthy: func(context.Context) []string { return *w.sick.Load() },
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	var lc net.ListenConfig
+	tcp, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.url, w.socket = "http://"+tcp.Addr().String(), t.TempDir()+"/api.sock"
+	local, err := lc.Listen(ctx, "unix", w.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 2)
+	go func() { done <- s.Serve(ctx, tcp, false) }()
+	go func() { done <- s.Serve(ctx, local, true) }()
+	t.Cleanup(func() {
+		cancel()
+		for range 2 {
+			if err := <-done; err != nil {
+				t.Errorf("serve: %v", err)
+			}
+		}
+		st.Close()
+		c.Close()
+		m.Close()
+	})
+	key, id, hash, err := iam.NewAPIKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.iam.EnsureAdmin(t.Context(), id, hash); err != nil {
+		t.Fatal(err)
+	}
+	w.admin = string(key.Reveal())
+	return w
+}
+
+// reply is an answer of the API.
+type reply struct {
+	status int
+	header http.Header
+	body   string
+}
+
+func (r reply) code() string {
+	var e kmsapi.Errors
+	if json.Unmarshal([]byte(r.body), &e) != nil || len(e.Resources) != 1 || len(e.Resources[0].Reasons) != 1 {
+		return ""
+	}
+	return e.Resources[0].Reasons[0].Code
+}
+
+func (r reply) into(t *testing.T, v any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(r.body), v); err != nil {
+		t.Fatalf("status %d, body %q: %v", r.status, r.body, err)
+	}
+}
+
+func (r reply) key(t *testing.T) kmsapi.Key {
+	t.Helper()
+	var ks kmsapi.Keys
+	r.into(t, &ks)
+	if len(ks.Resources) != 1 {
+		t.Fatalf("status %d, body %s", r.status, r.body)
+	}
+	return ks.Resources[0]
+}
+
+// who asks, in which instance.
+type client struct {
+	w        *world
+	token    string
+	instance string
+	header   map[string]string
+}
+
+func (c client) do(t *testing.T, method, path, body string) reply {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, c.w.url+path, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.token != "" {
+		req.Header.Set("Authorization", "Bearer "+c.token)
+	}
+	if c.instance != "" {
+		req.Header.Set(kmsapi.HeaderInstance, c.instance)
+	}
+	for k, v := range c.header {
+		req.Header.Set(k, v)
+	}
+	return roundTrip(t, http.DefaultClient, req)
+}
+
+// with is the same client with one more header.
+func (c client) with(name, value string) client {
+	h := map[string]string{name: value}
+	for k, v := range c.header {
+		if k != name {
+			h[k] = v
+		}
+	}
+	c.header = h
+	return c
+}
+
+func roundTrip(t *testing.T, h *http.Client, req *http.Request) reply {
+	t.Helper()
+	res, err := h.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil && !errors.Is(err, io.EOF) {
+		t.Fatal(err)
+	}
+	return reply{res.StatusCode, res.Header, string(b)}
+}
+
+// login exchanges an API key by the token endpoint.
+func (w *world) login(t *testing.T, apiKey string) string {
+	t.Helper()
+	res, err := http.PostForm(w.url+"/identity/token", url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey"}, "apikey": {apiKey}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	var tok kmsapi.Token
+	if err := json.NewDecoder(res.Body).Decode(&tok); err != nil || res.StatusCode != 200 || tok.TokenType != "Bearer" || tok.ExpiresIn != 3600 {
+		t.Fatalf("%d %+v %v", res.StatusCode, tok, err)
+	}
+	return tok.AccessToken
+}
+
+// root is an administrator in a new instance.
+func (w *world) root(t *testing.T, instance string) client {
+	t.Helper()
+	c := client{w: w, token: w.login(t, w.admin)}
+	var in kmsapi.Instance
+	r := c.do(t, "POST", "/kmsctl/v1/instances", `{"name":"`+instance+`"}`)
+	if r.into(t, &in); r.status != 201 || in.ID == "" {
+		t.Fatal(r)
+	}
+	c.instance = in.ID
+	return c
+}
+
+// service is a service ID with a role on an instance, or on one key or ring.
+func (c client) service(t *testing.T, name, role, key, ring string) client {
+	t.Helper()
+	if _, err := c.w.iam.CreateServiceID(t.Context(), iam.LocalAdmin(), name, ""); err != nil {
+		t.Fatal(err)
+	}
+	_, value, err := c.w.iam.CreateAPIKey(t.Context(), iam.LocalAdmin(), "k", name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if role != "" {
+		p, err := iam.NewPolicy(c.instance, key, ring, role)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.w.iam.CreatePolicy(t.Context(), iam.LocalAdmin(), name, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return client{w: c.w, token: c.w.login(t, string(value.Reveal())), instance: c.instance}
+}
+
+// createBody is the body of POST /keys with these fields.
+func createBody(fields string) string {
+	return `{"metadata":{"collectionType":"application/vnd.ibm.kms.key+json","collectionTotal":1},"resources":[{"type":"application/vnd.ibm.kms.key+json",` + fields + `}]}`
+}
+
+func (c client) create(t *testing.T, fields string) kmsapi.Key {
+	t.Helper()
+	r := c.do(t, "POST", "/api/v2/keys", createBody(fields))
+	if r.status != 201 {
+		t.Fatalf("create %s: %d %s", fields, r.status, r.body)
+	}
+	return r.key(t)
+}
+
+// allKeys selects keys in every state.
+var allKeys = kms.Query{Limit: kmsapi.MaxLimit, States: []int{0, 1, 2, 3, 5}}
