@@ -6,7 +6,7 @@ set -euo pipefail
 tools=$1
 shift
 golangci=v2.15.0
-goreleaser=v2.18.2
+goreleaser=v2.14.3
 get() { # get NAME PACKAGE VERSION
   [[ -x $tools/$1-$3 ]] && return
   echo "lint: building $1 $3" >&2

@@ -28,15 +28,15 @@ type signer struct {
 	head *audit.Head
 }
 
-func newSigner(t testing.TB) *signer {
-	t.Helper()
+func newSigner(tb testing.TB) *signer {
+	tb.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	pub, err := x509.MarshalPKIXPublicKey(k.Public())
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return &signer{key: k, pub: pub}
 }
@@ -59,11 +59,11 @@ func event(i int) audit.Event {
 	return audit.Event{Action: "kms.secrets.wrap", Outcome: "success", Status: 200, Principal: "p", Key: fmt.Sprint(i)}
 }
 
-func open(t testing.TB, dir string, s *signer) *audit.Log {
-	t.Helper()
+func open(tb testing.TB, dir string, s *signer) *audit.Log {
+	tb.Helper()
 	l, err := audit.Open(dir, s.config())
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return l
 }

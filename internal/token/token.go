@@ -833,7 +833,7 @@ func initSoft(ctx *pkcs11.Ctx, name string, pin secret.Value) error {
 		case trim(ti.Label) == name && ti.Flags&pkcs11.CKF_USER_PIN_INITIALIZED != 0:
 			return nil
 		case trim(ti.Label) == name, ti.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0:
-			free = int(s) //nolint:gosec // SoftHSM's slot ids are 31 bits
+			free = int(s)
 		}
 		if trim(ti.Label) == name {
 			break // a run that was killed between the two steps below left it; it holds nothing yet
@@ -846,7 +846,7 @@ func initSoft(ctx *pkcs11.Ctx, name string, pin secret.Value) error {
 	// so a half-made token is left alone and a new one made beside it.
 	for _, s := range slots {
 		if ti, err := ctx.GetTokenInfo(s); err == nil && ti.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
-			free = int(s) //nolint:gosec // as above
+			free = int(s)
 		}
 	}
 	so := make([]byte, 16)

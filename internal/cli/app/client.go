@@ -213,7 +213,7 @@ func WriteFile(path string, b []byte, perm os.FileMode) error {
 	if err != nil {
 		return fault.New(fault.Other, "write", path, err)
 	}
-	defer os.Remove(f.Name()) // fails after the rename, as it should
+	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename, as it should
 	_, err = f.Write(b)
 	for _, step := range []func() error{func() error { return f.Chmod(perm) }, f.Sync, f.Close, func() error { return os.Rename(f.Name(), path) }} {
 		if err == nil {
