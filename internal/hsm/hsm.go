@@ -52,11 +52,15 @@ func Lookup(name string) (Model, error) {
 
 // Settings are the values of overrides_hsm.yaml's hsm block.
 type Settings struct {
-	Model     string
-	HSMIP     string
-	RFSIP     string
-	SlotID    string
-	ClearData bool
+	Model      string
+	HSMIP      string
+	RFSIP      string
+	SlotID     string // decimal digits, a string in the manual
+	ClearData  bool
+	ESN        string // nShield: serial number of the Connect, as in 1111-2222-3333
+	KeyHash    string // nShield: hash of the Connect's key; with ESN nothing is trusted on first use
+	TokenLabel string // finds the token where slots move
+	FIPS       bool   // the token is in FIPS mode
 }
 
 // CheckPIN refuses what `echo PIN | base64` does to a PIN: white space or
