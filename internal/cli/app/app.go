@@ -21,6 +21,7 @@ type App struct {
 	Getenv   func(string) string
 	Version  string
 	Format   string // -o/--output, checked before any command runs
+	Asker    Asker  // nil: the controlling terminal, where there is one
 }
 
 // New is the App of the real program.
