@@ -62,11 +62,13 @@ type masterKeys struct {
 // Numbers of PKCS#11 3.0 that the binding lacks.
 const ckmAESKeyWrap = 0x2109
 
+// DefaultSessions is how many sessions a token gets that is not told otherwise.
+const DefaultSessions = 8
+
 const (
-	defaultSessions = 8
-	cacheSize       = 256
-	tagBits         = 128
-	ivLen           = 12
+	cacheSize = 256
+	tagBits   = 128
+	ivLen     = 12
 )
 
 // Open loads the module and finds the token. It does not log in.
@@ -94,7 +96,7 @@ func Open(c Config) (*Token, error) {
 	t.slot = slot
 	n := c.Sessions
 	if n <= 0 {
-		n = defaultSessions
+		n = DefaultSessions
 	}
 	t.pool = make(chan pkcs11.SessionHandle, n)
 	for range n {
@@ -212,18 +214,34 @@ func (t *Token) Login(pin secret.Value) error {
 	return t.device("log in to", err)
 }
 
+// Lost says that the device, the login or the library's state is gone: only
+// Close and a new Open bring it back, and no handle outlives that.
+func Lost(err error) bool {
+	return is(err, pkcs11.CKR_DEVICE_ERROR, pkcs11.CKR_DEVICE_REMOVED, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_TOKEN_NOT_PRESENT, pkcs11.CKR_TOKEN_NOT_RECOGNIZED,
+		pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED, pkcs11.CKR_SLOT_ID_INVALID, pkcs11.CKR_HOST_MEMORY,
+		pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED, pkcs11.CKR_USER_NOT_LOGGED_IN)
+}
+
+// CKR names the token's own answer in err, or is "".
+func CKR(err error) string {
+	var e pkcs11.Error
+	if !errors.As(err, &e) {
+		return ""
+	}
+	return e.Error()
+}
+
 // device gives an error of the token its kind.
 func (t *Token) device(op string, err error) error {
 	kind := fault.Other
-	if is(err, pkcs11.CKR_DEVICE_ERROR, pkcs11.CKR_DEVICE_REMOVED, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_TOKEN_NOT_PRESENT, pkcs11.CKR_TOKEN_NOT_RECOGNIZED,
-		pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED, pkcs11.CKR_SLOT_ID_INVALID, pkcs11.CKR_HOST_MEMORY,
-		pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED, pkcs11.CKR_USER_NOT_LOGGED_IN) {
+	if Lost(err) {
 		kind = fault.Unreachable
 	}
 	return fault.New(kind, op, t.module, err).WithHint("look at the HSM and its client's log")
 }
 
-var errNotOpen = fault.Newf(fault.NotReady, "use the token", "", "it is not logged in, or its master keys are not open")
+// ErrNotOpen says that Login or OpenMaster must come first.
+var ErrNotOpen = fault.Newf(fault.NotReady, "use the token", "", "it is not logged in, or its master keys are not open")
 
 // with lends a session of the pool to f. A session that went stale is opened
 // anew, and f tried once more.
@@ -258,7 +276,7 @@ func (t *Token) OpenMaster(ids hsm.MasterIDs, create bool) (hsm.Master, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if !t.logged {
-		return hsm.Master{}, errNotOpen
+		return hsm.Master{}, ErrNotOpen
 	}
 	if t.master != nil && bytes.Equal(t.master.ids.Wrap, ids.Wrap) {
 		return t.master.info, nil
@@ -275,7 +293,7 @@ func (t *Token) OpenMaster(ids hsm.MasterIDs, create bool) (hsm.Master, error) {
 		if m.sign, pub, err = t.signKey(s, ids.Sign, label(ids.Install, "msign"), create); err != nil {
 			return err
 		}
-		m.info = hsm.Master{PublicKey: pub, Suite: hsm.SuiteGCM, WrapWay: "CKM_AES_KEY_WRAP (RFC 3394)", Notes: []string{}}
+		m.info = hsm.Master{PublicKey: pub, Suite: hsm.SuiteGCM, WrapWay: "CKM_AES_KEY_WRAP (RFC 3394)", Notes: []string{}} //nolint:gosec // an attribute list, no password
 		if err := t.selfTest(s); err != nil {
 			return err
 		}
@@ -387,7 +405,7 @@ func (t *Token) signKey(s pkcs11.SessionHandle, id []byte, name string, create b
 			return 0, nil, err
 		}
 		pubTpl := []*pkcs11.Attribute{attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC), attr(pkcs11.CKA_EC_PARAMS, params), attr(pkcs11.CKA_TOKEN, true),
-			attr(pkcs11.CKA_VERIFY, true), attr(pkcs11.CKA_ID, id), attr(pkcs11.CKA_LABEL, name)}
+			attr(pkcs11.CKA_VERIFY, true), attr(pkcs11.CKA_ENCRYPT, false), attr(pkcs11.CKA_WRAP, false), attr(pkcs11.CKA_ID, id), attr(pkcs11.CKA_LABEL, name)}
 		privTpl := []*pkcs11.Attribute{attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, true),
 			attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false), attr(pkcs11.CKA_SIGN, true), attr(pkcs11.CKA_DECRYPT, false),
 			attr(pkcs11.CKA_UNWRAP, false), attr(pkcs11.CKA_ID, id), attr(pkcs11.CKA_LABEL, name)}
@@ -597,7 +615,7 @@ func (t *Token) open() (*masterKeys, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.master == nil {
-		return nil, errNotOpen
+		return nil, ErrNotOpen
 	}
 	return t.master, nil
 }
@@ -686,6 +704,9 @@ func (t *Token) unwrap(m *masterKeys, wrapped []byte) (pkcs11.ObjectHandle, erro
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	h, err := t.ctx.UnwrapKey(t.login, []*pkcs11.Mechanism{pkcs11.NewMechanism(ckmAESKeyWrap, nil)}, m.wrap, wrapped, tpl)
+	if Lost(err) && !is(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED) { // SoftHSM's answer to a foreign blob
+		return 0, t.device("open root key on", err)
+	}
 	if err != nil {
 		return 0, fault.New(fault.BadContent, "open root key on", t.module, err).WithHint("the store was changed, or belongs to another master key")
 	}
@@ -736,7 +757,7 @@ func (t *Token) Seal(plain, aad []byte) (out []byte, err error) {
 	}
 	err = t.with(func(s pkcs11.SessionHandle) error {
 		c, err := t.encrypt(s, m.seal, plain, aad)
-		out = append(append([]byte{c.Suite, byte(len(c.IV))}, c.IV...), c.Ciphertext...)
+		out = append(append([]byte{c.Suite, byte(len(c.IV))}, c.IV...), c.Ciphertext...) //nolint:gosec // an IV has at most 16 bytes
 		return err
 	})
 	return out, err
