@@ -1,0 +1,455 @@
+// Package connector reaches the HSM through kms-connector, which alone holds
+// the PKCS#11 library, the PIN and the sessions. Embedded, it starts the
+// connector as a child and replaces it when it dies or hangs; in a pod it
+// dials the unix socket of the sidecar. It never logs in by itself: after a
+// replacement it runs the hook given to Reopen, which keeps the ledger of
+// logins.
+package connector
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/kmsctl/kmsctl/internal/connector/wire"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/secret"
+)
+
+// Deadlines of calls, waiting included.
+const (
+	quickCall = 10 * time.Second
+	slowCall  = 60 * time.Second // makes or tests keys
+	openCall  = 2 * time.Minute  // the whole of the hook
+	patience  = 3 * time.Second  // of a call, with a sidecar that is being started again
+	startWait = 30 * time.Second // for a sidecar to appear
+	beat      = time.Second      // between two looks at the connector
+	hungAfter = 20 * time.Second // no answer to them for so long: it is replaced
+)
+
+// Client is one HSM. Safe for concurrent use; Close ends it.
+type Client struct {
+	life  context.Context
+	end   context.CancelFunc
+	tasks sync.WaitGroup
+	start *starter // nil when the connector is not our child
+
+	mu      sync.Mutex
+	now     *link
+	changed chan struct{} // closed when now changes
+	failed  error         // why there is no link
+	hook    func(context.Context) error
+	openErr error
+	openAt  time.Time // not before this time
+	pause   time.Duration
+
+	opening singleflight.Group
+}
+
+// link is one way to one running connector.
+type link struct {
+	conn *grpc.ClientConn
+	rpc  wire.ConnectorClient
+	proc *process // nil when dialled
+}
+
+func newClient(ctx context.Context) *Client {
+	c := &Client{changed: make(chan struct{})}
+	c.life, c.end = context.WithCancel(context.WithoutCancel(ctx))
+	return c
+}
+
+// Dial reaches a connector on a unix socket. It waits until one answers, or
+// ctx ends.
+func Dial(ctx context.Context, socket string) (*Client, error) {
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second,
+			Backoff: backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}}))
+	if err != nil {
+		return nil, fault.New(fault.Usage, "dial HSM connector", socket, err)
+	}
+	c := newClient(ctx)
+	c.now = &link{conn: conn, rpc: wire.NewConnectorClient(conn)}
+	if err := c.now.await(ctx); err != nil {
+		c.Close()
+		var f *fault.Error
+		if errors.As(err, &f) && f.Object == "" {
+			f.Object = socket
+		}
+		return nil, err
+	}
+	c.tasks.Go(c.watch)
+	return c, nil
+}
+
+// await waits until a sidecar that starts beside us answers; its own faults
+// (no library, no token) end the wait.
+func (l *link) await(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startWait)
+	defer cancel()
+	for {
+		_, err := l.rpc.Describe(ctx, &wire.DescribeRequest{})
+		if !broken(ctx, err) {
+			return toFault("dial HSM connector", err)
+		}
+		if !rest(ctx) {
+			return toFault("dial HSM connector", err)
+		}
+	}
+}
+
+// Close ends the connector that Start started, and lets go of one that Dial
+// reached.
+func (c *Client) Close() {
+	c.end()
+	c.tasks.Wait()
+	c.mu.Lock()
+	l := c.now
+	c.now = nil
+	c.mu.Unlock()
+	if l != nil {
+		l.close()
+	}
+	if c.start != nil {
+		c.start.pin.Zero()
+	}
+}
+
+func (l *link) close() {
+	_ = l.conn.Close()
+	if l.proc != nil {
+		l.proc.stop()
+	}
+}
+
+// Reopen sets what logs in and opens the master keys again (kms.Unlock) when
+// the connector lost them: it was replaced, or its HSM went away and came
+// back. Calls made meanwhile wait for it; ctx of the hook marks the calls
+// that belong to it. Without a hook such calls fail with fault.NotReady.
+func (c *Client) Reopen(hook func(ctx context.Context) error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.hook = hook
+}
+
+func (c *Client) hasHook() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.hook != nil
+}
+
+type insideHook struct{}
+
+// Pauses between two runs of the hook that failed. After a refusal by the
+// HSM or the ledger nothing gets better by itself quickly.
+const (
+	firstPause  = 100 * time.Millisecond
+	longPause   = 2 * time.Second
+	deniedPause = 15 * time.Second
+)
+
+// reopen runs the hook, once for all who ask at the same time.
+func (c *Client) reopen(ctx context.Context) error {
+	c.mu.Lock()
+	hook, err, early := c.hook, c.openErr, time.Now().Before(c.openAt)
+	c.mu.Unlock()
+	if hook == nil {
+		return errNoHook
+	}
+	if early {
+		return err
+	}
+	done := c.opening.DoChan("", func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithValue(c.life, insideHook{}, true), openCall)
+		defer cancel()
+		err := hook(ctx)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.openErr = err
+		switch {
+		case err == nil:
+			c.openAt, c.pause = time.Time{}, 0
+		case fault.KindOf(err) == fault.Denied:
+			c.openAt = time.Now().Add(deniedPause)
+		default:
+			c.pause = min(max(2*c.pause, firstPause), longPause)
+			c.openAt = time.Now().Add(c.pause)
+		}
+		return nil, err
+	})
+	select {
+	case r := <-done:
+		return r.Err
+	case <-ctx.Done():
+		return late(ctx)
+	}
+}
+
+var errNoHook = fault.Newf(fault.NotReady, "use the HSM", "", "it is not logged in")
+
+func late(ctx context.Context) error {
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return fault.New(fault.Stopped, "wait for the HSM", "", ctx.Err())
+	}
+	return fault.Newf(fault.Unreachable, "wait for the HSM", "", "it did not come back in time").WithHint("look at the HSM and at the connector's log")
+}
+
+// link gives the running connector, and waits for one that is being replaced.
+func (c *Client) link(ctx context.Context, not *link) (*link, error) {
+	for {
+		c.mu.Lock()
+		l, changed, failed := c.now, c.changed, c.failed
+		c.mu.Unlock()
+		if l != nil && (l != not || l.proc == nil) {
+			return l, nil
+		}
+		select {
+		case <-changed:
+		case <-c.life.Done():
+			return nil, fault.Newf(fault.Stopped, "use the HSM", "", "the connector is closed")
+		case <-ctx.Done():
+			if failed != nil {
+				return nil, failed
+			}
+			return nil, late(ctx)
+		}
+	}
+}
+
+func (c *Client) setLink(l *link, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now, c.failed = l, err
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+// call makes one call. It is made once more when the connector died under it
+// or lost its login; all calls but Login can be repeated without harm.
+func call[R any](ctx context.Context, c *Client, op string, limit time.Duration, f func(context.Context, wire.ConnectorClient) (R, error)) (R, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	inside, began := ctx.Value(insideHook{}) != nil, time.Now()
+	var none R
+	var old *link
+	for try := 0; ; try++ {
+		l, err := c.link(ctx, old)
+		if err != nil {
+			return none, err
+		}
+		r, err := f(ctx, l.rpc)
+		again := try < 2 && op != opLogin && ctx.Err() == nil
+		switch {
+		case err == nil:
+			return r, nil
+		case notOpen(err) && again && !inside && c.hasHook():
+			if err := c.reopen(ctx); err != nil {
+				return none, err
+			}
+		case broken(ctx, err) && again && l.proc != nil:
+			old = l
+		case broken(ctx, err) && op != opLogin && l.proc == nil && time.Since(began) < patience && rest(ctx):
+			try-- // the sidecar is being started again
+		default:
+			return none, toFault(op, err)
+		}
+	}
+}
+
+// rest pauses before a sidecar is tried again.
+func rest(ctx context.Context) bool {
+	select {
+	case <-time.After(beat / 10):
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// watch looks at the connector each second: one whose HSM was away is opened
+// again without waiting for a request, one that hangs is replaced.
+func (c *Client) watch() {
+	tick := time.NewTicker(beat)
+	defer tick.Stop()
+	answered := time.Now()
+	for {
+		select {
+		case <-c.life.Done():
+			return
+		case <-tick.C:
+		}
+		c.mu.Lock()
+		l, hook := c.now, c.hook
+		c.mu.Unlock()
+		if l == nil {
+			answered = time.Now()
+			continue
+		}
+		ctx, cancel := context.WithTimeout(c.life, 2*beat)
+		d, err := l.rpc.Describe(ctx, &wire.DescribeRequest{})
+		cancel()
+		if err == nil || !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			answered = time.Now()
+		}
+		switch {
+		case err == nil && !d.LoggedIn && hook != nil:
+			_ = c.reopen(c.life) // who calls meanwhile gets the error
+		case l.proc != nil && time.Since(answered) > hungAfter:
+			fmt.Fprintln(c.start.stderr, "kmsctl: the HSM connector hangs; it is replaced")
+			l.proc.kill()
+			answered = time.Now()
+		}
+	}
+}
+
+const opLogin = "log in to token"
+
+// Describe tells which token it is. It needs no login.
+func (c *Client) Describe(ctx context.Context) (hsm.TokenInfo, error) {
+	d, err := call(ctx, c, "describe token", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.DescribeReply, error) {
+		return r.Describe(ctx, &wire.DescribeRequest{})
+	})
+	if err != nil {
+		return hsm.TokenInfo{}, err
+	}
+	return tokenInfo(d), nil
+}
+
+func tokenInfo(d *wire.DescribeReply) hsm.TokenInfo {
+	return hsm.TokenInfo{Module: d.Module, Library: d.Library, Slot: d.Slot, Label: d.Label, Serial: d.Serial, Manufacturer: d.Manufacturer, Model: d.Model,
+		Firmware: d.Firmware, PINCountLow: d.PinCountLow, PINFinalTry: d.PinFinalTry, PINLocked: d.PinLocked, LoggedIn: d.LoggedIn}
+}
+
+// Fingerprint gives argon2id(PIN, salt): the ledger of logins compares it.
+func (c *Client) Fingerprint(ctx context.Context, salt []byte) ([]byte, error) {
+	return data(call(ctx, c, "fingerprint the PIN", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
+		return r.Fingerprint(ctx, &wire.FingerprintRequest{Salt: salt})
+	}))
+}
+
+// Login logs in. It is never repeated.
+func (c *Client) Login(ctx context.Context) error {
+	_, err := call(ctx, c, opLogin, slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.LoginReply, error) {
+		return r.Login(ctx, &wire.LoginRequest{})
+	})
+	return err
+}
+
+// OpenMaster finds the master keys, or makes them when create is set.
+func (c *Client) OpenMaster(ctx context.Context, ids hsm.MasterIDs, create bool) (hsm.Master, error) {
+	m, err := call(ctx, c, "open master keys", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.OpenMasterReply, error) {
+		return r.OpenMaster(ctx, &wire.OpenMasterRequest{Install: ids.Install, WrapId: ids.Wrap, SealId: ids.Seal, SignId: ids.Sign, Create: create})
+	})
+	if err != nil {
+		return hsm.Master{}, err
+	}
+	return hsm.Master{WrapKCV: m.WrapKcv, SealKCV: m.SealKcv, PublicKey: m.PublicKey, Suite: uint8(m.Suite), WrapWay: m.WrapWay, Notes: m.Notes}, nil //nolint:gosec // suites are small numbers
+}
+
+// CreateRootKey makes a root key in the token and wraps it out.
+func (c *Client) CreateRootKey(ctx context.Context) (hsm.NewKey, error) {
+	return newKey(call(ctx, c, "create root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
+		return r.CreateRootKey(ctx, &wire.CreateRootKeyRequest{})
+	}))
+}
+
+// ImportRootKey brings material of 16, 24 or 32 bytes into the token.
+func (c *Client) ImportRootKey(ctx context.Context, material secret.Value) (hsm.NewKey, error) {
+	return newKey(call(ctx, c, "import root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
+		return r.ImportRootKey(ctx, &wire.Bytes{Data: material.Reveal()})
+	}))
+}
+
+func newKey(k *wire.NewKey, err error) (hsm.NewKey, error) {
+	if err != nil {
+		return hsm.NewKey{}, err
+	}
+	return hsm.NewKey{Blob: k.Blob, KCV: k.Kcv}, nil
+}
+
+func (c *Client) wrap(ctx context.Context, q *wire.WrapRequest) (*wire.WrapReply, hsm.Sealed, error) {
+	w, err := call(ctx, c, "wrap", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.WrapReply, error) { return r.Wrap(ctx, q) })
+	if err != nil {
+		return nil, hsm.Sealed{}, err
+	}
+	return w, hsm.Sealed{Suite: uint8(w.Sealed.GetSuite()), IV: w.Sealed.GetIv(), Ciphertext: w.Sealed.GetCiphertext()}, nil //nolint:gosec // suites are small numbers
+}
+
+// Wrap encrypts plaintext under the root key in blob.
+func (c *Client) Wrap(ctx context.Context, blob, plaintext, aad []byte) (hsm.Sealed, error) {
+	_, s, err := c.wrap(ctx, &wire.WrapRequest{Blob: blob, Plaintext: plaintext, Aad: aad})
+	return s, err
+}
+
+// WrapNew makes n random bytes in the token, wraps them and gives both.
+func (c *Client) WrapNew(ctx context.Context, blob []byte, n int, aad []byte) ([]byte, hsm.Sealed, error) {
+	w, s, err := c.wrap(ctx, &wire.WrapRequest{Blob: blob, Aad: aad, Random: uint32(n)}) //nolint:gosec // the server bounds it
+	if err != nil {
+		return nil, hsm.Sealed{}, err
+	}
+	return w.Plaintext, s, nil
+}
+
+// Unwrap opens what Wrap made.
+func (c *Client) Unwrap(ctx context.Context, blob []byte, s hsm.Sealed, aad []byte) ([]byte, error) {
+	q := &wire.UnwrapRequest{Blob: blob, Sealed: &wire.Sealed{Suite: uint32(s.Suite), Iv: s.IV, Ciphertext: s.Ciphertext}, Aad: aad}
+	return data(call(ctx, c, "unwrap", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) { return r.Unwrap(ctx, q) }))
+}
+
+// Evict makes the connector forget a root key that it holds in its cache.
+func (c *Client) Evict(ctx context.Context, blob []byte) error {
+	_, err := call(ctx, c, "forget a root key", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.EvictReply, error) {
+		return r.Evict(ctx, &wire.Bytes{Data: blob})
+	})
+	return err
+}
+
+// Seal encrypts plaintext under the sealing key.
+func (c *Client) Seal(ctx context.Context, plaintext, aad []byte) ([]byte, error) {
+	return c.seal(ctx, &wire.SealRequest{Plaintext: plaintext, Aad: aad})
+}
+
+// SealRandom seals n random bytes of the token.
+func (c *Client) SealRandom(ctx context.Context, n int, aad []byte) ([]byte, error) {
+	return c.seal(ctx, &wire.SealRequest{Aad: aad, Random: uint32(n)}) //nolint:gosec // the server bounds it
+}
+
+func (c *Client) seal(ctx context.Context, q *wire.SealRequest) ([]byte, error) {
+	return data(call(ctx, c, "seal", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) { return r.Seal(ctx, q) }))
+}
+
+// Unseal opens what Seal made.
+func (c *Client) Unseal(ctx context.Context, sealed, aad []byte) ([]byte, error) {
+	return data(call(ctx, c, "unseal", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
+		return r.Unseal(ctx, &wire.UnsealRequest{Sealed: sealed, Aad: aad})
+	}))
+}
+
+// Sign gives the ECDSA signature of message's SHA-256, in ASN.1 DER.
+func (c *Client) Sign(ctx context.Context, message []byte) ([]byte, error) {
+	return data(call(ctx, c, "sign", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
+		return r.Sign(ctx, &wire.Bytes{Data: message})
+	}))
+}
+
+// Random gives n bytes of the token's generator.
+func (c *Client) Random(ctx context.Context, n int) ([]byte, error) {
+	return data(call(ctx, c, "make random bytes", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
+		return r.Random(ctx, &wire.RandomRequest{N: uint32(n)}) //nolint:gosec // the server bounds it
+	}))
+}
+
+func data(b *wire.Bytes, err error) ([]byte, error) {
+	if err != nil {
+		return nil, err
+	}
+	return b.Data, nil
+}

@@ -1,0 +1,312 @@
+// Package server is the connector's end of the protocol: it holds one token
+// and does what the KMS asks of it. It never logs in by itself, and nothing
+// that it says holds a PIN, a handle, or a key that was born in the token.
+package server
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"time"
+
+	"golang.org/x/crypto/argon2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/kmsctl/kmsctl/internal/connector/wire"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/secret"
+	"github.com/kmsctl/kmsctl/internal/token"
+)
+
+// Config of a connector.
+type Config struct {
+	Token       token.Config
+	SoftHSMDir  string        // make a SoftHSM token here when there is none
+	CallTimeout time.Duration // a call of the library that takes longer ends the process
+	PIN         func() (secret.Value, error)
+	Log         *slog.Logger
+	Hung        func(since time.Duration) // ends the process
+}
+
+// queue bounds the calls that wait for a session, for each session.
+const queue = 128
+
+// Server answers the KMS.
+type Server struct {
+	wire.UnimplementedConnectorServer
+	pin   func() (secret.Value, error)
+	dev   *device
+	slots chan struct{} // one for each session
+	line  chan struct{} // bounds those that wait
+	dog   *watchdog
+}
+
+// New makes a server; the token is opened by the first call.
+func New(c Config) *Server {
+	if c.Token.Sessions <= 0 {
+		c.Token.Sessions = token.DefaultSessions
+	}
+	if c.SoftHSMDir != "" && c.Token.Label == "" {
+		c.Token.Label = "kms"
+	}
+	pin := checked(c.PIN)
+	return &Server{pin: pin, dev: &device{open: opener(c, pin), log: c.Log},
+		slots: make(chan struct{}, c.Token.Sessions), line: make(chan struct{}, queue*c.Token.Sessions),
+		dog: &watchdog{limit: c.CallTimeout, hung: c.Hung, calls: map[uint64]time.Time{}}}
+}
+
+// checked refuses a PIN that would cost a try: white space is what an editor
+// or echo left there.
+func checked(source func() (secret.Value, error)) func() (secret.Value, error) {
+	return func() (secret.Value, error) {
+		p, err := source()
+		if err != nil {
+			return p, fault.New(fault.NotReady, "read the HSM's password", "", err)
+		}
+		if err := hsm.CheckPIN(p.Reveal()); err != nil {
+			p.Zero()
+			return secret.Value{}, fault.New(fault.Usage, "read the HSM's password", "", err).
+				WithHint("encode it without a line break: printf %%s \"$PASSWORD\" | base64")
+		}
+		return p, nil
+	}
+}
+
+// Serve answers on l until ctx ends or l is done, then closes the token.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	g := grpc.NewServer(grpc.MaxRecvMsgSize(1<<20), grpc.ConnectionTimeout(5*time.Second))
+	wire.RegisterConnectorServer(g, s)
+	go s.dog.run(ctx)
+	go func() {
+		<-ctx.Done()
+		stopped := time.AfterFunc(2*time.Second, g.Stop)
+		defer stopped.Stop()
+		g.GracefulStop()
+	}()
+	err := g.Serve(l)
+	cancel()
+	g.Stop()
+	s.dev.close()
+	if errors.Is(err, grpc.ErrServerStopped) || errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// use lends the token to f. What waits too long in the queue never reaches
+// the token; a call of the library is watched from its own start.
+func use[R any](ctx context.Context, s *Server, f func(t *token.Token) (R, error)) (R, error) {
+	var none R
+	select {
+	case s.line <- struct{}{}:
+		defer func() { <-s.line }()
+	default:
+		return none, wireError(fault.Newf(fault.Unreachable, "use the token", "", "too many calls wait for it").WithHint("try again later, or raise --sessions where the token allows"))
+	}
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	case <-ctx.Done():
+		return none, status.FromContextError(ctx.Err()).Err()
+	}
+	return direct(s, f)
+}
+
+// direct is use without the queue, for what needs no session.
+func direct[R any](s *Server, f func(t *token.Token) (R, error)) (R, error) {
+	var none R
+	id := s.dog.enter()
+	defer s.dog.leave(id)
+	t, done, err := s.dev.take()
+	if err != nil {
+		return none, wireError(err)
+	}
+	r, err := f(t)
+	if token.Lost(err) {
+		s.dev.lost(t, err)
+	}
+	done()
+	if err != nil {
+		return none, wireError(err)
+	}
+	return r, nil
+}
+
+// wireError carries a fault across: its parts, never its inner types.
+func wireError(err error) error {
+	f := &wire.Fault{Kind: fault.KindOf(err).String(), Hint: fault.HintOf(err), Ckr: token.CKR(err), Cause: err.Error()}
+	var e *fault.Error
+	if errors.As(err, &e) && e.Error() == err.Error() {
+		f.Op, f.Object, f.Cause = e.Op, e.Object, ""
+		if e.Err != nil {
+			f.Cause = e.Err.Error()
+		}
+	}
+	code := codes.Unknown
+	if errors.Is(err, token.ErrNotOpen) {
+		code = codes.FailedPrecondition // the client logs in again, by its ledger
+	}
+	st, derr := status.New(code, err.Error()).WithDetails(f)
+	if derr != nil {
+		return status.Error(code, err.Error())
+	}
+	return st.Err()
+}
+
+// Describe tells which token it is.
+func (s *Server) Describe(context.Context, *wire.DescribeRequest) (*wire.DescribeReply, error) {
+	return direct(s, func(t *token.Token) (*wire.DescribeReply, error) {
+		i, err := t.Info()
+		return &wire.DescribeReply{Module: i.Module, Library: i.Library, Slot: i.Slot, Label: i.Label, Serial: i.Serial, Manufacturer: i.Manufacturer, Model: i.Model,
+			Firmware: i.Firmware, PinCountLow: i.PINCountLow, PinFinalTry: i.PINFinalTry, PinLocked: i.PINLocked, LoggedIn: i.LoggedIn}, err
+	})
+}
+
+// Cost of the PIN's fingerprint (RFC 9106, second recommended choice, with
+// half its memory: the connector must stay small).
+const (
+	argonTime   = 3
+	argonMemory = 32 << 10 // KiB
+	minSalt     = 16
+)
+
+// Fingerprint gives argon2id(PIN, salt).
+func (s *Server) Fingerprint(_ context.Context, q *wire.FingerprintRequest) (*wire.Bytes, error) {
+	if len(q.Salt) < minSalt {
+		return nil, wireError(fault.Usagef("the salt has %d bytes, needs %d", len(q.Salt), minSalt))
+	}
+	p, err := s.pin()
+	if err != nil {
+		return nil, wireError(err)
+	}
+	defer p.Zero()
+	return &wire.Bytes{Data: argon2.IDKey(p.Reveal(), q.Salt, argonTime, argonMemory, 1, 32)}, nil
+}
+
+// Login logs in with the PIN as it is now.
+func (s *Server) Login(ctx context.Context, _ *wire.LoginRequest) (*wire.LoginReply, error) {
+	p, err := s.pin()
+	if err != nil {
+		return nil, wireError(err)
+	}
+	defer p.Zero()
+	return use(ctx, s, func(t *token.Token) (*wire.LoginReply, error) { return &wire.LoginReply{}, t.Login(p) })
+}
+
+// OpenMaster finds or makes the master keys.
+func (s *Server) OpenMaster(ctx context.Context, q *wire.OpenMasterRequest) (*wire.OpenMasterReply, error) {
+	return use(ctx, s, func(t *token.Token) (*wire.OpenMasterReply, error) {
+		m, err := t.OpenMaster(hsm.MasterIDs{Install: q.Install, Wrap: q.WrapId, Seal: q.SealId, Sign: q.SignId}, q.Create)
+		return &wire.OpenMasterReply{WrapKcv: m.WrapKCV, SealKcv: m.SealKCV, PublicKey: m.PublicKey, Suite: uint32(m.Suite), WrapWay: m.WrapWay, Notes: m.Notes}, err
+	})
+}
+
+// CreateRootKey makes a root key.
+func (s *Server) CreateRootKey(ctx context.Context, _ *wire.CreateRootKeyRequest) (*wire.NewKey, error) {
+	return use(ctx, s, func(t *token.Token) (*wire.NewKey, error) {
+		k, err := t.CreateRootKey()
+		return &wire.NewKey{Blob: k.Blob, Kcv: k.KCV}, err
+	})
+}
+
+// ImportRootKey brings a root key in.
+func (s *Server) ImportRootKey(ctx context.Context, q *wire.Bytes) (*wire.NewKey, error) {
+	defer clear(q.Data)
+	return use(ctx, s, func(t *token.Token) (*wire.NewKey, error) {
+		k, err := t.ImportRootKey(secret.New(q.Data))
+		return &wire.NewKey{Blob: k.Blob, Kcv: k.KCV}, err
+	})
+}
+
+// maxRandom bounds what one call may ask of the token's generator.
+const maxRandom = 4096
+
+func checkRandom(n uint32) error {
+	if n > maxRandom {
+		return wireError(fault.Usagef("%d random bytes are too many: at most %d", n, maxRandom))
+	}
+	return nil
+}
+
+// Wrap encrypts under a root key what is given, or random bytes.
+func (s *Server) Wrap(ctx context.Context, q *wire.WrapRequest) (*wire.WrapReply, error) {
+	if err := checkRandom(q.Random); err != nil {
+		return nil, err
+	}
+	return use(ctx, s, func(t *token.Token) (*wire.WrapReply, error) {
+		out := &wire.WrapReply{}
+		plain := q.Plaintext
+		if len(plain) == 0 && q.Random > 0 {
+			var err error
+			if plain, err = t.Random(int(q.Random)); err != nil {
+				return nil, err
+			}
+			out.Plaintext = plain
+		}
+		c, err := t.Wrap(q.Blob, plain, q.Aad)
+		out.Sealed = &wire.Sealed{Suite: uint32(c.Suite), Iv: c.IV, Ciphertext: c.Ciphertext}
+		return out, err
+	})
+}
+
+// Unwrap opens what Wrap made.
+func (s *Server) Unwrap(ctx context.Context, q *wire.UnwrapRequest) (*wire.Bytes, error) {
+	c := hsm.Sealed{Suite: uint8(q.Sealed.GetSuite()), IV: q.Sealed.GetIv(), Ciphertext: q.Sealed.GetCiphertext()} //nolint:gosec // checked below
+	if q.Sealed.GetSuite() > 255 || !c.Plausible() {
+		return nil, wireError(fault.Newf(fault.BadContent, "decrypt", "", "no suite makes such a ciphertext"))
+	}
+	return use(ctx, s, func(t *token.Token) (*wire.Bytes, error) { return asBytes(t.Unwrap(q.Blob, c, q.Aad)) })
+}
+
+func asBytes(b []byte, err error) (*wire.Bytes, error) { return &wire.Bytes{Data: b}, err }
+
+// Evict forgets a root key that was brought back.
+func (s *Server) Evict(ctx context.Context, q *wire.Bytes) (*wire.EvictReply, error) {
+	return use(ctx, s, func(t *token.Token) (*wire.EvictReply, error) {
+		t.Evict(q.Data)
+		return &wire.EvictReply{}, nil
+	})
+}
+
+// Seal encrypts under the sealing key what is given, or random bytes.
+func (s *Server) Seal(ctx context.Context, q *wire.SealRequest) (*wire.Bytes, error) {
+	if err := checkRandom(q.Random); err != nil {
+		return nil, err
+	}
+	return use(ctx, s, func(t *token.Token) (*wire.Bytes, error) {
+		plain := q.Plaintext
+		if len(plain) == 0 && q.Random > 0 {
+			var err error
+			if plain, err = t.Random(int(q.Random)); err != nil {
+				return nil, err
+			}
+			defer clear(plain)
+		}
+		return asBytes(t.Seal(plain, q.Aad))
+	})
+}
+
+// Unseal opens what Seal made.
+func (s *Server) Unseal(ctx context.Context, q *wire.UnsealRequest) (*wire.Bytes, error) {
+	return use(ctx, s, func(t *token.Token) (*wire.Bytes, error) { return asBytes(t.Unseal(q.Sealed, q.Aad)) })
+}
+
+// Sign signs with the key of the audit log.
+func (s *Server) Sign(ctx context.Context, q *wire.Bytes) (*wire.Bytes, error) {
+	return use(ctx, s, func(t *token.Token) (*wire.Bytes, error) { return asBytes(t.Sign(q.Data)) })
+}
+
+// Random gives bytes of the token's generator.
+func (s *Server) Random(ctx context.Context, q *wire.RandomRequest) (*wire.Bytes, error) {
+	if err := checkRandom(q.N); err != nil {
+		return nil, err
+	}
+	return use(ctx, s, func(t *token.Token) (*wire.Bytes, error) { return asBytes(t.Random(int(q.N))) })
+}
