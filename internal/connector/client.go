@@ -351,7 +351,7 @@ func (c *Client) OpenMaster(ctx context.Context, ids hsm.MasterIDs, create bool)
 	if err != nil {
 		return hsm.Master{}, err
 	}
-	return hsm.Master{WrapKCV: m.WrapKcv, SealKCV: m.SealKcv, PublicKey: m.PublicKey, Suite: uint8(m.Suite), WrapWay: m.WrapWay, Notes: m.Notes}, nil //nolint:gosec // suites are small numbers
+	return hsm.Master{WrapKCV: m.WrapKcv, SealKCV: m.SealKcv, PublicKey: m.PublicKey, Suite: uint8(m.Suite), WrapWay: m.WrapWay, Notes: m.Notes}, nil
 }
 
 // CreateRootKey makes a root key in the token and wraps it out.
@@ -380,7 +380,7 @@ func (c *Client) wrap(ctx context.Context, q *wire.WrapRequest) (*wire.WrapReply
 	if err != nil {
 		return nil, hsm.Sealed{}, err
 	}
-	return w, hsm.Sealed{Suite: uint8(w.Sealed.GetSuite()), IV: w.Sealed.GetIv(), Ciphertext: w.Sealed.GetCiphertext()}, nil //nolint:gosec // suites are small numbers
+	return w, hsm.Sealed{Suite: uint8(w.Sealed.GetSuite()), IV: w.Sealed.GetIv(), Ciphertext: w.Sealed.GetCiphertext()}, nil
 }
 
 // Wrap encrypts plaintext under the root key in blob.
@@ -391,7 +391,7 @@ func (c *Client) Wrap(ctx context.Context, blob, plaintext, aad []byte) (hsm.Sea
 
 // WrapNew makes n random bytes in the token, wraps them and gives both.
 func (c *Client) WrapNew(ctx context.Context, blob []byte, n int, aad []byte) ([]byte, hsm.Sealed, error) {
-	w, s, err := c.wrap(ctx, &wire.WrapRequest{Blob: blob, Aad: aad, Random: uint32(n)}) //nolint:gosec // the server bounds it
+	w, s, err := c.wrap(ctx, &wire.WrapRequest{Blob: blob, Aad: aad, Random: uint32(n)})
 	if err != nil {
 		return nil, hsm.Sealed{}, err
 	}
@@ -419,7 +419,7 @@ func (c *Client) Seal(ctx context.Context, plaintext, aad []byte) ([]byte, error
 
 // SealRandom seals n random bytes of the token.
 func (c *Client) SealRandom(ctx context.Context, n int, aad []byte) ([]byte, error) {
-	return c.seal(ctx, &wire.SealRequest{Aad: aad, Random: uint32(n)}) //nolint:gosec // the server bounds it
+	return c.seal(ctx, &wire.SealRequest{Aad: aad, Random: uint32(n)})
 }
 
 func (c *Client) seal(ctx context.Context, q *wire.SealRequest) ([]byte, error) {
@@ -443,7 +443,7 @@ func (c *Client) Sign(ctx context.Context, message []byte) ([]byte, error) {
 // Random gives n bytes of the token's generator.
 func (c *Client) Random(ctx context.Context, n int) ([]byte, error) {
 	return data(call(ctx, c, "make random bytes", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
-		return r.Random(ctx, &wire.RandomRequest{N: uint32(n)}) //nolint:gosec // the server bounds it
+		return r.Random(ctx, &wire.RandomRequest{N: uint32(n)})
 	}))
 }
 

@@ -239,7 +239,7 @@ func (s *starter) givePIN(c net.Conn) {
 			return
 		}
 		pin := s.pin.Reveal()
-		out := append(binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(pin)), uint16(len(pin))), pin...) //nolint:gosec // a PIN has at most 255 bytes
+		out := append(binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(pin)), uint16(len(pin))), pin...)
 		_, err := c.Write(out)
 		clear(out)
 		if err != nil {

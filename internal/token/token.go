@@ -293,7 +293,7 @@ func (t *Token) OpenMaster(ids hsm.MasterIDs, create bool) (hsm.Master, error) {
 		if m.sign, pub, err = t.signKey(s, ids.Sign, label(ids.Install, "msign"), create); err != nil {
 			return err
 		}
-		m.info = hsm.Master{PublicKey: pub, Suite: hsm.SuiteGCM, WrapWay: "CKM_AES_KEY_WRAP (RFC 3394)", Notes: []string{}} //nolint:gosec // an attribute list, no password
+		m.info = hsm.Master{PublicKey: pub, Suite: hsm.SuiteGCM, WrapWay: "CKM_AES_KEY_WRAP (RFC 3394)", Notes: []string{}}
 		if err := t.selfTest(s); err != nil {
 			return err
 		}
@@ -757,7 +757,7 @@ func (t *Token) Seal(plain, aad []byte) (out []byte, err error) {
 	}
 	err = t.with(func(s pkcs11.SessionHandle) error {
 		c, err := t.encrypt(s, m.seal, plain, aad)
-		out = append(append([]byte{c.Suite, byte(len(c.IV))}, c.IV...), c.Ciphertext...) //nolint:gosec // an IV has at most 16 bytes
+		out = append(append([]byte{c.Suite, byte(len(c.IV))}, c.IV...), c.Ciphertext...)
 		return err
 	})
 	return out, err

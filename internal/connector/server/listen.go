@@ -96,7 +96,7 @@ func (s *sameUser) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if uid, err := peer(c); err != nil || uid != uint32(os.Getuid()) { //nolint:gosec // a user id
+		if uid, err := peer(c); err != nil || uid != uint32(os.Getuid()) {
 			s.log.Warn("a peer was refused", "uid", uid, "error", err)
 			_ = c.Close()
 			continue

@@ -258,7 +258,7 @@ func (s *Server) Wrap(ctx context.Context, q *wire.WrapRequest) (*wire.WrapReply
 
 // Unwrap opens what Wrap made.
 func (s *Server) Unwrap(ctx context.Context, q *wire.UnwrapRequest) (*wire.Bytes, error) {
-	c := hsm.Sealed{Suite: uint8(q.Sealed.GetSuite()), IV: q.Sealed.GetIv(), Ciphertext: q.Sealed.GetCiphertext()} //nolint:gosec // checked below
+	c := hsm.Sealed{Suite: uint8(q.Sealed.GetSuite()), IV: q.Sealed.GetIv(), Ciphertext: q.Sealed.GetCiphertext()}
 	if q.Sealed.GetSuite() > 255 || !c.Plausible() {
 		return nil, wireError(fault.Newf(fault.BadContent, "decrypt", "", "no suite makes such a ciphertext"))
 	}
