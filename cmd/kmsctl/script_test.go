@@ -29,6 +29,7 @@ func TestScripts(t *testing.T) {
 		UpdateScripts:       os.Getenv("KMSCTL_UPDATE") != "",
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("KMSCTL_CONNECTOR", connector)
+			e.Setenv("KMSCTL_NO_INPUT", "1") // never a question, whoever runs the tests
 			e.Setenv("XDG_DATA_HOME", filepath.Join(e.WorkDir, "xdg-data"))
 			e.Setenv("XDG_STATE_HOME", filepath.Join(e.WorkDir, "xdg-state"))
 			e.Setenv("XDG_CACHE_HOME", filepath.Join(e.WorkDir, "xdg-cache"))

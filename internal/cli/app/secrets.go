@@ -139,6 +139,15 @@ func (p *PassphraseFlags) Add(fs *pflag.FlagSet) {
 // Check holds the rules of the flags.
 func (p *PassphraseFlags) Check() error { return p.passphrase.Check() }
 
+// New reads a passphrase to encrypt by; a person types it twice.
+func (p *PassphraseFlags) New(a *App) (secret.Value, error) {
+	v, err := p.passphrase.Read(a, true)
+	if err == nil && v.Empty() {
+		err = fault.Usagef("the passphrase is empty").WithHint("give a passphrase, or --recipient, or --plain")
+	}
+	return v, err
+}
+
 // Open decrypts raw when it is an age file, and passes clear text through.
 // name is the file's name, for errors.
 func (p *PassphraseFlags) Open(a *App, name string, raw []byte) ([]byte, error) {
