@@ -1,9 +1,10 @@
 #!/bin/bash
-# usage: cluster.sh build | up | down | exec CMD [ARG...] | expose PORT... | publish TARGET [ADDR]
+# usage: cluster.sh build | up | env | down | exec CMD [ARG...] | expose PORT... | publish TARGET [ADDR]
 #
 # A real one-node Kubernetes cluster on this machine (as root, on Linux). Its
 # network has no way out: `expose` lends it ports of this host's loopback, and
-# `publish` makes an address of the cluster reachable from here.
+# `publish` makes an address of the cluster reachable from here. `env` prints
+# what a shell needs for kubectl.
 # KMSCTL_CLUSTER names its work folder, so that several can run side by side.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -46,13 +47,14 @@ up() {
     done
   fi
   echo "cluster: $("$bin/kubectl" --kubeconfig "$dir/kubeconfig" get nodes --no-headers)"
-  echo "use it:  export KUBECONFIG=$dir/kubeconfig PATH=\$PATH:$bin"
-  echo "stop it: $here/cluster.sh down"
+  echo "use it:  eval \"\$($here/cluster.sh env)\""
+  echo "stop it: make cluster-stop"
 }
 
 case ${1:-} in
   build) build ;;
   up) up ;;
+  env) printf 'export KUBECONFIG=%q PATH="$PATH":%q\n' "$dir/kubeconfig" "$programs/$(key)" ;;
   down) [[ ! -x $programs/node ]] || "$programs/node" down -dir "$dir" && rm -f "$dir.log" ;;
   exec) shift && "$programs/node" exec -dir "$dir" -- "$@" ;;
   expose | publish) verb=$1 && shift && "$programs/node" "$verb" -dir "$dir" "$@" ;;
