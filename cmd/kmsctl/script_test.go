@@ -1,11 +1,14 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -28,6 +31,7 @@ func TestScripts(t *testing.T) {
 		RequireUniqueNames:  true,
 		UpdateScripts:       os.Getenv("KMSCTL_UPDATE") != "",
 		Setup: func(e *testscript.Env) error {
+			e.Values["servers"] = servers{}
 			e.Setenv("KMSCTL_CONNECTOR", connector)
 			e.Setenv("KMSCTL_NO_INPUT", "1") // never a question, whoever runs the tests
 			e.Setenv("XDG_DATA_HOME", filepath.Join(e.WorkDir, "xdg-data"))
@@ -35,7 +39,7 @@ func TestScripts(t *testing.T) {
 			e.Setenv("XDG_CACHE_HOME", filepath.Join(e.WorkDir, "xdg-cache"))
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "kms": kms, "field": field},
 	})
 }
 
@@ -57,4 +61,22 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if got != want {
 		ts.Fatalf("%s exited %d, want %d", args[1], got, want)
 	}
+}
+
+// field reads one field of the last command's JSON into a variable: field VAR
+// NAME[.NAME...].
+func field(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: field VAR NAME[.NAME...]")
+	}
+	var v any
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &v))
+	for _, name := range strings.Split(args[1], ".") {
+		m, ok := v.(map[string]any)
+		if !ok || m[name] == nil {
+			ts.Fatalf("no field %q", args[1])
+		}
+		v = m[name]
+	}
+	ts.Setenv(args[0], fmt.Sprint(v))
 }

@@ -26,6 +26,7 @@ func Main(ctx context.Context, a *app.App, args []string) int {
 	root := newRootCmd(a)
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
+	a.Close()
 	if err == nil {
 		return 0
 	}

@@ -4,14 +4,18 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/cli/auditcmd"
 	"github.com/kmsctl/kmsctl/internal/cli/keyscmd"
 	"github.com/kmsctl/kmsctl/internal/cli/rendercmd"
+	"github.com/kmsctl/kmsctl/internal/cli/servecmd"
 )
 
 // verbs lists the commands of floor 5.
 func verbs(a *app.App) []*cobra.Command {
 	var all []*cobra.Command
+	all = append(all, servecmd.New(a)...)
 	all = append(all, keyscmd.New(a)...)
 	all = append(all, rendercmd.New(a)...)
+	all = append(all, auditcmd.New(a)...)
 	return all
 }

@@ -38,6 +38,12 @@ type Opened struct {
 	TokenKey  []byte // 32 bytes, seed of the key that signs access tokens
 }
 
+// Zero overwrites the two keys.
+func (o Opened) Zero() {
+	clear(o.RecordKey)
+	clear(o.TokenKey)
+}
+
 // install is the plain record of an installation. Its sealed secrets open
 // with this installation's master key only, each for its own purpose.
 type install struct {

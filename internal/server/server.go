@@ -44,6 +44,8 @@ type Config struct {
 	Log   *slog.Logger
 	// Lag is the age of the view of the store.
 	Lag func() time.Duration
+	// AuditHeads gives the signed heads of the audit logs.
+	AuditHeads func(ctx context.Context) (kmsapi.AuditHeads, error)
 	// Healthy lists what is wrong with the HSM; empty means ready.
 	Healthy func(ctx context.Context) []string
 }
@@ -75,13 +77,16 @@ func New(c Config) *Server {
 
 type localKey struct{}
 
+// ServeHTTP answers one request.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+
 // Serve answers on l until ctx ends, then lets running requests finish.
 // local marks a unix socket whose peers run as the same user: they are
-// administrators.
-func (s *Server) Serve(ctx context.Context, l net.Listener, local bool) error {
+// administrators. handler is a Server, or the Gate before one.
+func Serve(ctx context.Context, handler http.Handler, log *slog.Logger, l net.Listener, local bool) error {
 	h := &http.Server{
-		Handler: s.mux, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 60 * time.Second, IdleTimeout: 2 * time.Minute,
-		MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug),
+		Handler: handler, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 60 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, localKey{}, local && sameUser(c))
@@ -100,7 +105,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener, local bool) error {
 	if err != nil {
 		err = errors.Join(err, h.Close())
 	}
-	_ = <-done // http.ErrServerClosed
+	if serr := <-done; !errors.Is(serr, http.ErrServerClosed) {
+		err = errors.Join(err, serr)
+	}
 	return err
 }
 

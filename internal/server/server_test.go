@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"strings"
 	"testing"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/iam"
+	"github.com/kmsctl/kmsctl/internal/server"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -271,6 +273,32 @@ func TestReadinessNamesTheReasons(t *testing.T) {
 	r.into(t, &h)
 	if r.status != 503 || h.Ready || len(h.Reasons) != 1 || h.Reasons[0] != sick[0] {
 		t.Errorf("%d %+v", r.status, h)
+	}
+}
+
+// TestGate: before there is a server, the process lives, says why it is not
+// ready, and everything else is to be tried again.
+func TestGate(t *testing.T) {
+	w := newWorld(t)
+	g := server.NewGate("storage: no answer")
+	ask := func(path string) *httptest.ResponseRecorder {
+		r := httptest.NewRecorder()
+		g.ServeHTTP(r, httptest.NewRequestWithContext(t.Context(), "GET", path, nil))
+		return r
+	}
+	if r := ask("/livez"); r.Code != 200 {
+		t.Errorf("livez %d", r.Code)
+	}
+	g.Shut("hsm: this password was refused before")
+	if r := ask("/readyz"); r.Code != 503 || !strings.Contains(r.Body.String(), "refused before") {
+		t.Errorf("readyz %d %s", r.Code, r.Body)
+	}
+	if r := ask("/api/v2/keys"); r.Code != 503 || r.Header().Get("Retry-After") == "" || !strings.Contains(r.Body.String(), kmsapi.Unavailable) {
+		t.Errorf("keys %d %s", r.Code, r.Body)
+	}
+	g.Open(w.server)
+	if r := ask("/readyz"); r.Code != 200 {
+		t.Errorf("open: readyz %d %s", r.Code, r.Body)
 	}
 }
 

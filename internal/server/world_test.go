@@ -69,6 +69,7 @@ type world struct {
 	kms         *kms.Service
 	iam         *iam.Service
 	audit       *auditor
+	server      *server.Server
 	log         *bytes.Buffer
 	clock       atomic.Int64 // nanoseconds after start
 	lag         atomic.Int64
@@ -117,11 +118,16 @@ func newWorld(t *testing.T) *world {
 	w.kms = kms.New(st, w.token, w.token, w.now)
 	none := []string{}
 	w.sick.Store(&none)
+	log := slog.New(slog.NewJSONHandler(&safeBuffer{b: w.log}, nil))
 	s := server.New(server.Config{
-		KMS: w.kms, IAM: w.iam, Audit: w.audit, Log: slog.New(slog.NewJSONHandler(&safeBuffer{b: w.log}, nil)),
+		KMS: w.kms, IAM: w.iam, Audit: w.audit, Log: log,
+		AuditHeads: func(context.Context) (kmsapi.AuditHeads, error) {
+			return kmsapi.AuditHeads{PublicKey: w.token.PublicKey(), Heads: []kmsapi.AuditHead{}}, nil
+		},
 		Lag:     func() time.Duration { return time.Duration(w.lag.Load()) },
 		Healthy: func(context.Context) []string { return *w.sick.Load() },
 	})
+	w.server = s
 	ctx, cancel := context.WithCancel(t.Context())
 	var lc net.ListenConfig
 	tcp, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
@@ -134,8 +140,8 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	done := make(chan error, 2)
-	go func() { done <- s.Serve(ctx, tcp, false) }()
-	go func() { done <- s.Serve(ctx, local, true) }()
+	go func() { done <- server.Serve(ctx, s, log, tcp, false) }()
+	go func() { done <- server.Serve(ctx, s, log, local, true) }()
 	t.Cleanup(func() {
 		cancel()
 		for range 2 {

@@ -262,3 +262,21 @@ type CreatePolicy struct {
 type PolicyID struct {
 	ID string `json:"id"`
 }
+
+// AuditHeads is the answer of GET /kmsctl/v1/audit/heads: the last signed
+// state of each process's audit log, and the key that signed (PKIX DER). Own
+// is the log of the process that answers.
+type AuditHeads struct {
+	PublicKey []byte      `json:"publicKey"`
+	Own       *AuditHead  `json:"own,omitempty"`
+	Heads     []AuditHead `json:"heads"`
+}
+
+// AuditHead is the signed state of one log.
+type AuditHead struct {
+	Log       string `json:"log"` // name of the process that writes it
+	Chain     string `json:"chain"`
+	Seq       uint64 `json:"seq"`
+	Prev      string `json:"prev"`
+	Signature []byte `json:"signature"`
+}

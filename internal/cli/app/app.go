@@ -22,6 +22,16 @@ type App struct {
 	Version  string
 	Format   string // -o/--output, checked before any command runs
 	Asker    Asker  // nil: the controlling terminal, where there is one
+
+	atExit []func()
+}
+
+// Close ends what a command opened for its own time, last first.
+func (a *App) Close() {
+	for i := len(a.atExit) - 1; i >= 0; i-- {
+		a.atExit[i]()
+	}
+	a.atExit = nil
 }
 
 // New is the App of the real program.

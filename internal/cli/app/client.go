@@ -87,9 +87,8 @@ func (a *App) Client(ctx context.Context, f *ClientFlags) (*kmsclient.Client, er
 	cfg := kmsclient.Config{Server: f.Server, CAFile: f.CAFile, APIKey: key}
 	if f.Server == "" {
 		cfg.Socket = SocketPath(f.Data)
-		if _, err := os.Stat(cfg.Socket); err != nil {
-			return nil, fault.New(fault.Unreachable, "reach the embedded KMS of", f.Data, err).
-				WithHint("start it with `kmsctl serve --data %s …`, or name another KMS with --server", f.Data)
+		if err := a.embedded(ctx, f.Data); err != nil {
+			return nil, err
 		}
 	} else if len(key) == 0 {
 		return nil, fault.Usagef("no API key for %q", f.Server).WithHint("give --api-key-file or --api-key-stdin, or set KMSCTL_API_KEY")

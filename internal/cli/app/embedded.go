@@ -1,0 +1,361 @@
+package app
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/kmsctl/kmsctl/internal/connector"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/pki"
+	"github.com/kmsctl/kmsctl/internal/render"
+	"github.com/kmsctl/kmsctl/internal/server"
+	"github.com/kmsctl/kmsctl/internal/store"
+)
+
+// Embedded is the KMS of one machine, in a data folder. Its fields are what
+// `serve` was given; a copy without anything secret lies in the folder, so
+// that a command can start the KMS again for one call.
+type Embedded struct {
+	Data       string `json:"-"`
+	SecretFile string `json:"secretFile"` // hsm-Secret.yaml
+	ValuesFile string `json:"valuesFile"` // overrides_hsm.yaml
+	Module     string `json:"module,omitempty"`
+	Label      string `json:"tokenLabel,omitempty"`
+	Serial     string `json:"tokenSerial,omitempty"`
+	Slot       string `json:"slot,omitempty"`
+
+	Pass PassphraseFlags `json:"-"`
+}
+
+const (
+	rememberedFile = "serve.json"
+	tokenLabel     = "kms" // what a SoftHSM token of ours is called
+	embeddedName   = "embedded"
+	renewBefore    = 30 * 24 * time.Hour // a certificate that ends sooner is made anew
+	maxSocketPath  = 107                 // sockaddr_un, unix(7)
+)
+
+// RunningKMS is an embedded KMS that answers.
+type RunningKMS struct {
+	*KMS
+	Gate *server.Gate
+	Died <-chan error // the storage ended by itself
+	stop []func()
+}
+
+// Close ends it, last part first. A second call does nothing.
+func (r *RunningKMS) Close() {
+	for i := len(r.stop) - 1; i >= 0; i-- {
+		r.stop[i]()
+	}
+	r.stop = nil
+}
+
+// Start opens the KMS of the folder. The caller holds the folder's lock.
+func (e *Embedded) Start(ctx context.Context, a *App, log *slog.Logger, connectorLog io.Writer, progress func(did string, details ...string)) (running *RunningKMS, err error) {
+	sec, set, err := e.settings(a)
+	if err != nil {
+		return nil, err
+	}
+	defer sec.Password.Zero()
+	r := &RunningKMS{Gate: server.NewGate("starting")}
+	defer func() {
+		if err != nil {
+			r.Close()
+		}
+	}()
+	member, err := store.OpenEmbedded(ctx, filepath.Join(e.Data, "etcd"))
+	if err != nil {
+		return nil, err
+	}
+	r.stop, r.Died = append(r.stop, member.Close), member.Done()
+	client := member.Client()
+	r.stop = append(r.stop, func() { _ = client.Close() }) // the member behind it ends next
+	progress("storage", "etcd, embedded", filepath.Join(e.Data, "etcd"))
+	token, err := e.connector(ctx, a, sec, set, connectorLog)
+	if err != nil {
+		return nil, err
+	}
+	r.stop = append(r.stop, token.Close)
+	r.KMS, err = OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Name: embeddedName, Now: a.Now, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	r.stop = append(r.stop, r.KMS.Close)
+	r.Gate.Open(r.Server)
+	progress("hsm", fmt.Sprintf("token %q serial %s", r.Opened.Token.Label, r.Opened.Token.Serial), set.Model)
+	return r, e.remember()
+}
+
+// settings reads the two files.
+func (e *Embedded) settings(a *App) (render.Secret, hsm.Settings, error) {
+	raw, err := a.ReadInput("--secret", e.SecretFile, 1<<20)
+	if err != nil {
+		return render.Secret{}, hsm.Settings{}, err
+	}
+	if raw, err = e.Pass.Open(a, e.SecretFile, raw); err != nil {
+		return render.Secret{}, hsm.Settings{}, err
+	}
+	defer clear(raw)
+	sec, err := render.ParseSecret(raw)
+	if err != nil {
+		return sec, hsm.Settings{}, usage("read", e.SecretFile, err, "make it with `kmsctl render secret`")
+	}
+	values, err := a.ReadInput("--values", e.ValuesFile, 1<<20)
+	if err != nil {
+		return sec, hsm.Settings{}, err
+	}
+	if values, err = e.Pass.Open(a, e.ValuesFile, values); err != nil {
+		return sec, hsm.Settings{}, err
+	}
+	ov, err := render.ParseOverrides(values)
+	if err != nil {
+		return sec, hsm.Settings{}, usage("read", e.ValuesFile, err, "make it with `kmsctl render overrides`")
+	}
+	if err := hsm.CheckPIN(sec.Password.Reveal()); err != nil {
+		return sec, ov.HSM, usage("read hsm-pass in", e.SecretFile, err, "encode it without a line break: printf %s \"$PASSWORD\" | base64")
+	}
+	return sec, ov.HSM, nil
+}
+
+// usage keeps a fault that says more, and makes one of what is none.
+func usage(op, object string, err error, hint string) error {
+	if h := fault.HintOf(err); h != "" {
+		hint = h
+	}
+	f := fault.New(fault.Usage, op, object, err)
+	f.Hint = hint
+	return f
+}
+
+func (e *Embedded) connector(ctx context.Context, a *App, sec render.Secret, set hsm.Settings, log io.Writer) (*connector.Client, error) {
+	model, err := hsm.Lookup(set.Model)
+	if err != nil {
+		return nil, usage("read", e.ValuesFile, err, "choose another hsm_model")
+	}
+	path, err := connector.Find(a.Getenv)
+	if err != nil {
+		return nil, err
+	}
+	slot, err := ParseSlot(e.Slot)
+	if err != nil {
+		return nil, err
+	}
+	opts := connector.Options{Path: path, Module: e.Module, TokenLabel: e.Label, TokenSerial: e.Serial, Slot: slot, PIN: sec.Password, Stderr: log}
+	if opts.Module == "" {
+		opts.Module = model.Module
+	}
+	if e.Label == "" && e.Serial == "" && slot == nil {
+		switch {
+		case set.Model == "softhsm":
+			opts.TokenLabel, opts.SoftHSMDir = tokenLabel, filepath.Join(e.Data, "softhsm")
+		case set.SlotID != "":
+			if opts.Slot, err = ParseSlot(set.SlotID); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return connector.Start(ctx, opts)
+}
+
+// ParseSlot reads the value of --slot; empty is none.
+func ParseSlot(s string) (*uint64, error) {
+	if s == "" {
+		return nil, nil
+	}
+	var n uint64
+	if _, err := fmt.Sscanf(s, "%d", &n); err != nil || fmt.Sprint(n) != s {
+		return nil, fault.Usagef("--slot: %q is not a number", s)
+	}
+	return &n, nil
+}
+
+// remember writes down where the two files are, and never what is in them.
+func (e *Embedded) remember() error {
+	abs := *e
+	var err error
+	for _, p := range []*string{&abs.SecretFile, &abs.ValuesFile} {
+		if *p, err = filepath.Abs(*p); err != nil {
+			return err
+		}
+	}
+	b, err := json.Marshal(abs)
+	if err != nil {
+		return err
+	}
+	return WriteFile(filepath.Join(e.Data, rememberedFile), b, 0o600)
+}
+
+// recall reads what remember wrote; nil when the folder has no KMS.
+func recall(data string) (*Embedded, error) {
+	path := filepath.Join(data, rememberedFile)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fault.New(fault.Other, "read", path, err)
+	}
+	e := &Embedded{}
+	if err := json.Unmarshal(b, e); err != nil {
+		return nil, fault.New(fault.BadContent, "read", path, err).WithHint("start `kmsctl serve --data %s …` once; it writes the file anew", data)
+	}
+	e.Data = data
+	e.Pass.Add(pflag.NewFlagSet("", pflag.ContinueOnError)) // the environment and the terminal are left to give a passphrase
+	return e, nil
+}
+
+// startWait is how long a command waits for another one that holds the data
+// folder and does not answer: it is starting, or ending.
+const startWait = 10 * time.Second
+
+// embedded makes sure that the KMS of data answers on its local socket: the
+// running one, else one that is started for this call and ends with it.
+func (a *App) embedded(ctx context.Context, data string) error {
+	for until := time.Now().Add(startWait); ; {
+		var d net.Dialer
+		if c, err := d.DialContext(ctx, "unix", SocketPath(data)); err == nil {
+			return c.Close()
+		}
+		e, err := recall(data)
+		if err != nil {
+			return err
+		}
+		if e == nil {
+			return fault.Newf(fault.Unreachable, "reach the embedded KMS of", data, "none was started there yet").
+				WithHint("start it with `kmsctl serve --data %s …`, or name another KMS with --server", data)
+		}
+		unlock, err := LockData(data)
+		if err == nil {
+			a.atExit = append(a.atExit, unlock)
+			return a.forOneCall(ctx, e)
+		}
+		if fault.KindOf(err) != fault.Conflict || time.Now().After(until) {
+			return err
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (a *App) forOneCall(ctx context.Context, e *Embedded) error {
+	quiet := slog.New(slog.DiscardHandler)
+	r, err := e.Start(ctx, a, quiet, io.Discard, func(string, ...string) {})
+	if err != nil {
+		return err
+	}
+	a.atExit = append(a.atExit, r.Close)
+	l, err := LocalListener(ctx, SocketPath(e.Data))
+	if err != nil {
+		return err
+	}
+	sctx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = ServeAll(sctx, r.Gate, quiet, r.Died, Listener{l, true}) // its caller sees the failed request
+	}()
+	a.atExit = append(a.atExit, func() { stop(); <-done })
+	return nil
+}
+
+// LockData takes the data folder for this process; another holder is
+// fault.Conflict. The lock dies with the process.
+func LockData(dir string) (func(), error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fault.New(fault.Other, "make folder", dir, err)
+	}
+	if err := os.Chmod(dir, 0o700); err != nil { // others must not reach api.sock
+		return nil, fault.New(fault.Other, "protect folder", dir, err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fault.New(fault.Other, "open lock in", dir, err)
+	}
+	if err := flock(f); err != nil {
+		f.Close()
+		return nil, fault.Newf(fault.Conflict, "take data folder", dir, "another kmsctl holds it").
+			WithHint("use the running one (kmsctl keys list --data %s), or stop it", dir)
+	}
+	return func() { f.Close() }, nil
+}
+
+// LocalListener listens on the local socket; a socket that a killed process
+// left is removed, which the data folder's lock makes safe.
+func LocalListener(ctx context.Context, path string) (net.Listener, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fault.New(fault.Other, "remove", path, err)
+	}
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "unix", path)
+	if err != nil {
+		hint := "check the folder's permissions"
+		if len(path) > maxSocketPath {
+			hint = "the path is too long for a socket: choose a shorter --data"
+		}
+		return nil, fault.New(fault.Other, "listen on", path, err).WithHint("%s", hint)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// TLS makes or reuses DATA/tls: a CA, and the API's leaf with the given names.
+func (e *Embedded) TLS(now time.Time, listen string, san []string) (*tls.Config, error) {
+	dir := filepath.Join(e.Data, "tls")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fault.New(fault.Other, "make folder", dir, err)
+	}
+	host, _, err := net.SplitHostPort(listen)
+	if err != nil {
+		return nil, err
+	}
+	hosts := append([]string{"localhost", "127.0.0.1"}, san...)
+	if ip, err := netip.ParseAddr(host); host != "" && (err != nil || !ip.IsUnspecified()) {
+		hosts = append(hosts, host)
+	}
+	read := func(name string) pki.Pair {
+		cert, _ := os.ReadFile(filepath.Join(dir, name+".pem")) // absent: made below
+		key, _ := os.ReadFile(filepath.Join(dir, name+"-key.pem"))
+		return pki.Pair{Cert: cert, Key: key}
+	}
+	write := func(name string, p pki.Pair) error {
+		return errors.Join(WriteFile(filepath.Join(dir, name+"-key.pem"), p.Key, 0o600), WriteFile(filepath.Join(dir, name+".pem"), p.Cert, 0o644))
+	}
+	ca := read("ca")
+	if _, err := tls.X509KeyPair(ca.Cert, ca.Key); err != nil {
+		if ca, err = pki.NewCA("kmsctl", now); err != nil {
+			return nil, err
+		}
+		if err := write("ca", ca); err != nil {
+			return nil, err
+		}
+	}
+	leaf := read("api")
+	if pki.Valid(ca.Cert, leaf, hosts, now, renewBefore) != nil {
+		if leaf, err = pki.Issue(ca, "kms-api", pki.Server, hosts, now); err != nil {
+			return nil, err
+		}
+		if err := write("api", leaf); err != nil {
+			return nil, err
+		}
+	}
+	return FileTLS(filepath.Join(dir, "api.pem"), filepath.Join(dir, "api-key.pem"))
+}

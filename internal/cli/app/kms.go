@@ -1,0 +1,206 @@
+package app
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"net"
+	"os"
+	"time"
+
+	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/connector"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/iam"
+	"github.com/kmsctl/kmsctl/internal/kms"
+	"github.com/kmsctl/kmsctl/internal/record"
+	"github.com/kmsctl/kmsctl/internal/server"
+	"github.com/kmsctl/kmsctl/internal/store"
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+)
+
+// KMSConfig is what a KMS is made of.
+type KMSConfig struct {
+	Etcd     store.EtcdClient
+	Token    *connector.Client
+	AuditDir string
+	Name     string // of this process, for the audit log's heads
+	Now      func() time.Time
+	Log      *slog.Logger
+}
+
+// KMS is an open KMS: the HSM unlocked, the records read.
+type KMS struct {
+	KMSConfig
+	Opened kms.Opened
+	IAM    *iam.Service
+	Server *server.Server
+	store  *store.Store
+	audit  *audit.Log
+}
+
+// OpenKMS unlocks the HSM and opens everything that depends on it. Etcd and
+// Token stay the caller's.
+func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
+	plain := store.NewPlain(c.Etcd)
+	opened, err := kms.Unlock(ctx, plain, c.Token, c.Now)
+	if err != nil {
+		return nil, err
+	}
+	defer opened.Zero()
+	c.Token.Reopen(func(ctx context.Context) error {
+		again, err := kms.Unlock(ctx, plain, c.Token, c.Now)
+		again.Zero()
+		return err
+	})
+	codec, err := record.NewCodec(opened.RecordKey)
+	if err != nil {
+		return nil, err
+	}
+	key, err := signingKey(opened.TokenKey)
+	if err != nil {
+		return nil, err
+	}
+	st, err := store.Open(ctx, c.Etcd, codec)
+	if err != nil {
+		return nil, err
+	}
+	k := &KMS{KMSConfig: c, Opened: opened, store: st}
+	k.IAM = iam.New(st, iam.Config{SigningKey: key, Now: c.Now})
+	k.audit, err = audit.Open(c.AuditDir, audit.Config{Sign: c.Token.Sign, PublicKey: opened.Master.PublicKey, Now: c.Now, SaveHead: k.saveHead})
+	if err != nil {
+		st.Close()
+		return nil, err
+	}
+	k.Server = server.New(server.Config{KMS: kms.New(st, c.Token, c.Token, c.Now), IAM: k.IAM, Audit: k.audit, Log: c.Log,
+		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads})
+	return k, nil
+}
+
+// Close ends the audit log with a signature, then the view of the store.
+func (k *KMS) Close() {
+	if err := k.audit.Close(); err != nil {
+		k.Log.Error("close audit log", "error", err)
+	}
+	k.store.Close()
+}
+
+// saveHead keeps the audit log's signed head in the store too, so that a cut
+// file is noticed.
+func (k *KMS) saveHead(ctx context.Context, h audit.Head) error {
+	path := "audit/" + k.Name
+	var old kmsapi.AuditHead
+	rev, err := k.store.Get(ctx, path, &old)
+	if err != nil && !errors.Is(err, record.ErrNotFound) {
+		return err
+	}
+	v := kmsapi.AuditHead{Log: k.Name, Chain: h.Chain, Seq: h.Seq, Prev: h.Prev, Signature: h.Signature}
+	return k.store.Commit(ctx, record.Change{Path: path, Value: v, Rev: rev})
+}
+
+func (k *KMS) heads(ctx context.Context) (kmsapi.AuditHeads, error) {
+	out := kmsapi.AuditHeads{PublicKey: k.Opened.Master.PublicKey, Heads: []kmsapi.AuditHead{}}
+	err := k.store.List(ctx, "audit/", func(_ record.Meta, decode func(any) error) error {
+		var h kmsapi.AuditHead
+		if err := decode(&h); err != nil {
+			return err
+		}
+		out.Heads = append(out.Heads, h)
+		if h.Log == k.Name {
+			out.Own = &h
+		}
+		return nil
+	})
+	return out, err
+}
+
+// signingKey derives the P-256 key that signs access tokens from the sealed
+// seed, so that all replicas have the same one. The seed is 32 random bytes
+// of the HSM; the scalar is its HKDF output of 48 bytes reduced into [1, n-1]
+// (FIPS 186-5, A.2.1).
+func signingKey(seed []byte) (*ecdsa.PrivateKey, error) {
+	wide, err := hkdf.Key(sha256.New, seed, nil, "kmsctl access token", 48)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(wide)
+	curve := elliptic.P256()
+	n := new(big.Int).Sub(curve.Params().N, big.NewInt(1))
+	d := new(big.Int).Mod(new(big.Int).SetBytes(wide), n)
+	d.Add(d, big.NewInt(1))
+	b := d.FillBytes(make([]byte, 32))
+	defer clear(b)
+	return ecdsa.ParseRawPrivateKey(curve, b)
+}
+
+// FirstAdmin makes an administrator's API key and writes it to path, unless
+// the file is there already.
+func (k *KMS) FirstAdmin(ctx context.Context, path string) (bool, error) {
+	if _, err := os.Stat(path); err == nil {
+		return false, nil
+	}
+	key, id, hash, err := iam.NewAPIKey()
+	if err != nil {
+		return false, err
+	}
+	defer key.Zero()
+	// The file first: a key that is registered and lost would be of no use.
+	if err := WriteFile(path, key.Reveal(), 0o600); err != nil {
+		return false, err
+	}
+	if err := k.IAM.EnsureAdmin(ctx, id, hash); err != nil {
+		return false, errors.Join(err, os.Remove(path))
+	}
+	return true, nil
+}
+
+// healthy lists what is wrong with the HSM.
+func (k *KMS) healthy(ctx context.Context) []string {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	info, err := k.Token.Describe(ctx)
+	switch {
+	case err != nil:
+		return []string{"hsm: " + err.Error()}
+	case !info.LoggedIn:
+		return []string{fmt.Sprintf("hsm: not logged in to token %q", info.Label)}
+	}
+	return nil
+}
+
+// Listener is a listener, and whether its peers are local administrators.
+type Listener struct {
+	net.Listener
+	Local bool
+}
+
+// ServeAll answers on all listeners until ctx ends or the storage dies.
+func ServeAll(ctx context.Context, g *server.Gate, log *slog.Logger, died <-chan error, ls ...Listener) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan error, len(ls))
+	for _, l := range ls {
+		go func() {
+			err := server.Serve(ctx, g, log, l.Listener, l.Local)
+			cancel() // one listener alone would be half a server
+			done <- err
+		}()
+	}
+	var errs []error
+	select {
+	case err := <-died:
+		errs = append(errs, fault.New(fault.Other, "run storage", "", err))
+		cancel()
+	case <-ctx.Done():
+	}
+	for range ls {
+		errs = append(errs, <-done)
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,11 @@
+//go:build !unix
+
+package app
+
+import (
+	"errors"
+	"os"
+)
+
+// flock fails: the embedded KMS runs on Unix only.
+func flock(*os.File) error { return errors.ErrUnsupported }

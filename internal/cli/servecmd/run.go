@@ -1,0 +1,219 @@
+package servecmd
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/connector"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/server"
+	"github.com/kmsctl/kmsctl/internal/store"
+)
+
+type apiOptions struct {
+	*app.App
+	listen        string
+	socket        string
+	etcd          store.Remote
+	cert, key     string
+	adminHashFile string
+	auditDir      string
+}
+
+func newRunAPICmd(a *app.App, run func(context.Context, *apiOptions) error) *cobra.Command {
+	o := &apiOptions{App: a}
+	if run == nil {
+		run = runAPI
+	}
+	cmd := &cobra.Command{
+		Use: "api", Short: "Serve the API over an etcd and a connector that run elsewhere", Args: cobra.NoArgs,
+		Long: `Serve the API. It stays up and not ready, and says why on /readyz, while the HSM, its
+password or etcd is not right, and goes on by itself when they are. A password that the HSM
+refused is not tried again until the secret changes.`,
+		Example: "  kmsctl run api --listen :28674 --connector-socket /run/kms/connector.sock --etcd-endpoints https://storage:2379 …",
+		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
+	}
+	fs := cmd.Flags()
+	fs.StringVar(&o.listen, "listen", ":28674", "address of the API")
+	fs.StringVar(&o.socket, "connector-socket", "", "unix socket of kms-connector")
+	fs.StringSliceVar(&o.etcd.Endpoints, "etcd-endpoints", nil, "https:// addresses of etcd")
+	fs.StringVar(&o.etcd.CAFile, "etcd-ca-file", "", "CA of etcd's certificates")
+	fs.StringVar(&o.etcd.CertFile, "etcd-cert-file", "", "client certificate for etcd")
+	fs.StringVar(&o.etcd.KeyFile, "etcd-key-file", "", "its key")
+	fs.StringVar(&o.cert, "tls-cert-file", "", "certificate of the API")
+	fs.StringVar(&o.key, "tls-key-file", "", "its key")
+	fs.StringVar(&o.adminHashFile, "admin-key-hash-file", "", "JSON with id and hash of the first administrator's API key")
+	fs.StringVar(&o.auditDir, "audit-dir", "", "folder of the audit log")
+	return cmd
+}
+
+// Check holds the rules of the flags.
+func (o *apiOptions) Check() error {
+	var errs []error
+	for name, v := range map[string]string{"connector-socket": o.socket, "etcd-ca-file": o.etcd.CAFile, "etcd-cert-file": o.etcd.CertFile,
+		"etcd-key-file": o.etcd.KeyFile, "tls-cert-file": o.cert, "tls-key-file": o.key, "audit-dir": o.auditDir} {
+		if v == "" {
+			errs = append(errs, fault.Usagef("--%s: missing", name))
+		}
+	}
+	if len(o.etcd.Endpoints) == 0 {
+		errs = append(errs, fault.Usagef("--etcd-endpoints: missing"))
+	}
+	return errors.Join(errs...)
+}
+
+func runAPI(ctx context.Context, o *apiOptions) error {
+	log := newLogger(o.Err)
+	cfg, err := app.FileTLS(o.cert, o.key)
+	if err != nil {
+		return err
+	}
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", o.listen)
+	if err != nil {
+		return fault.New(fault.Conflict, "listen on", o.listen, err)
+	}
+	gate := server.NewGate("starting")
+	// The KMS outlives the last request: it is closed after the listener.
+	life, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	opened := make(chan struct{})
+	go func() {
+		defer close(opened)
+		o.openBehind(life, gate, log)
+	}()
+	log.Info("listening", "listen", l.Addr().String())
+	err = app.ServeAll(ctx, gate, log, nil, app.Listener{Listener: tls.NewListener(l, cfg)})
+	stop()
+	<-opened
+	return err
+}
+
+// Pauses between two attempts to open the KMS.
+const (
+	firstPause = 200 * time.Millisecond
+	longPause  = 10 * time.Second
+)
+
+// openBehind opens the KMS behind the gate, and tries until it opens. It
+// returns when ctx has ended and everything is closed.
+func (o *apiOptions) openBehind(ctx context.Context, gate *server.Gate, log *slog.Logger) {
+	for pause := firstPause; ; pause = min(2*pause, longPause) {
+		err := o.openOnce(ctx, gate, log)
+		if ctx.Err() != nil {
+			return
+		}
+		gate.Shut(err.Error())
+		log.Warn("not ready", "error", err, "hint", fault.HintOf(err), "again", pause.String())
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// openOnce opens the KMS and keeps it until ctx ends, or says why it cannot.
+func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.Logger) error {
+	client, err := store.Dial(ctx, o.etcd)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = client.Close() }() // the connection may be broken already
+	token, err := connector.Dial(ctx, o.socket)
+	if err != nil {
+		return err
+	}
+	defer token.Close()
+	name, err := os.Hostname()
+	if err != nil {
+		return err
+	}
+	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Name: name, Now: o.Now, Log: log})
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	if o.adminHashFile != "" {
+		if err := o.registerAdmin(ctx, k); err != nil {
+			return err
+		}
+	}
+	gate.Open(k.Server)
+	log.Info("ready", "token", k.Opened.Token.Serial, "install", k.Opened.Install)
+	<-ctx.Done()
+	return nil
+}
+
+func (o *apiOptions) registerAdmin(ctx context.Context, k *app.KMS) error {
+	b, err := os.ReadFile(o.adminHashFile)
+	if err != nil {
+		return fault.New(fault.NotFound, "read", o.adminHashFile, err)
+	}
+	var h struct{ ID, Hash string }
+	if err := json.Unmarshal(b, &h); err != nil {
+		return fault.New(fault.BadContent, "read", o.adminHashFile, err)
+	}
+	return k.IAM.EnsureAdmin(ctx, h.ID, h.Hash)
+}
+
+type storageOptions struct {
+	*app.App
+	cfg store.ServerConfig
+}
+
+func newRunStorageCmd(a *app.App, run func(context.Context, *storageOptions) error) *cobra.Command {
+	o := &storageOptions{App: a}
+	if run == nil {
+		run = runStorage
+	}
+	cmd := &cobra.Command{
+		Use: "storage", Short: "Run an etcd member that takes client certificates only", Args: cobra.NoArgs,
+		Example: "  kmsctl run storage --data-dir /data --listen-client https://0.0.0.0:2379 --cert-file … --key-file … --ca-file …",
+		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
+	}
+	fs := cmd.Flags()
+	fs.StringVar(&o.cfg.Dir, "data-dir", "", "folder of the data")
+	fs.StringVar(&o.cfg.Name, "name", "storage-0", "name of the member")
+	fs.StringVar(&o.cfg.ListenClient, "listen-client", "https://0.0.0.0:2379", "address for clients")
+	fs.StringVar(&o.cfg.AdvertiseHost, "advertise-host", "", "DNS name that clients use")
+	fs.StringVar(&o.cfg.CertFile, "cert-file", "", "certificate of this server")
+	fs.StringVar(&o.cfg.KeyFile, "key-file", "", "its key")
+	fs.StringVar(&o.cfg.CAFile, "ca-file", "", "CA that signs clients' certificates")
+	return cmd
+}
+
+// Check holds the rules of the flags.
+func (o *storageOptions) Check() error {
+	var errs []error
+	for name, v := range map[string]string{"data-dir": o.cfg.Dir, "cert-file": o.cfg.CertFile, "key-file": o.cfg.KeyFile, "ca-file": o.cfg.CAFile} {
+		if v == "" {
+			errs = append(errs, fault.Usagef("--%s: missing", name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func runStorage(ctx context.Context, o *storageOptions) error {
+	m, err := store.OpenServer(ctx, o.cfg)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	newLogger(o.Err).Info("ready", "listen", o.cfg.ListenClient)
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-m.Done():
+		return fault.New(fault.Other, "run storage", o.cfg.Name, err)
+	}
+}

@@ -1,0 +1,161 @@
+// Package servecmd has the commands that run the KMS: serve (everything in one
+// process and its connector), and run api|storage|watcher (one workload each,
+// as the chart's pods do).
+package servecmd
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/fault"
+)
+
+// New gives the commands of this package.
+func New(a *app.App) []*cobra.Command {
+	run := &cobra.Command{Use: "run", Short: "Run one workload of the KMS, as the chart's pods do"}
+	run.AddCommand(newRunAPICmd(a, nil), newRunStorageCmd(a, nil))
+	return []*cobra.Command{newServeCmd(a, nil), run}
+}
+
+type serveOptions struct {
+	*app.App
+	kms          app.Embedded
+	listen       string
+	plainHTTP    bool
+	adminKeyFile string
+	san          []string
+}
+
+func newServeCmd(a *app.App, run func(context.Context, *serveOptions) error) *cobra.Command {
+	o := &serveOptions{App: a}
+	if run == nil {
+		run = runServe
+	}
+	cmd := &cobra.Command{
+		Use: "serve", Short: "Run the embedded KMS: API, storage and HSM connector in one", Args: cobra.NoArgs,
+		Long: `Run the embedded KMS. It takes its HSM settings from the same two files that the chart takes:
+hsm-Secret.yaml (the HSM's password) and overrides_hsm.yaml (the model).
+
+For the model softhsm the token is made in the data folder when there is none, and keys
+survive restarts. The API is served by TLS; its CA is at DATA/tls/ca.pem. On this machine,
+the user who runs it is administrator through DATA/api.sock.
+
+Once it ran, commands such as ` + "`kmsctl keys list --data DIR`" + ` start it for the one call when it
+is not running: the folder remembers where the two files are (and nothing that is in them).`,
+		Example: "  kmsctl serve --data ./kms --listen 127.0.0.1:28674 --secret hsm-Secret.yaml --values overrides_hsm.yaml",
+		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
+	}
+	fs := cmd.Flags()
+	app.DataFlag(fs, a, &o.kms.Data)
+	fs.StringVar(&o.listen, "listen", "127.0.0.1:28674", "address of the API")
+	fs.StringVar(&o.kms.SecretFile, "secret", "", "hsm-Secret.yaml, plain or encrypted as `kmsctl render secret` writes it")
+	fs.StringVar(&o.kms.ValuesFile, "values", "", "overrides_hsm.yaml")
+	fs.StringVar(&o.kms.Module, "module", "", "path of the PKCS#11 library; without it, where the model's client puts it")
+	fs.StringVar(&o.kms.Label, "token-label", "", "label of the token")
+	fs.StringVar(&o.kms.Serial, "token-serial", "", "serial number of the token")
+	fs.StringVar(&o.kms.Slot, "slot", "", "slot id; slots can move, so prefer label or serial")
+	fs.BoolVar(&o.plainHTTP, "plain-http", false, "serve without TLS, on a loopback address only")
+	fs.StringVar(&o.adminKeyFile, "admin-key-file", "", "make a first administrator's API key and write it here, once")
+	fs.StringSliceVar(&o.san, "san", nil, "further DNS names or addresses in the API's certificate")
+	o.kms.Pass.Add(fs)
+	return cmd
+}
+
+// Check holds the rules of the flags.
+func (o *serveOptions) Check() error {
+	errs := []error{o.kms.Pass.Check(), checkListen(o.listen, o.plainHTTP)}
+	for name, v := range map[string]string{"secret": o.kms.SecretFile, "values": o.kms.ValuesFile} {
+		if v == "" {
+			errs = append(errs, fault.Usagef("--%s: missing", name).WithHint("make the two files with `kmsctl render secret` and `kmsctl render overrides`"))
+		}
+	}
+	if _, err := app.ParseSlot(o.kms.Slot); err != nil {
+		errs = append(errs, err)
+	}
+	chosen := 0
+	for _, v := range []string{o.kms.Label, o.kms.Serial, o.kms.Slot} {
+		if v != "" {
+			chosen++
+		}
+	}
+	if chosen > 1 {
+		errs = append(errs, fault.Usagef("--token-label, --token-serial, --slot: only one of them"))
+	}
+	return errors.Join(errs...)
+}
+
+func checkListen(addr string, plain bool) error {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return fault.Usagef("--listen: %q is not HOST:PORT", addr)
+	}
+	ip, err := netip.ParseAddr(host)
+	if plain && host != "localhost" && (err != nil || !ip.IsLoopback()) {
+		return fault.Usagef("--plain-http: %q is not a loopback address", addr).WithHint("keys and tokens would cross the network in the clear: leave --plain-http out")
+	}
+	return nil
+}
+
+func runServe(ctx context.Context, o *serveOptions) error {
+	unlock, err := app.LockData(o.kms.Data)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	log := newLogger(o.Err)
+	k, err := o.kms.Start(ctx, o.App, log, o.Err, o.Progress().Line)
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	if o.adminKeyFile != "" {
+		made, err := k.FirstAdmin(ctx, o.adminKeyFile)
+		if err != nil {
+			return err
+		}
+		if made {
+			o.Progress().Line("admin", "API key written", o.adminKeyFile)
+		}
+	}
+	l, ready, err := o.open(ctx)
+	if err != nil {
+		return err
+	}
+	local, err := app.LocalListener(ctx, app.SocketPath(o.kms.Data))
+	if err != nil {
+		return err
+	}
+	o.Progress().Line("ready", ready)
+	return app.ServeAll(ctx, k.Gate, log, k.Died, app.Listener{Listener: l}, app.Listener{Listener: local, Local: true})
+}
+
+// open listens for the API, by TLS unless asked otherwise.
+func (o *serveOptions) open(ctx context.Context) (net.Listener, string, error) {
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", o.listen)
+	if err != nil {
+		return nil, "", fault.New(fault.Conflict, "listen on", o.listen, err).WithHint("is another server there? choose another address with --listen")
+	}
+	if o.plainHTTP {
+		return l, "http://" + l.Addr().String(), nil
+	}
+	cfg, err := o.kms.TLS(o.Now(), o.listen, o.san)
+	if err != nil {
+		return nil, "", errors.Join(err, l.Close())
+	}
+	return tls.NewListener(l, cfg), "https://" + l.Addr().String() + "  CA " + filepath.Join(o.kms.Data, "tls", "ca.pem"), nil
+}
+
+// newLogger logs requests as JSON lines.
+func newLogger(w io.Writer) *slog.Logger {
+	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: slog.LevelInfo}))
+}
