@@ -68,7 +68,7 @@ registry() {
 version: 0.1
 log: {level: warn, accesslog: {disabled: true}}
 storage: {filesystem: {rootdirectory: $state/registry}, delete: {enabled: true}}
-http: {addr: "$registry"}
+http: {addr: "$registry", secret: only-one-process}
 END
   start registry docker-registry serve "$state/registry.yaml"
   answers registry curl -fsS "http://$registry/v2/"
