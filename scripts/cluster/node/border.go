@@ -33,10 +33,10 @@ func serveHost(dir string) error {
 	exposed := map[string]bool{}
 	return serve(dir, hostSocket, map[string]verb{
 		"expose": func(w []string) (string, net.Conn, error) {
-			mu.Lock()
-			exposed[w[0]] = true
-			mu.Unlock()
 			answer, err := ask(dir, nodeSocket, "listen", w[0])
+			mu.Lock()
+			exposed[w[0]] = exposed[w[0]] || err == nil
+			mu.Unlock()
 			return answer, nil, err
 		},
 		"dial": func(w []string) (string, net.Conn, error) {
@@ -101,10 +101,13 @@ func serve(dir, socket string, verbs map[string]verb) error {
 		}
 		words := strings.Fields(line)
 		want := map[string]int{"publish": 3, "expose": 2, "listen": 2, "dial": 2}
+		var answer string
+		var far net.Conn
 		if len(words) == 0 || verbs[words[0]] == nil || len(words) != want[words[0]] {
-			return fmt.Errorf("not understood: %q", line)
+			err = fmt.Errorf("not understood: %q", line)
+		} else {
+			answer, far, err = verbs[words[0]](words[1:])
 		}
-		answer, far, err := verbs[words[0]](words[1:])
 		if err != nil {
 			_, werr := fmt.Fprintf(near, "error %v\n", err)
 			return errors.Join(err, werr)

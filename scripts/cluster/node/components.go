@@ -190,9 +190,9 @@ func (c *cluster) startKubelet() {
 }
 
 // addVolumes makes folders of the work folder claimable, by a default storage
-// class: enough for a few releases.
+// class: enough for several releases.
 func (c *cluster) addVolumes() {
-	for i := range 12 {
+	for i := range 24 {
 		c.vars["volume"] = strconv.Itoa(i + 1)
 		folder := filepath.Join(c.dir, "volumes", c.vars["volume"])
 		check(os.MkdirAll(folder, 0o755), "make %s", folder)
