@@ -58,5 +58,6 @@ e2e: build ## the tests on the real cluster
 snapshot: ## what a release would hold, into dist/
 	@scripts/lint.sh $(GOTOOLS) goreleaser release --snapshot --clean
 
-clean: ## remove what was built here, caches included
+clean: demo-stop cluster-stop ## remove what was built here, caches included
+	@scripts/e2e.sh --stop
 	rm -rf bin dist .cache

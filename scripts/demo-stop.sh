@@ -11,5 +11,9 @@ if [[ -e $state/cluster-started ]]; then
   rm -f "$state/cluster-started"
 fi
 for p in kms registry; do stop $p; done
-[[ ${1:-} != --clean ]] || rm -rf "$state"
-echo "demo-stop: stopped; the keys stay in $state (scripts/demo-stop.sh --clean removes them)"
+if [[ ${1:-} == --clean ]]; then
+  rm -rf "$state"
+  echo "demo-stop: stopped, and nothing is left"
+else
+  echo "demo-stop: stopped; the keys stay in .cache/demo for the next run (scripts/demo-stop.sh --clean removes them)"
+fi
