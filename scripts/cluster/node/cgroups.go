@@ -29,9 +29,24 @@ func cgroupMounts() ([]cgroupMount, error) {
 	return out, nil
 }
 
-// ownCgroups gives, for each hierarchy, the folder of the cgroup that this
-// process is in.
-func ownCgroups() ([]string, error) {
+// unified gives the mount of the version 2 hierarchy where there is no other.
+func unified(mounts []cgroupMount) (dir string, ok bool) {
+	for _, m := range mounts {
+		switch m.kind {
+		case "cgroup":
+			return "", false
+		case "cgroup2":
+			dir = m.dir
+		}
+	}
+	return dir, dir != ""
+}
+
+// parentCgroups gives the folder of each hierarchy below which a cluster has
+// its cgroup: where this process is, since the root of a version 1 hierarchy
+// may be another supervisor's. A version 2 cgroup that has processes cannot
+// have children with controllers, unless it is the root.
+func parentCgroups() ([]string, error) {
 	b, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		return nil, err
@@ -44,6 +59,9 @@ func ownCgroups() ([]string, error) {
 	mounts, err := cgroupMounts()
 	if err != nil {
 		return nil, err
+	}
+	if root, ok := unified(mounts); ok {
+		return []string{root}, enableControllers(root)
 	}
 	var out []string
 	for _, m := range mounts {
@@ -58,15 +76,20 @@ func ownCgroups() ([]string, error) {
 	return out, nil
 }
 
-// makeCgroups makes a child in each of this process's own cgroups: the root of
-// a hierarchy may be another supervisor's. It returns what it made, also when
-// it fails.
+// enableControllers gives the children of a version 2 cgroup what the kubelet
+// wants.
+func enableControllers(dir string) error {
+	return os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+cpu +cpuset +io +memory +pids"), 0o644)
+}
+
+// makeCgroups makes the cluster's cgroup in each hierarchy. It returns what it
+// made, also when it fails.
 func makeCgroups(name string) (made []string, err error) {
-	own, err := ownCgroups()
+	parents, err := parentCgroups()
 	if err != nil {
 		return nil, err
 	}
-	for _, parent := range own {
+	for _, parent := range parents {
 		d := filepath.Join(parent, name)
 		if err := os.Mkdir(d, 0o755); err != nil {
 			return made, err

@@ -96,6 +96,13 @@ func layCgroups() {
 		}
 		mount(m.kind, m.dir, m.kind, 0, strings.Join(options, ","))
 	}
+	if root, ok := unified(mounts); ok {
+		// Only a cgroup without processes may have children with controllers.
+		leaf := filepath.Join(root, "node")
+		check(os.Mkdir(leaf, 0o755), "make %s", leaf)
+		check(os.WriteFile(filepath.Join(leaf, "cgroup.procs"), []byte("0"), 0o644), "enter %s", leaf)
+		check(enableControllers(root), "enable cgroup controllers")
+	}
 }
 
 // shieldSysctls lets the kubelet write plain files instead of settings of the
