@@ -1,0 +1,73 @@
+// Package cluster has the words that the jobs and their tools share about a
+// Kubernetes cluster and a Helm release, so that the jobs need no heavy
+// library. Plain data, standard library only.
+package cluster
+
+import "time"
+
+// Secret is a Secret to apply.
+type Secret struct {
+	Namespace, Name string
+	Type            string // Opaque when empty
+	Labels          map[string]string
+	Data            map[string][]byte
+}
+
+// Pod is one pod of a release.
+type Pod struct {
+	Name  string `json:"name"`
+	Node  string `json:"node,omitempty"`
+	Ready bool   `json:"ready"`
+	Phase string `json:"phase"`
+	// Restarts of all containers together.
+	Restarts int32 `json:"restarts"`
+	// Trouble is empty while nothing is wrong.
+	Trouble *Trouble `json:"trouble,omitempty"`
+}
+
+// Trouble says what is wrong with a pod. Final means that waiting alone will
+// not cure it.
+type Trouble struct {
+	Pod       string `json:"pod"`
+	Container string `json:"container,omitempty"`
+	Reason    string `json:"reason"`            // as Kubernetes calls it: ImagePullBackOff, Unschedulable
+	Message   string `json:"message,omitempty"` // the event's or the container's own words
+	Log       string `json:"log,omitempty"`     // the container's last line
+	Cure      string `json:"cure,omitempty"`
+	Final     bool   `json:"-"`
+}
+
+// Statuses of a release, as Helm calls them.
+const (
+	Deployed        = "deployed"
+	Failed          = "failed"
+	PendingInstall  = "pending-install"
+	PendingUpgrade  = "pending-upgrade"
+	PendingRollback = "pending-rollback"
+	Uninstalling    = "uninstalling"
+)
+
+// Pending says whether a status means that a change is under way, or that its
+// maker died.
+func Pending(status string) bool {
+	switch status {
+	case PendingInstall, PendingUpgrade, PendingRollback, Uninstalling:
+		return true
+	}
+	return false
+}
+
+// Release is one revision of a Helm release.
+type Release struct {
+	Name       string         `json:"name"`
+	Namespace  string         `json:"namespace"`
+	Revision   int            `json:"revision"`
+	Status     string         `json:"status"`
+	Chart      string         `json:"chart"`
+	Version    string         `json:"version"`
+	AppVersion string         `json:"appVersion"`
+	Updated    time.Time      `json:"updated"`
+	Note       string         `json:"note,omitempty"` // Helm's description of what happened
+	Values     map[string]any `json:"-"`              // what the user set
+	Manifest   string         `json:"-"`
+}

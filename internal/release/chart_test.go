@@ -1,0 +1,322 @@
+package release_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/client-go/kubernetes/scheme"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/release"
+	"github.com/kmsctl/kmsctl/templates"
+)
+
+func embedded(t *testing.T) *release.Chart {
+	t.Helper()
+	c, err := release.LoadFS(templates.Chart())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+type values = map[string]any
+
+// modelValues is what the manual sets for a model.
+func modelValues(model string, more values) values {
+	h := values{"hsm_model": model}
+	if model != "softhsm" {
+		h["hsm_ip"] = "10.0.0.1"
+	}
+	if model == "thales" {
+		h["rfs_ip"], h["slotId"] = "10.0.0.2", "492971158"
+	}
+	v := values{"hsm": h}
+	for k, x := range more {
+		v[k] = x
+	}
+	return v
+}
+
+// objects decodes a manifest as strictly as the API server does with field
+// validation.
+func objects(t *testing.T, manifest string) []runtime.Object {
+	t.Helper()
+	d := serializer.NewCodecFactory(scheme.Scheme, serializer.EnableStrict).UniversalDeserializer()
+	var out []runtime.Object
+	for _, doc := range strings.Split(manifest, "\n---\n") {
+		if strings.TrimSpace(strings.ReplaceAll(doc, "---", "")) == "" {
+			continue
+		}
+		o, _, err := d.Decode([]byte(doc), nil, nil)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, doc)
+		}
+		out = append(out, o)
+	}
+	return out
+}
+
+func podSpecs(objs []runtime.Object) map[string]corev1.PodSpec {
+	out := map[string]corev1.PodSpec{}
+	for _, o := range objs {
+		switch o := o.(type) {
+		case *appsv1.StatefulSet:
+			out[o.Name] = o.Spec.Template.Spec
+		case *appsv1.Deployment:
+			out[o.Name] = o.Spec.Template.Spec
+		}
+	}
+	return out
+}
+
+// TestManifests: for every model and kind of volume the manifests decode
+// strictly, and every pod is locked down.
+func TestManifests(t *testing.T) {
+	volumes := map[string]values{
+		"claims":    {},
+		"hostPath":  {"persistence": values{"hostPath": "/srv/kms"}},
+		"emptyDir":  {"persistence": values{"emptyDir": true}},
+		"class":     {"persistence": values{"storageClass": "fast"}},
+		"existing":  {"oss": values{"persistence": values{"existingClaim": "a"}}, "storage": values{"persistence": values{"existingClaim": "b"}}},
+		"openshift": {"openshift": true, "imagePullSecrets": []any{values{"name": "pull"}}, "nodeSelector": values{"a": "b"}, "tolerations": []any{values{"operator": "Exists"}}},
+		"watch":     {"watcher": values{"allNamespaces": true}, "podAnnotations": values{"x": "y"}},
+		"others":    {"watcher": values{"namespaces": []any{"shop"}}, "service": values{"annotations": values{"x": "y"}}},
+	}
+	for _, model := range hsm.Names() {
+		m, err := hsm.Lookup(model)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, more := range volumes {
+			t.Run(model+"/"+name, func(t *testing.T) {
+				manifest, err := release.Template(embedded(t), "key-management-hsm", "kube-system", modelValues(model, more), "1.37.2")
+				if err != nil {
+					t.Fatal(err)
+				}
+				pods := podSpecs(objects(t, manifest))
+				if len(pods) != 3 {
+					t.Fatalf("%d workloads", len(pods))
+				}
+				for name, p := range pods {
+					lockedDown(t, name, p)
+				}
+				oss := pods["key-management-hsm-oss"]
+				i := slices.IndexFunc(oss.Containers, func(c corev1.Container) bool { return c.Name == "hsm" })
+				if i < 0 || !strings.HasPrefix(oss.Containers[i].Image, "ibmcom/"+m.Image+":") {
+					t.Errorf("no connector of %s", m.Image)
+				}
+				if !slices.Contains(oss.Containers[i].Args, "--module="+m.Module) {
+					t.Errorf("args %q lack the module %s", oss.Containers[i].Args, m.Module)
+				}
+			})
+		}
+	}
+}
+
+func lockedDown(t *testing.T, name string, p corev1.PodSpec) {
+	t.Helper()
+	if p.SecurityContext == nil || p.SecurityContext.RunAsNonRoot == nil || !*p.SecurityContext.RunAsNonRoot ||
+		p.SecurityContext.SeccompProfile == nil || p.SecurityContext.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault || p.SecurityContext.RunAsUser != nil {
+		t.Errorf("%s: pod security %+v", name, p.SecurityContext)
+	}
+	if automount := p.AutomountServiceAccountToken; automount == nil || *automount != strings.HasSuffix(name, "-watcher") {
+		t.Errorf("%s: token mounted: %v", name, automount)
+	}
+	for _, c := range append(p.InitContainers, p.Containers...) {
+		s := c.SecurityContext
+		if s == nil || s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation || s.ReadOnlyRootFilesystem == nil || !*s.ReadOnlyRootFilesystem ||
+			s.Capabilities == nil || !slices.Contains(s.Capabilities.Drop, "ALL") || len(s.Capabilities.Add) > 0 {
+			t.Errorf("%s/%s: security %+v", name, c.Name, s)
+		}
+		if strings.HasSuffix(c.Image, ":") || strings.Contains(c.Image, " ") {
+			t.Errorf("%s/%s: image %q", name, c.Name, c.Image)
+		}
+	}
+	for _, c := range p.Containers {
+		if c.Name != "hardserver" && (c.LivenessProbe == nil || (c.StartupProbe == nil && c.ReadinessProbe == nil)) {
+			t.Errorf("%s/%s: probes are missing", name, c.Name)
+		}
+		for _, m := range c.VolumeMounts {
+			if !slices.ContainsFunc(p.Volumes, func(v corev1.Volume) bool { return v.Name == m.Name }) && !slices.Contains([]string{"etcd", "audit", "token", "kmdata"}, m.Name) {
+				t.Errorf("%s/%s mounts %s, which is no volume", name, c.Name, m.Name)
+			}
+		}
+	}
+}
+
+// TestLunaPod: the pair of the pod's own node is mounted, by the downward API.
+func TestLunaPod(t *testing.T) {
+	manifest, err := release.Template(embedded(t), "r", "n", modelValues("gemalto", nil), "1.37.2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"fieldPath: status.hostIP", "subPathExpr: $(HOST_IP)", "subPathExpr: $(HOST_IP)-key", "ServerName00 = 10.0.0.1;", "ServerPort00 = 1792;"} {
+		if !strings.Contains(manifest, want) {
+			t.Errorf("no %q", want)
+		}
+	}
+	if strings.Contains(manifest, "\t") {
+		t.Error("a TAB, which Chrystoki.conf must not have")
+	}
+}
+
+func TestShieldPod(t *testing.T) {
+	v := modelValues("thales", nil)
+	v["hsm"].(values)["esn"], v["hsm"].(values)["keyhash"] = "1111-2222-3333", strings.Repeat("ab", 20)
+	manifest, err := release.Template(embedded(t), "r", "n", v, "1.37.2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"syntax-version=1", "remote_esn=1111-2222-3333", "keyhash=" + strings.Repeat("ab", 20), "remote_ip=10.0.0.1", "CKNFAST_LOADSHARING=1", "--slot=492971158"} {
+		if !strings.Contains(manifest, want) {
+			t.Errorf("no %q", want)
+		}
+	}
+	// An empty field would stop the hardserver: it is left out.
+	if manifest, err = release.Template(embedded(t), "r", "n", modelValues("thales", nil), "1.37.2"); err != nil || strings.Contains(manifest, "remote_esn") {
+		t.Errorf("remote_esn without a value, %v", err)
+	}
+}
+
+// TestWatcherRights: no other account than the watcher's has any right, and it
+// may not write more than it must.
+func TestWatcherRights(t *testing.T) {
+	manifest, err := release.Template(embedded(t), "key-management-hsm", "kube-system", modelValues("softhsm", values{"watcher": values{"namespaces": []any{"shop", "kube-system"}}}), "1.37.2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, o := range objects(t, manifest) {
+		switch o := o.(type) {
+		case *rbacv1.Role:
+			for _, r := range o.Rules {
+				got = append(got, fmt.Sprintf("%s/%s %v %v %v", o.Namespace, o.Name, r.Resources, r.ResourceNames, r.Verbs))
+			}
+		case *rbacv1.ClusterRole:
+			t.Errorf("cluster role %s", o.Name)
+		case *rbacv1.RoleBinding:
+			for _, s := range o.Subjects {
+				if s.Name != "key-management-hsm-watcher" {
+					t.Errorf("%s binds %s", o.Name, s.Name)
+				}
+			}
+		}
+	}
+	want := []string{
+		"/key-management-hsm-watcher [secrets] [key-management-hsm-ca] [get]",
+		"/key-management-hsm-watcher [secrets] [key-management-hsm-api-tls key-management-hsm-storage-tls key-management-hsm-storage-client-tls] [get update]",
+		"/key-management-hsm-watcher [statefulsets] [key-management-hsm-oss key-management-hsm-storage] [get patch]",
+		"/key-management-hsm-watcher [leases] [] [create]",
+		"/key-management-hsm-watcher [leases] [key-management-hsm-watcher] [get update]",
+		"/key-management-hsm-watcher [events] [] [create patch]",
+		"kube-system/key-management-hsm-watcher-instances [secrets] [] [get list watch update]",
+		"shop/key-management-hsm-watcher-instances [secrets] [] [get list watch update]",
+	}
+	slices.Sort(got)
+	slices.Sort(want)
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+}
+
+// TestValuesRefused: what cannot work is said before anything is applied.
+func TestValuesRefused(t *testing.T) {
+	for want, v := range map[string]values{
+		"hsm_model":            {"hsm": values{"hsm_model": "luna"}},
+		"hsm.hsm_ip: missing":  {"hsm": values{"hsm_model": "gemalto"}},
+		"hsm.slotId: missing":  {"hsm": values{"hsm_model": "thales", "hsm_ip": "10.0.0.1", "rfs_ip": "10.0.0.2"}},
+		"slotid":               {"hsm": values{"slotid": "1"}},
+		"watchr":               {"watchr": values{}},
+		"client_certs":         {"client_certs": []any{}},
+		"hsm_pw":               {"hsm": values{"hsm_pw": "x"}},
+		"oss.replicas":         {"oss": values{"replicas": 3}},
+		"storage.replicas":     {"storage": values{"replicas": 3}},
+		"exclude each other":   {"persistence": values{"hostPath": "/a", "emptyDir": true}},
+		"not an absolute path": {"persistence": values{"hostPath": "a"}},
+	} {
+		_, err := release.Template(embedded(t), "r", "n", v, "1.37.2")
+		if fault.KindOf(err) != fault.Usage || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v: %v, want %q", v, err, want)
+		}
+	}
+}
+
+// TestSchema holds values.schema.json to values.yaml.
+func TestSchema(t *testing.T) {
+	s := schemaOf(embedded(t).Values(), "")
+	s["$schema"] = "http://json-schema.org/draft-07/schema#"
+	want, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join("../../templates", templates.ChartName, "values.schema.json")
+	if os.Getenv("KMSCTL_UPDATE") != "" {
+		if err := os.WriteFile(path, append(want, '\n'), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(string(want)+"\n", string(got)); d != "" {
+		t.Errorf("run with KMSCTL_UPDATE=1 (-want +got):\n%s", d)
+	}
+}
+
+func schemaOf(v any, path string) values {
+	switch v := v.(type) {
+	case map[string]any:
+		if len(v) == 0 {
+			return values{"type": "object"}
+		}
+		props := values{}
+		for k, x := range v {
+			props[k] = schemaOf(x, path+"."+k)
+		}
+		if path == "" {
+			props["global"] = values{"type": "object"} // Helm's own
+		}
+		return values{"type": "object", "properties": props, "additionalProperties": false}
+	case []any:
+		return values{"type": "array"}
+	case bool:
+		return values{"type": "boolean"}
+	case string:
+		switch path {
+		case ".hsm.hsm_model":
+			return values{"enum": hsm.Names()}
+		case ".imagePullPolicy":
+			return values{"enum": []string{"IfNotPresent", "Always", "Never"}}
+		case ".service.type":
+			return values{"enum": []string{"ClusterIP", "NodePort", "LoadBalancer"}}
+		}
+		return values{"type": "string"}
+	}
+	return values{"type": "integer", "minimum": 1}
+}
+
+// TestVersionsAgree: the constant that names the default tag is the chart's.
+func TestVersionsAgree(t *testing.T) {
+	c := embedded(t)
+	if c.Name() != templates.ChartName || c.Version() != templates.ChartVersion || c.AppVersion() != templates.ChartVersion {
+		t.Errorf("chart %s %s (%s), constants %s %s", c.Name(), c.Version(), c.AppVersion(), templates.ChartName, templates.ChartVersion)
+	}
+	if _, err := fs.Stat(templates.Chart(), "values.schema.json"); err != nil {
+		t.Error(err)
+	}
+}

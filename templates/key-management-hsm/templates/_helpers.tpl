@@ -1,0 +1,176 @@
+{{/* Name of a component's objects: RELEASE-COMPONENT. */}}
+{{- define "kms.name" -}}{{ .root.Release.Name }}-{{ .component }}{{- end }}
+
+{{- define "kms.selector" -}}
+app.kubernetes.io/name: key-management-hsm
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "kms.labels" -}}
+{{ include "kms.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{/* Image of a block of the values; the tag falls back to the chart's version. */}}
+{{- define "kms.image" -}}
+{{ .block.image.repository }}:{{ .block.image.tag | default .root.Chart.AppVersion }}
+{{- end }}
+
+{{- define "kms.openshift" -}}
+{{- if or .Values.openshift (.Capabilities.APIVersions.Has "security.openshift.io/v1") }}true{{ end }}
+{{- end }}
+
+{{/* The image's user is 65532:0; any other uid in group 0 works as well. */}}
+{{- define "kms.podSecurity" -}}
+runAsNonRoot: true
+seccompProfile:
+  type: RuntimeDefault
+{{- if not (include "kms.openshift" .) }}
+fsGroup: 65532
+fsGroupChangePolicy: OnRootMismatch
+{{- end }}
+{{- end }}
+
+{{- define "kms.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* What every pod has in common. */}}
+{{- define "kms.podCommon" -}}
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets:
+{{- toYaml . | nindent 0 }}
+{{- end }}
+{{- with .root.Values.nodeSelector }}
+nodeSelector:
+{{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .root.Values.tolerations }}
+tolerations:
+{{- toYaml . | nindent 0 }}
+{{- end }}
+{{- with .root.Values.affinity }}
+affinity:
+{{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .root.Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+serviceAccountName: {{ include "kms.name" . }}
+securityContext:
+{{- include "kms.podSecurity" .root | nindent 2 }}
+{{- end }}
+
+{{- define "kms.podMeta" -}}
+labels:
+  {{- include "kms.labels" . | nindent 2 }}
+  {{- with .root.Values.podLabels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with .root.Values.podAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* A volume of a pod that is not a claim template: an existing claim, a folder
+of the node, or nothing kept. Empty when a claim template makes it. */}}
+{{- define "kms.volume" -}}
+{{- $p := .root.Values.persistence -}}
+{{- if .own.existingClaim }}
+- name: {{ .name }}
+  persistentVolumeClaim:
+    claimName: {{ .own.existingClaim }}
+{{- else if $p.hostPath }}
+- name: {{ .name }}
+  hostPath:
+    path: {{ $p.hostPath }}/{{ .root.Release.Name }}/{{ .name }}
+    type: DirectoryOrCreate
+{{- else if $p.emptyDir }}
+- name: {{ .name }}
+  emptyDir: {}
+{{- end }}
+{{- end }}
+
+{{- define "kms.claim" -}}
+{{- $p := .root.Values.persistence -}}
+{{- if not (or .own.existingClaim $p.hostPath $p.emptyDir) }}
+- metadata:
+    name: {{ .name }}
+    labels:
+      {{- include "kms.selector" . | nindent 6 }}
+  spec:
+    accessModes: [ReadWriteOnce]
+    {{- if eq $p.storageClass "-" }}
+    storageClassName: ""
+    {{- else if $p.storageClass }}
+    storageClassName: {{ $p.storageClass }}
+    {{- end }}
+    resources:
+      requests:
+        storage: {{ .own.size }}
+{{- end }}
+{{- end }}
+
+{{/* A folder of the node belongs to root. Root of the container, without any
+capability, opens it to group 0. */}}
+{{- define "kms.prepare" -}}
+{{- if .root.Values.persistence.hostPath }}
+- name: prepare
+  image: {{ include "kms.image" (dict "root" .root "block" .block) }}
+  imagePullPolicy: {{ .root.Values.imagePullPolicy }}
+  command: [/kmsctl, run, prepare]
+  args:
+    {{- range .names }}
+    - /volumes/{{ . }}
+    {{- end }}
+  securityContext:
+    runAsNonRoot: false
+    runAsUser: 0
+    {{- include "kms.containerSecurity" .root | nindent 4 }}
+  volumeMounts:
+    {{- range .names }}
+    - name: {{ . }}
+      mountPath: /volumes/{{ . }}
+    {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Values that contradict each other stop here, with the reason. */}}
+{{- define "kms.check" -}}
+{{- $v := .Values -}}
+{{- $m := $v.hsm.hsm_model -}}
+{{- if not (has $m (list "gemalto" "thales" "softhsm")) }}
+{{- fail (printf "hsm.hsm_model: unknown HSM model %q: known are gemalto, thales, softhsm" $m) }}
+{{- end }}
+{{- if and (ne $m "softhsm") (not $v.hsm.hsm_ip) }}
+{{- fail (printf "hsm.hsm_ip: missing for the model %s" $m) }}
+{{- end }}
+{{- if and (eq $m "thales") (not $v.hsm.rfs_ip) }}
+{{- fail "hsm.rfs_ip: missing for the model thales" }}
+{{- end }}
+{{- if and (eq $m "thales") (not $v.hsm.slotId) }}
+{{- fail "hsm.slotId: missing for the model thales" }}
+{{- end }}
+{{- if and $v.persistence.hostPath $v.persistence.emptyDir }}
+{{- fail "persistence: hostPath and emptyDir exclude each other" }}
+{{- end }}
+{{- if and $v.persistence.hostPath (not (hasPrefix "/" $v.persistence.hostPath)) }}
+{{- fail "persistence.hostPath: not an absolute path" }}
+{{- end }}
+{{- if and (eq $m "softhsm") (gt (int $v.oss.replicas) 1) }}
+{{- fail "oss.replicas: a SoftHSM token is one folder that one process may use: 1 replica at most" }}
+{{- end }}
+{{- if ne (int $v.storage.replicas) 1 }}
+{{- fail "storage.replicas: only 1 is served in this version" }}
+{{- end }}
+{{- if and (gt (int $v.oss.replicas) 1) $v.oss.persistence.existingClaim }}
+{{- fail "oss.persistence.existingClaim: one claim cannot serve several replicas" }}
+{{- end }}
+{{- end }}
