@@ -46,11 +46,10 @@ serve() {
   server=https://127.0.0.1:$(port kms)
   ca=$state/data/tls/ca.pem
   admin=(--data "$state/data")
-  if ! running kms; then
-    start kms "$kmsctl" serve --data "$state/data" --listen "${server#https://}" \
-      --secret "$state/hsm-Secret.yaml" --values "$state/overrides_hsm.yaml"
-    answers kms curl -fsS --cacert "$ca" "$server/readyz"
-  fi
+  [[ ! $kmsctl -nt $state/kms.pid ]] || stop kms # another program by now
+  running kms || start kms "$kmsctl" serve --data "$state/data" --listen "${server#https://}" \
+    --secret "$state/hsm-Secret.yaml" --values "$state/overrides_hsm.yaml"
+  answers kms curl -fsS --cacert "$ca" "$server/readyz"
   say serve "the KMS answers at $server"
 }
 
@@ -93,7 +92,14 @@ refused() {
   local code=0
   "$kmsctl" keys get "$other" "${client[@]}" >"$state/refused.log" 2>&1 || code=$?
   ((code == 4)) || { cat "$state/refused.log" >&2; echo "demo: the service got at another key (exit $code)" >&2; exit 1; }
-  say refused "the service on the other key: $(sed -n 's/^kmsctl: error: //p' "$state/refused.log" | head -1)"
+  say refused "the service on the other key: $(grep -o 'server answered.*' "$state/refused.log" | head -1)"
+}
+
+audited() {
+  "$kmsctl" audit verify --data "$state/data" -o json >"$state/audit.json"
+  local refusal
+  refusal=$(sed -n 's/.*"action":"\([^"]*\)".*"status":403,"principal":"\([^"]*\)".*/\1 by \2: 403/p' "$state/data/audit/audit.log" | tail -n 1)
+  say audit "$(sed -n 's/.*"events": *\([0-9]*\).*/\1/p' "$state/audit.json") events, the chain is whole; the refused one: $refusal"
 }
 
 build_archive
@@ -107,6 +113,7 @@ onboard
 standard_key
 use
 refused
+audited
 cat <<END
 
 Everything is running. As the service "orders":

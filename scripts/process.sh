@@ -63,13 +63,14 @@ port() {
 # sets $registry to its address.
 registry() {
   registry=127.0.0.1:$(port registry)
-  running registry && return
-  cat >"$state/registry.yaml" <<END
+  if ! running registry; then
+    cat >"$state/registry.yaml" <<END
 version: 0.1
 log: {level: warn, accesslog: {disabled: true}}
 storage: {filesystem: {rootdirectory: $state/registry}, delete: {enabled: true}}
 http: {addr: "$registry", secret: only-one-process}
 END
-  start registry docker-registry serve "$state/registry.yaml"
+    start registry docker-registry serve "$state/registry.yaml"
+  fi
   answers registry curl -fsS "http://$registry/v2/"
 }
