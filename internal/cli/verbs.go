@@ -4,8 +4,10 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/cli/archivecmd"
 	"github.com/kmsctl/kmsctl/internal/cli/auditcmd"
 	"github.com/kmsctl/kmsctl/internal/cli/keyscmd"
+	"github.com/kmsctl/kmsctl/internal/cli/loadcmd"
 	"github.com/kmsctl/kmsctl/internal/cli/rendercmd"
 	"github.com/kmsctl/kmsctl/internal/cli/servecmd"
 )
@@ -17,5 +19,7 @@ func verbs(a *app.App) []*cobra.Command {
 	all = append(all, keyscmd.New(a)...)
 	all = append(all, rendercmd.New(a)...)
 	all = append(all, auditcmd.New(a)...)
+	all = append(all, archivecmd.New(a)...)
+	all = append(all, loadcmd.New(a)...)
 	return all
 }

@@ -1,3 +1,4 @@
+// Package testkit has the real parts that tests of several packages need.
 package testkit
 
 import (

@@ -3,13 +3,8 @@ package token
 import (
 	"container/list"
 	"sync"
-	"time"
-)
 
-// A root key stays in the token while it is used, and at most for cacheTime.
-const (
-	cacheSize = 256
-	cacheTime = 15 * time.Minute
+	"github.com/miekg/pkcs11"
 )
 
 // cache holds the root keys that were brought back into the token: bounded,
@@ -17,31 +12,27 @@ const (
 type cache struct {
 	mu   sync.Mutex
 	max  int
-	ttl  time.Duration
 	keys map[[32]byte]*cached
 	lru  *list.List // of *cached, newest first
 }
 
 type cached struct {
-	id    [32]byte
-	keys  keyPair
-	since time.Time
-	err   error
-	ready chan struct{}
-	users int
-	gone  bool // dropped: destroyed when the last user is done
-	elem  *list.Element
+	id     [32]byte
+	handle pkcs11.ObjectHandle
+	err    error
+	ready  chan struct{}
+	users  int
+	gone   bool // dropped: destroyed when the last user is done
+	elem   *list.Element
 }
 
-func newCache(n int, ttl time.Duration) *cache {
-	return &cache{max: n, ttl: ttl, keys: map[[32]byte]*cached{}, lru: list.New()}
-}
+func newCache(n int) *cache { return &cache{max: n, keys: map[[32]byte]*cached{}, lru: list.New()} }
 
 // get gives the key, made by bring when it is not there; callers that ask for
 // the same key meanwhile wait for that one. release must follow.
-func (c *cache) get(id [32]byte, bring func() (keyPair, error), forget func(keyPair)) (*cached, error) {
+func (c *cache) get(id [32]byte, bring func() (pkcs11.ObjectHandle, error), forget func(pkcs11.ObjectHandle)) (*cached, error) {
 	c.mu.Lock()
-	if k := c.keys[id]; k != nil && time.Since(k.since) < c.ttl {
+	if k := c.keys[id]; k != nil {
 		k.users++
 		c.lru.MoveToFront(k.elem)
 		c.mu.Unlock()
@@ -52,38 +43,31 @@ func (c *cache) get(id [32]byte, bring func() (keyPair, error), forget func(keyP
 		}
 		return k, nil
 	}
-	var out []keyPair
-	if old := c.keys[id]; old != nil { // it has been here for too long
-		c.remove(old)
-		if old.users == 0 {
-			out = append(out, old.keys)
-		}
-	}
-	k := &cached{id: id, ready: make(chan struct{}), users: 1, since: time.Now()}
+	k := &cached{id: id, ready: make(chan struct{}), users: 1}
 	k.elem = c.lru.PushFront(k)
 	c.keys[id] = k
-	out = append(out, c.overflow()...)
+	out := c.overflow()
 	c.mu.Unlock()
 	for _, h := range out {
 		forget(h)
 	}
-	k.keys, k.err = bring()
+	k.handle, k.err = bring()
 	close(k.ready)
 	if k.err != nil {
 		c.drop(k)
-		c.release(k, func(keyPair) {})
+		c.release(k, func(pkcs11.ObjectHandle) {})
 		return nil, k.err
 	}
 	return k, nil
 }
 
 // overflow takes out what is too much and not in use. The lock is held.
-func (c *cache) overflow() (out []keyPair) {
+func (c *cache) overflow() (out []pkcs11.ObjectHandle) {
 	for e := c.lru.Back(); e != nil && len(c.keys) > c.max; {
 		k, before := e.Value.(*cached), e.Prev()
 		if k.users == 0 {
 			c.remove(k)
-			out = append(out, k.keys)
+			out = append(out, k.handle)
 		}
 		e = before
 	}
@@ -99,13 +83,13 @@ func (c *cache) remove(k *cached) {
 }
 
 // release ends one use; the last one of a dropped key destroys it.
-func (c *cache) release(k *cached, forget func(keyPair)) {
+func (c *cache) release(k *cached, forget func(pkcs11.ObjectHandle)) {
 	c.mu.Lock()
 	k.users--
 	last := k.gone && k.users == 0 && k.err == nil
 	c.mu.Unlock()
 	if last {
-		forget(k.keys)
+		forget(k.handle)
 	}
 }
 
@@ -116,7 +100,7 @@ func (c *cache) drop(k *cached) {
 	c.remove(k)
 }
 
-func (c *cache) evict(id [32]byte, forget func(keyPair)) {
+func (c *cache) evict(id [32]byte, forget func(pkcs11.ObjectHandle)) {
 	c.mu.Lock()
 	k := c.keys[id]
 	if k == nil {
@@ -127,6 +111,6 @@ func (c *cache) evict(id [32]byte, forget func(keyPair)) {
 	idle := k.users == 0
 	c.mu.Unlock()
 	if idle {
-		forget(k.keys)
+		forget(k.handle)
 	}
 }

@@ -1,0 +1,337 @@
+package archive
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/kmsctl/kmsctl/pkg/ppa"
+)
+
+// Content is what an archive holds, as inspect shows it.
+type Content struct {
+	Manifest ppa.Manifest
+	Members  []IndexMember // Digest is "" where it was not computed
+	Images   []ContentImage
+	Lists    []List
+}
+
+// ContentImage is an image and the member that holds it.
+type ContentImage struct {
+	Image
+	Member string
+	Size   int64 // of the layers, as they stand in the archive
+}
+
+// Role of a member.
+type Role int
+
+// The roles.
+const (
+	Other Role = iota
+	ManifestJSON
+	ManifestYAML
+	ChartPackage
+	ImageTar
+)
+
+// RoleOf tells a member's role by its name; a manifest may name images and
+// charts in other places, so ask Content for those.
+func RoleOf(name string) Role {
+	switch {
+	case name == ppa.JSONName:
+		return ManifestJSON
+	case name == ppa.YAMLName:
+		return ManifestYAML
+	case strings.HasPrefix(name, "images/"):
+		return ImageTar
+	case strings.HasPrefix(name, "charts/"):
+		return ChartPackage
+	}
+	return Other
+}
+
+// ReadSmall reads a member that must be small.
+func ReadSmall(name string, size int64, r io.Reader) ([]byte, error) {
+	if size > maxSmall {
+		return nil, badContent(fmt.Errorf("%q has %d bytes, too many for what it is", name, size)).WithHint(notOurs)
+	}
+	b := make([]byte, size)
+	if _, err := io.ReadFull(r, b); err != nil {
+		return nil, cutOff(err)
+	}
+	return b, nil
+}
+
+// Manifests gathers an archive's manifests while it streams by.
+type Manifests struct{ json, yaml *ppa.Manifest }
+
+// Take reads a manifest member.
+func (m *Manifests) Take(role Role, b []byte) error {
+	parse, to := ppa.ParseJSON, &m.json
+	if role == ManifestYAML {
+		parse, to = ppa.ParseYAML, &m.yaml
+	}
+	got, err := parse(b)
+	if err != nil {
+		return badContent(err).WithHint("the manifest is not well-formed; get the archive again from its maker")
+	}
+	*to = &got
+	return nil
+}
+
+// Any says whether one was there.
+func (m *Manifests) Any() bool { return m.json != nil || m.yaml != nil }
+
+// Merged joins what was there.
+func (m *Manifests) Merged() (ppa.Manifest, error) {
+	out, err := ppa.Merge(m.json, m.yaml)
+	if err != nil {
+		return out, badContent(err).WithHint("the manifests of the archive are not there or disagree; get it again from its maker")
+	}
+	return out, nil
+}
+
+// Head reads the manifests up to the first image, or to the end when none
+// comes before it. early says that reading stopped at the first image, so that
+// one more pass may read images in the light of the manifest.
+func (a *Archive) Head(ctx context.Context, lim Limits) (m ppa.Manifest, early bool, err error) {
+	if a.Index != nil {
+		m, err := a.Manifest()
+		return m, true, err
+	}
+	var found Manifests
+	err = a.Walk(ctx, lim, nil, func(name string, size int64, r io.Reader) error {
+		switch role := RoleOf(name); role {
+		case ManifestJSON, ManifestYAML:
+			b, err := ReadSmall(name, size, r)
+			if err != nil {
+				return err
+			}
+			return found.Take(role, b)
+		case ImageTar:
+			if found.Any() {
+				early = true
+				return ErrStop
+			}
+		case Other, ChartPackage:
+		}
+		return nil
+	})
+	if err != nil {
+		return m, early, err
+	}
+	m, err = found.Merged()
+	return m, early, named(a.Name, err)
+}
+
+// Inspect reads what an archive holds: from the index of one of ours, else by
+// reading it all.
+func (a *Archive) Inspect(ctx context.Context, lim Limits) (*Content, error) {
+	if a.Index == nil {
+		return a.read(ctx, lim, false)
+	}
+	m, err := a.Manifest()
+	if err != nil {
+		return nil, err
+	}
+	c := &Content{Manifest: m, Members: a.Index.Members}
+	for _, i := range a.Index.Images {
+		o, arch, _ := strings.Cut(i.Platform, "/")
+		ci := ContentImage{Member: i.Member, Image: Image{Refs: i.Refs, Platform: ppa.Platform{OS: o, Architecture: arch}}}
+		for _, l := range i.Layers {
+			ci.Size += l.Size
+			ci.Layers = append(ci.Layers, Layer{DiffID: l.DiffID, Digest: l.Digest, MediaType: l.MediaType})
+		}
+		c.Images = append(c.Images, ci)
+	}
+	return c, nil
+}
+
+// Verify reads everything and checks every digest: of blobs by their names, of
+// layers by the diff IDs that the images' configurations name, of all members
+// by the index of one of ours.
+func (a *Archive) Verify(ctx context.Context, lim Limits) (*Content, error) {
+	if a.Index != nil {
+		for _, b := range a.Index.Blobs {
+			if err := a.verifyBlob(ctx, b); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return a.read(ctx, lim, true)
+}
+
+func (a *Archive) verifyBlob(ctx context.Context, b IndexBlob) error {
+	h := sha256.New()
+	if _, err := io.Copy(h, stopped{ctx, openStored(a.in, a.base+b.Offset, b.Size, 0)}); err != nil {
+		return named(a.Name, err)
+	}
+	if sum(h) != b.Digest {
+		return named(a.Name, damaged("a blob does not have the digest %s that the index has", b.Digest))
+	}
+	return nil
+}
+
+// reading is one pass over an archive for Inspect and Verify.
+type reading struct {
+	a       *Archive
+	lim     Limits
+	check   bool
+	found   Manifests
+	content Content
+}
+
+func (a *Archive) read(ctx context.Context, lim Limits, check bool) (*Content, error) {
+	v := &reading{a: a, lim: lim, check: check}
+	if err := a.Walk(ctx, lim, nil, v.member); err != nil {
+		return nil, err
+	}
+	err := v.finish()
+	return &v.content, named(a.Name, err)
+}
+
+func (v *reading) member(name string, size int64, r io.Reader) error {
+	h := sha256.New()
+	in := r
+	if v.check {
+		in = io.TeeReader(r, h)
+	}
+	if err := v.sortIn(name, size, in); err != nil {
+		return err
+	}
+	if _, err := io.Copy(io.Discard, in); err != nil {
+		return cutOff(err)
+	}
+	m := IndexMember{Name: name, Size: size}
+	if v.check {
+		m.Digest = sum(h)
+	}
+	v.content.Members = append(v.content.Members, m)
+	return nil
+}
+
+func (v *reading) sortIn(name string, size int64, r io.Reader) error {
+	switch role := RoleOf(name); role {
+	case ManifestJSON, ManifestYAML:
+		b, err := ReadSmall(name, size, r)
+		if err != nil {
+			return err
+		}
+		return v.found.Take(role, b)
+	case ImageTar:
+		return v.images(name, r)
+	case ChartPackage, Other:
+	}
+	return nil
+}
+
+type seenLayer struct {
+	size           int64
+	digest, diffID string
+}
+
+func (v *reading) images(name string, r io.Reader) error {
+	layers := map[string]seenLayer{}
+	base := v.a.Index != nil && v.a.Index.Base != ""
+	got, err := ReadImages(r, name, v.lim, func(p string, size int64, declared string, r io.Reader) error {
+		l := seenLayer{size: size}
+		if v.check {
+			var err error
+			if l.digest, l.diffID, err = hashLayer(r); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			if declared != "" && l.digest != declared {
+				return badContent(fmt.Errorf("%s: %q does not have the digest that its name says", name, p)).WithHint(copyAgain)
+			}
+		}
+		layers[p] = l
+		return nil
+	})
+	if err != nil {
+		if base {
+			return nil // a delta's images need the layers of its base
+		}
+		return err
+	}
+	for _, i := range got.Images {
+		ci := ContentImage{Image: i, Member: name}
+		for _, l := range i.Layers {
+			was := layers[l.Path]
+			ci.Size += was.size
+			if v.check && was.diffID != l.DiffID {
+				return badContent(fmt.Errorf("%s: layer %q of image %q does not have the diff ID %s", name, l.Path, i.Refs, l.DiffID)).WithHint(copyAgain)
+			}
+		}
+		v.content.Images = append(v.content.Images, ci)
+	}
+	v.content.Lists = append(v.content.Lists, got.Lists...)
+	return nil
+}
+
+// hashLayer gives the digest of a layer as it stands there, and of what it
+// unpacks to.
+func hashLayer(r io.Reader) (digest, diffID string, err error) {
+	raw, unpacked := sha256.New(), sha256.New()
+	br := bufio.NewReaderSize(io.TeeReader(r, raw), 256<<10)
+	in, err := Unpack(br)
+	if err != nil {
+		return "", "", err
+	}
+	if _, err := io.CopyBuffer(unpacked, in, make([]byte, 256<<10)); err != nil {
+		return "", "", cutOff(err)
+	}
+	if _, err := io.Copy(io.Discard, br); err != nil {
+		return "", "", cutOff(err)
+	}
+	return sum(raw), sum(unpacked), nil
+}
+
+func (v *reading) finish() error {
+	m, err := v.found.Merged()
+	if err != nil {
+		return err
+	}
+	v.content.Manifest = m
+	if err := CheckMembers(m, v.content.Members); err != nil {
+		return err
+	}
+	if v.a.Index == nil || !v.check {
+		return nil
+	}
+	for _, want := range v.a.Index.Members {
+		n := slices.IndexFunc(v.content.Members, func(m IndexMember) bool { return m.Name == want.Name })
+		if n < 0 || v.content.Members[n].Size != want.Size || v.content.Members[n].Digest != want.Digest {
+			return damaged("%q does not have the digest that the index has", want.Name)
+		}
+	}
+	return nil
+}
+
+// CheckMembers says which members the manifest names that are not there.
+func CheckMembers(m ppa.Manifest, members []IndexMember) error {
+	var errs []error
+	has := func(name string) bool {
+		return slices.ContainsFunc(members, func(m IndexMember) bool { return m.Name == name })
+	}
+	for _, i := range m.Images {
+		if i.Archive != "" && !has(i.Archive) {
+			errs = append(errs, fmt.Errorf("image %q: its member %q is missing", i.Ref(), i.Archive))
+		}
+	}
+	for _, c := range m.Charts {
+		if !has(c.Archive) {
+			errs = append(errs, fmt.Errorf("chart %q is missing", path.Base(c.Archive)))
+		}
+	}
+	if len(errs) == 0 {
+		return nil
+	}
+	return badContent(errors.Join(errs...)).WithHint("the manifest names what the archive does not hold; get the archive again from its maker")
+}

@@ -1,0 +1,176 @@
+package archive
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"strings"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+)
+
+// Unpack gives r itself, or what r holds compressed by gzip or zstd: the first
+// bytes decide, since names lie.
+func Unpack(r io.Reader) (io.Reader, error) {
+	br, ok := r.(*bufio.Reader)
+	if !ok {
+		br = bufio.NewReaderSize(r, 256<<10)
+	}
+	head, err := br.Peek(4)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	switch {
+	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
+		z, err := gzip.NewReader(br)
+		if err != nil {
+			return nil, cutOff(err)
+		}
+		return z, nil
+	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+		z, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(32<<20))
+		if err != nil {
+			return nil, badContent(err)
+		}
+		return z.IOReadCloser(), nil
+	}
+	return br, nil
+}
+
+// tail remembers whether the last bytes that were read are zero, which is how
+// a tar ends; a tar cut between two files looks like the end to package tar.
+type tail struct {
+	r     io.Reader
+	zeros int64
+}
+
+func (t *tail) Read(p []byte) (int, error) {
+	n, err := t.r.Read(p)
+	if trimmed := bytes.TrimRight(p[:n], "\x00"); len(trimmed) == 0 {
+		t.zeros += int64(n)
+	} else {
+		t.zeros = int64(n - len(trimmed))
+	}
+	return n, err
+}
+
+// file is one regular file of a tar.
+type file struct {
+	name string
+	size int64
+	link string // in an image's tar: the name of the file that this one stands for
+}
+
+// walkTar visits every regular file of the tar in r, in order, and holds the
+// rules of names. Links are refused, unless links: then those that stay inside
+// are visited, with a nil reader. what names the tar in errors.
+func walkTar(r io.Reader, what string, lim Limits, links bool, visit func(f file, r io.Reader) error) error {
+	in := &tail{r: r}
+	tr := tar.NewReader(in)
+	seen := map[string]bool{}
+	for {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			return endOfTar(in, what)
+		}
+		if err != nil {
+			return tarError(what, err)
+		}
+		f, skip, err := checkHeader(h, what, links)
+		if err != nil {
+			return err
+		}
+		if skip {
+			continue
+		}
+		if seen[f.name] {
+			return badContent(fmt.Errorf("%s: %q is there twice", what, f.name)).WithHint(notOurs)
+		}
+		if seen[f.name] = true; len(seen) > lim.Entries {
+			return badContent(fmt.Errorf("%s: more than %d files", what, lim.Entries)).WithHint(notOurs)
+		}
+		var body io.Reader
+		if f.link == "" {
+			body = tr
+		}
+		if err := visit(f, body); err != nil {
+			return err
+		}
+		if f.link == "" {
+			// What the visitor left is read here, so that a cut in it is seen.
+			if _, err := io.Copy(io.Discard, tr); err != nil { //nolint:gosec // bounded by Limits.Unpacked
+				return tarError(what, err)
+			}
+		}
+	}
+}
+
+const notOurs = "no known tool writes such an archive; get it again from its maker"
+
+// checkHeader gives the file of a header, skip for what carries nothing.
+func checkHeader(h *tar.Header, what string, links bool) (f file, skip bool, err error) {
+	name := path.Clean(strings.ReplaceAll(h.Name, "\\", "/"))
+	bad := func(why string) (file, bool, error) {
+		return file{}, false, badContent(fmt.Errorf("%s: %q %s", what, h.Name, why)).WithHint(notOurs)
+	}
+	if path.IsAbs(name) || h.Name == "" {
+		return bad("is an absolute path")
+	}
+	if name == ".." || strings.HasPrefix(name, "../") {
+		return bad("leads above the root")
+	}
+	switch h.Typeflag {
+	case tar.TypeReg, tar.TypeGNUSparse:
+		if name == "." {
+			return bad("is no file name")
+		}
+		return file{name: name, size: h.Size}, false, nil
+	case tar.TypeDir, tar.TypeXGlobalHeader:
+		return file{}, true, nil
+	case tar.TypeSymlink, tar.TypeLink:
+		if !links {
+			return bad("is a link")
+		}
+		target := path.Clean(h.Linkname)
+		if h.Typeflag == tar.TypeSymlink {
+			target = path.Join(path.Dir(name), h.Linkname) //nolint:gosec // checked below, and nothing is unpacked
+		}
+		if path.IsAbs(h.Linkname) || target == ".." || strings.HasPrefix(target, "../") {
+			return bad("is a link that leads out")
+		}
+		return file{name: name, link: target}, false, nil
+	}
+	return bad("is a device or another thing that carries no content")
+}
+
+// endOfTar reads what is behind the last file: zeros up to the end.
+func endOfTar(in *tail, what string) error {
+	if in.zeros < 512 {
+		return badContent(fmt.Errorf("%s: it is cut off between two files", what)).WithHint(copyAgain)
+	}
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := in.r.Read(buf)
+		if len(bytes.TrimRight(buf[:n], "\x00")) > 0 {
+			return badContent(fmt.Errorf("%s: there are bytes behind its end", what)).WithHint("the file is not the archive alone; copy it again")
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return tarError(what, err)
+		}
+	}
+}
+
+func tarError(what string, err error) error {
+	if errors.Is(err, tar.ErrHeader) {
+		return badContent(fmt.Errorf("%s: it is not a tar, or a header in it is damaged", what)).WithHint(copyAgain)
+	}
+	return cutOff(err)
+}

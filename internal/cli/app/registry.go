@@ -1,0 +1,213 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"net/url"
+	"path"
+	"strings"
+
+	"github.com/spf13/pflag"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/image"
+	"github.com/kmsctl/kmsctl/internal/push"
+)
+
+// TLSFlags are the three files by which a server is believed and ourselves
+// shown to it.
+type TLSFlags struct{ CA, Cert, Key string }
+
+func (f *TLSFlags) add(fs *pflag.FlagSet, prefix, of string) {
+	fs.StringVar(&f.CA, prefix+"ca-file", "", "PEM file of the CA that signed the certificate of "+of)
+	fs.StringVar(&f.Cert, prefix+"cert-file", "", "PEM file of a client certificate for "+of)
+	fs.StringVar(&f.Key, prefix+"key-file", "", "PEM file of that certificate's key")
+}
+
+func (f *TLSFlags) check(prefix string) error {
+	if (f.Cert == "") != (f.Key == "") {
+		return fault.Usagef("--%scert-file, --%skey-file: give both or none", prefix, prefix)
+	}
+	return nil
+}
+
+// or fills what is not given from the flags that count for all.
+func (f TLSFlags) or(all TLSFlags) TLSFlags {
+	if f.CA == "" {
+		f.CA = all.CA
+	}
+	if f.Cert == "" {
+		f.Cert, f.Key = all.Cert, all.Key
+	}
+	return f
+}
+
+// DeliveryFlags say where images and charts go, and as whom.
+type DeliveryFlags struct {
+	Registry  string
+	Repo      string
+	Namespace string
+	Map       string
+	Insecure  bool
+	User      string
+	ChunkSize int64
+
+	all, registry, repo TLSFlags
+	password            SecretInput
+	token, repoToken    SecretInput
+	repoPassword        SecretInput
+	repoUser            string
+	Sync                string
+}
+
+const defaultMap = "{prefix}/{namespace}/{path}"
+
+// Add puts the flags into fs.
+func (f *DeliveryFlags) Add(fs *pflag.FlagSet) {
+	f.password = SecretInput{Name: "registry-password", Title: "password of the registry's user"}
+	f.token = SecretInput{Name: "registry-token", Title: "bearer token for the registry or its token service"}
+	f.repoToken = SecretInput{Name: "repo-token", Title: "bearer token for the chart repository"}
+	f.repoPassword = SecretInput{Name: "repo-password", Title: "password of the chart repository's user"}
+	fs.StringVar(&f.Registry, "registry", "", "registry for the images, as HOST[:PORT][/PATH]")
+	fs.StringVar(&f.Repo, "repo", "", "chart repository: a folder, oci://HOST/PATH, icp+https://…, cm+https://…, or a name that repo add gave")
+	fs.StringVar(&f.Namespace, "namespace", "", "namespace (project) in the registry that the images go to")
+	fs.StringVar(&f.Map, "map", defaultMap, "repository of an image, from {prefix} (the path of --registry), {namespace}, {path} (as in the manifest), {name} (its last part), {flat} (its parts joined by -)")
+	fs.BoolVar(&f.Insecure, "insecure", false, "allow plain HTTP and certificates that nobody vouches for")
+	fs.StringVar(&f.User, "registry-user", "", "user at the registry; without it the Docker configuration counts")
+	fs.StringVar(&f.repoUser, "repo-user", "", "user at the chart repository")
+	fs.Int64Var(&f.ChunkSize, "chunk-size", 16<<20, "bytes that an upload sends at once")
+	for _, s := range []*SecretInput{&f.password, &f.token, &f.repoToken, &f.repoPassword} {
+		s.Add(fs)
+	}
+	f.all.add(fs, "", "registry and chart repository alike")
+	f.registry.add(fs, "registry-", "the registry")
+	f.repo.add(fs, "repo-", "the chart repository")
+}
+
+// Check holds the rules of the flags.
+func (f *DeliveryFlags) Check(a *App) error {
+	errs := []error{f.all.check(""), f.registry.check("registry-"), f.repo.check("repo-")}
+	for _, s := range []*SecretInput{&f.password, &f.token, &f.repoToken, &f.repoPassword} {
+		errs = append(errs, s.Check())
+	}
+	if f.Registry == "" {
+		errs = append(errs, fault.Usagef("--registry: missing").WithHint("give the site's registry, as in --registry registry.example:5000"))
+	} else if strings.Contains(f.Registry, "://") || strings.ContainsAny(f.Registry, " @?#") {
+		errs = append(errs, fault.Usagef("--registry: %q is not HOST[:PORT][/PATH]", f.Registry).WithHint("leave the scheme out, as in --registry registry.example:5000/kms"))
+	}
+	if f.User != "" && !f.password.Given(a) {
+		errs = append(errs, fault.Usagef("--registry-user: needs a password").WithHint("give --registry-password-file or --registry-password-stdin, or set KMSCTL_REGISTRY_PASSWORD"))
+	}
+	if f.User == "" && f.password.Given(a) {
+		errs = append(errs, fault.Usagef("--registry-password-file: needs --registry-user"))
+	}
+	if f.ChunkSize < 1<<16 {
+		errs = append(errs, fault.Usagef("--chunk-size: %d is under 65536", f.ChunkSize))
+	}
+	if _, err := mapped(f.Map, "", "", "org/name"); err != nil {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// Host is the registry's HOST[:PORT].
+func (f *DeliveryFlags) Host() string {
+	host, _, _ := strings.Cut(f.Registry, "/")
+	return host
+}
+
+func (f *DeliveryFlags) prefix() string {
+	_, p, _ := strings.Cut(f.Registry, "/")
+	return strings.Trim(p, "/")
+}
+
+// Repository is where an image goes: the one rule for images and values.
+func (f *DeliveryFlags) Repository(name string) string {
+	out, err := mapped(f.Map, f.prefix(), f.Namespace, name)
+	if err != nil {
+		return name // Check has seen the template
+	}
+	return out
+}
+
+// RegistryValue is what keys of a registry alone get in a chart's values.
+func (f *DeliveryFlags) RegistryValue() string {
+	return strings.Trim(path.Join(f.Host(), f.prefix(), f.Namespace), "/")
+}
+
+// mapped fills the template. A registry in front of an image's name falls
+// away; an organisation that the place ends with already is not put in twice.
+func mapped(template, prefix, namespace, name string) (string, error) {
+	if host, rest, ok := strings.Cut(name, "/"); ok && strings.ContainsAny(host, ".:") {
+		name = rest
+	}
+	if template == defaultMap {
+		at := strings.Trim(prefix+"/"+namespace, "/")
+		if org, _, ok := strings.Cut(name, "/"); ok && path.Base(at) == org {
+			name = strings.TrimPrefix(name, org+"/")
+		}
+	}
+	out := strings.NewReplacer("{prefix}", prefix, "{namespace}", namespace, "{path}", name, "{name}", path.Base(name), "{flat}", strings.ReplaceAll(name, "/", "-")).Replace(template)
+	if strings.ContainsAny(out, "{} :@") {
+		return "", fault.Usagef("--map: %q has a part that is not known", template).WithHint("the parts are {prefix}, {namespace}, {path}, {name} and {flat}")
+	}
+	out = strings.Trim(path.Join(out), "/")
+	if !strings.Contains(template, "{path}") && !strings.Contains(template, "{name}") && !strings.Contains(template, "{flat}") {
+		return "", fault.Usagef("--map: %q names no part of the image", template).WithHint("use {path}, {name} or {flat}")
+	}
+	return out, nil
+}
+
+// target makes push's picture of an image registry out of image's.
+type target struct{ *image.Registry }
+
+// Stream starts an upload.
+func (r target) Stream(ctx context.Context, repo string) push.Upload { return r.NewWriter(ctx, repo) }
+
+var _ push.Registry = target{}
+
+// OpenRegistry reaches the registry of the flags and logs in.
+func (a *App) OpenRegistry(ctx context.Context, f *DeliveryFlags, sessions image.Sessions) (push.Registry, error) {
+	o := image.Options{Host: f.Host(), Insecure: f.Insecure, User: f.User, Chunk: f.ChunkSize, Sessions: sessions, UserAgent: "kmsctl/" + a.Version}
+	t := f.registry.or(f.all)
+	o.CAFile, o.CertFile, o.KeyFile = t.CA, t.Cert, t.Key
+	var err error
+	if f.User != "" {
+		if o.Password, err = f.password.Read(a, false); err != nil {
+			return nil, err
+		}
+	}
+	if f.token.Given(a) {
+		if o.Token, err = f.token.Read(a, false); err != nil {
+			return nil, err
+		}
+	}
+	r, err := image.Dial(ctx, o)
+	return target{r}, err
+}
+
+// ociRegistry reaches the registry of an oci:// chart repository, with the
+// flags of the chart repository.
+func (a *App) ociRegistry(ctx context.Context, f *DeliveryFlags, u *url.URL) (target, error) {
+	o := image.Options{Host: u.Host, Insecure: f.Insecure, User: f.repoUser, UserAgent: "kmsctl/" + a.Version}
+	t := f.repo.or(f.all)
+	o.CAFile, o.CertFile, o.KeyFile = t.CA, t.Cert, t.Key
+	var err error
+	switch {
+	case f.repoUser != "":
+		o.User = f.repoUser
+		o.Password, err = f.repoPassword.Read(a, false)
+	case f.repoToken.Given(a):
+		o.Token, err = f.repoToken.Read(a, false)
+	case u.Host == f.Host() && f.User != "":
+		o.User = f.User
+		o.Password, err = f.password.Read(a, false)
+	case u.Host == f.Host() && f.token.Given(a):
+		o.Token, err = f.token.Read(a, false)
+	}
+	if err != nil {
+		return target{}, err
+	}
+	r, err := image.Dial(ctx, o)
+	return target{r}, err
+}

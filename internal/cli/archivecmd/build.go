@@ -1,0 +1,129 @@
+package archivecmd
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kmsctl/kmsctl/internal/archive"
+	"github.com/kmsctl/kmsctl/internal/chart"
+	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/connector"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/pack"
+	"github.com/kmsctl/kmsctl/templates"
+)
+
+type buildOptions struct {
+	*app.App
+	outputFile    string
+	kmsctl        string
+	connector     string
+	lunaClient    string
+	nshieldClient string
+	batch         bool
+}
+
+func newBuildCmd(a *app.App, run func(context.Context, *buildOptions) error) *cobra.Command {
+	o := &buildOptions{App: a}
+	if run == nil {
+		run = runBuild
+	}
+	cmd := &cobra.Command{
+		Use: "build", Short: "Build the product's archive: its chart and its images", Args: cobra.NoArgs,
+		Long: `Build the archive of this product: the chart key-management-hsm and its six images, made
+from this very program, from kms-connector and from Debian packages, without Docker. The same
+inputs give the same bytes.
+
+The Debian packages are pinned by name, version and SHA-256. They come from the folder debs of
+the cache (KMSCTL_CACHE, else $XDG_CACHE_HOME/kmsctl), and from apt-get where that has none.
+
+The vendors' clients for Luna and nShield may not be passed on, so that the images for them
+have none, unless a tar of the installed client is given.`,
+		Example: `  kmsctl archive build --output-file key-management-hsm-amd64.tar.gz
+  tar -C / -czf luna.tar.gz usr/safenet && kmsctl archive build --luna-client luna.tar.gz --output-file key-management-hsm-amd64.tar.gz`,
+		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
+	}
+	fs := cmd.Flags()
+	fs.StringVar(&o.outputFile, "output-file", templates.ChartName+"-amd64.tar.gz", "file to write")
+	fs.StringVar(&o.kmsctl, "kmsctl", "", "the static kmsctl for the images; without it, the running program")
+	fs.StringVar(&o.connector, "connector", "", "the kms-connector for the images; without it, KMSCTL_CONNECTOR, the one beside kmsctl, or that of PATH")
+	fs.StringVar(&o.lunaClient, "luna-client", "", "tar of the installed Luna client, for kms-gemaltov6")
+	fs.StringVar(&o.nshieldClient, "nshield-client", "", "tar of the installed nShield client, for kms-thalesv12")
+	fs.BoolVar(&o.batch, "batch-images", false, "put all images into one member, each layer once: smaller, and IBM's loader from 3.1.2 on reads it")
+	return cmd
+}
+
+// Check holds the rules of the flags.
+func (o *buildOptions) Check() error {
+	var errs []error
+	if o.outputFile == "" {
+		errs = append(errs, fault.Usagef("--output-file: missing"))
+	}
+	return errors.Join(errs...)
+}
+
+func runBuild(ctx context.Context, o *buildOptions) error {
+	c, err := chart.FromFS(templates.Chart())
+	if err != nil {
+		return err
+	}
+	p := &pack.Product{Chart: c, RepositoryKeys: templates.RepositoryKeys(), Kmsctl: o.kmsctl, Connector: o.connector,
+		LunaClient: o.lunaClient, NShieldClient: o.nshieldClient, Debs: filepath.Join(app.CacheDir(o.Getenv), "debs"), Batch: o.batch}
+	if p.Kmsctl == "" {
+		if p.Kmsctl, err = os.Executable(); err != nil {
+			return fault.New(fault.Other, "find program", "kmsctl", err).WithHint("name it by --kmsctl")
+		}
+	}
+	if p.Connector == "" {
+		if p.Connector, err = connector.Find(o.Getenv); err != nil {
+			return err
+		}
+	}
+	b, warnings, err := p.Build(ctx)
+	if err != nil {
+		return err
+	}
+	for _, w := range warnings {
+		o.Progress().Line("warning", w)
+	}
+	w, err := pack.WriteFile(o.outputFile, b)
+	if err != nil {
+		return err
+	}
+	return o.Print(built(w, b, warnings))
+}
+
+// builtResult is what build prints.
+type builtResult struct {
+	pack.Written
+	Images   []string `json:"images"`
+	Charts   []string `json:"charts"`
+	Warnings []string `json:"warnings"`
+}
+
+// Table is one line a field.
+func (r builtResult) Table() ([]string, [][]string) {
+	rows := [][]string{{"file", r.File}, {"size", bytesText(r.Size)}, {"digest", r.Digest}}
+	for _, c := range r.Charts {
+		rows = append(rows, []string{"chart", c})
+	}
+	for _, i := range r.Images {
+		rows = append(rows, []string{"image", i})
+	}
+	return nil, rows
+}
+
+func built(w pack.Written, b archive.Build, warnings []string) builtResult {
+	r := builtResult{Written: w, Images: []string{}, Charts: []string{}, Warnings: orEmpty(warnings)}
+	for _, c := range b.Manifest.Charts {
+		r.Charts = append(r.Charts, c.Archive)
+	}
+	for _, i := range b.Manifest.Images {
+		r.Images = append(r.Images, i.Ref())
+	}
+	return r
+}

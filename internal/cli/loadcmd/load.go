@@ -1,0 +1,126 @@
+// Package loadcmd has the verbs that bring an archive to its site.
+package loadcmd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kmsctl/kmsctl/internal/archive"
+	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/push"
+)
+
+// New gives the commands of this package.
+func New(a *app.App) []*cobra.Command { return []*cobra.Command{newLoadCmd(a, nil)} }
+
+type loadOptions struct {
+	*app.App
+	archive     string
+	delivery    app.DeliveryFlags
+	jobs        int
+	dryRun      bool
+	compression string
+	staging     string
+	maxUnpacked int64
+}
+
+var compressions = []string{"gzip", "zstd", "none"}
+
+func newLoadCmd(a *app.App, run func(context.Context, *loadOptions) error) *cobra.Command {
+	o := &loadOptions{App: a}
+	if run == nil {
+		run = runLoad
+	}
+	cmd := &cobra.Command{
+		Use: "load ARCHIVE", Short: "Bring an archive's images into a registry and its charts into a chart repository", Args: cobra.ExactArgs(1),
+		Long: `Bring an archive's images into a registry and its charts into a chart repository. ARCHIVE is
+a file, a folder with the parts of a split archive, or - for standard input; any PPA archive
+will do, not only one of kmsctl's own. Nothing is unpacked to disk.
+
+An image named ibmcom/kms-oss in the archive goes to REGISTRY[/PATH][/NAMESPACE]/ibmcom/kms-oss
+(an organisation with which that place ends already is not put in twice); --map gives another
+rule. The charts' values are pointed there too.
+
+Run it again after a fault: what is there is not sent again, and a broken upload goes on where
+the registry has it.`,
+		Example: `  kmsctl load key-management-hsm-amd64.tar.gz --registry registry.example:5000 --repo oci://registry.example:5000/charts
+  kmsctl load key-management-hsm-amd64.tar.gz --registry mycluster.icp:8500/ibmcom --repo ./charts --dry-run
+  kmsctl load key-management-hsm-amd64.tar.gz --registry docker-registry.default.svc:5000 --namespace kms --map '{namespace}/{name}' --repo ./charts`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			o.archive = args[0]
+			return app.Run(cmd.Context(), o, run)
+		},
+	}
+	fs := cmd.Flags()
+	o.delivery.Add(fs)
+	fs.IntVar(&o.jobs, "jobs", 4, "uploads at the same time")
+	fs.BoolVar(&o.dryRun, "dry-run", false, "say what would be sent, and send nothing")
+	fs.StringVar(&o.compression, "layer-compression", compressions[0], "of layers that stand uncompressed in the archive: "+strings.Join(compressions, ", "))
+	fs.StringVar(&o.staging, "staging-repository", "", "repository for layers whose own is not known yet, when standard input has the manifest behind the images")
+	fs.Int64Var(&o.maxUnpacked, "max-unpacked-size", archive.DefaultLimits.Unpacked, "bytes that the archive may unpack to")
+	_ = cmd.RegisterFlagCompletionFunc("layer-compression", cobra.FixedCompletions(compressions, cobra.ShellCompDirectiveNoFileComp))
+	return cmd
+}
+
+// Check holds the rules of the flags.
+func (o *loadOptions) Check() error {
+	errs := []error{o.delivery.Check(o.App)}
+	if o.jobs < 1 || o.jobs > 64 {
+		errs = append(errs, fault.Usagef("--jobs: %d is not between 1 and 64", o.jobs))
+	}
+	if !slices.Contains(compressions, o.compression) {
+		errs = append(errs, fault.Usagef("--layer-compression: unknown %q", o.compression).WithHint("use one of: %s", strings.Join(compressions, ", ")))
+	}
+	if o.maxUnpacked <= 0 {
+		errs = append(errs, fault.Usagef("--max-unpacked-size: %d is not a size", o.maxUnpacked))
+	}
+	return errors.Join(errs...)
+}
+
+func runLoad(ctx context.Context, o *loadOptions) error {
+	a, err := archive.Open(o.archive, o.In)
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	registry, err := o.OpenRegistry(ctx, &o.delivery, o.Uploads())
+	if err != nil {
+		return err
+	}
+	charts, err := o.OpenCharts(ctx, &o.delivery)
+	if err != nil {
+		return err
+	}
+	limits := archive.DefaultLimits
+	limits.Unpacked = o.maxUnpacked
+	report, err := push.Load(ctx, push.Options{Archive: a, Registry: registry, Host: o.delivery.Host(), Repository: o.delivery.Repository,
+		RegistryValue: o.delivery.RegistryValue(), Charts: charts, Jobs: o.jobs, DryRun: o.dryRun, Compression: o.compression,
+		Staging: o.staging, Known: o.Layers(), Limits: limits, Progress: o.Progress()})
+	return errors.Join(err, o.Print(result{report}))
+}
+
+// result shows a report.
+type result struct{ *push.Report }
+
+// Table is one line an object, and a sum.
+func (r result) Table() ([]string, [][]string) {
+	var rows [][]string
+	for _, o := range r.Objects {
+		rows = append(rows, []string{o.Status, o.Kind, o.Target, o.Digest})
+	}
+	sent := "sent"
+	if r.DryRun {
+		sent = "to send"
+	}
+	rows = append(rows, []string{"", "", fmt.Sprintf("%.1f MiB %s: %d blobs; %d mounted, %d there already", float64(r.BytesSent)/(1<<20), sent, r.BlobsSent, r.BlobsMounted, r.BlobsPresent), ""})
+	for _, w := range r.Warnings {
+		rows = append(rows, []string{"warning", "", w, ""})
+	}
+	return []string{"STATUS", "KIND", "TARGET", "DIGEST"}, rows
+}

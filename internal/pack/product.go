@@ -1,0 +1,292 @@
+// Package pack builds archives: the product's own from programs, Debian
+// packages and the chart, others from images and charts that are there. It
+// writes no registry.
+package pack
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/kmsctl/kmsctl/internal/archive"
+	"github.com/kmsctl/kmsctl/internal/chart"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/image"
+	"github.com/kmsctl/kmsctl/pkg/ppa"
+)
+
+// Product says what our own archive is made from.
+type Product struct {
+	Chart          *chart.Chart
+	RepositoryKeys []string // in the chart's values
+	Kmsctl         string   // path of the static program
+	Connector      string   // path of kms-connector
+	LunaClient     string   // tar of the vendor's client, or ""
+	NShieldClient  string
+	Debs           string // folder of the packages' cache
+	Batch          bool   // all images in one member, each layer once
+}
+
+// imageSpec is one of our images: which layers, and what it runs.
+type imageSpec struct {
+	name       string
+	entrypoint []string
+	layers     []string
+}
+
+const connectorPath = "usr/bin/kms-connector"
+
+var productImages = []imageSpec{
+	{"kms-oss", []string{"/kmsctl", "run", "api"}, []string{"base", "kmsctl"}},
+	{"kms-onboarding", []string{"/kmsctl", "run", "storage"}, []string{"base", "kmsctl"}},
+	{"kms-oss-watcher", []string{"/kmsctl", "run", "watcher"}, []string{"base", "kmsctl"}},
+	{"kms-softhsm", []string{"/" + connectorPath}, []string{"base", "libc", "softhsm", "connector"}},
+	{"kms-gemaltov6", []string{"/" + connectorPath}, []string{"base", "libc", "luna", "connector"}},
+	{"kms-thalesv12", []string{"/" + connectorPath}, []string{"base", "libc", "nshield", "connector"}},
+}
+
+// softHSMDebs are the packages of layer softhsm; all others make layer libc.
+var softHSMDebs = map[string]bool{"libssl3": true, "libsofthsm2": true}
+
+// Build makes the images and says what the archive is to hold. warnings are
+// what the person should know, one line each.
+func (p *Product) Build(ctx context.Context) (b archive.Build, warnings []string, err error) {
+	layers, arch, err := p.layers(ctx)
+	if err != nil {
+		return b, nil, err
+	}
+	pkg, err := p.Chart.Pack()
+	if err != nil {
+		return b, nil, err
+	}
+	chartPath := "charts/" + p.Chart.File()
+	b.Manifest = ppa.Manifest{Revision: "1.0", Charts: []ppa.Chart{{Archive: chartPath, RepositoryKeys: p.RepositoryKeys}}}
+	b.Files = []archive.File{{Name: chartPath, Data: pkg}}
+	repositories, err := p.repositories()
+	if err != nil {
+		return b, nil, err
+	}
+	for _, spec := range productImages {
+		repo, ok := repositories[spec.name]
+		if !ok {
+			return b, nil, fault.Newf(fault.BadContent, "read chart", p.Chart.Name, "its values name no repository for image %q", spec.name)
+		}
+		img, warn, err := p.image(spec, arch, layers)
+		if err != nil {
+			return b, nil, err
+		}
+		warnings = append(warnings, warn...)
+		entry := ppa.Image{Name: repo, Tag: p.Chart.AppVersion, Archive: "images/" + spec.name + ".tar"}
+		if p.Batch {
+			entry.Archive = "images/" + p.Chart.Name + ".tar"
+		}
+		img.Refs = []string{entry.Ref()}
+		b.Manifest.Images = append(b.Manifest.Images, entry)
+		if n := len(b.Members); n > 0 && b.Members[n-1].Name == entry.Archive {
+			b.Members[n-1].Images = append(b.Members[n-1].Images, img)
+		} else {
+			b.Members = append(b.Members, archive.ImageMember{Name: entry.Archive, Images: []archive.NewImage{img}})
+		}
+	}
+	return b, warnings, nil
+}
+
+// repositories gives each image's repository as the chart's values have it.
+func (p *Product) repositories() (map[string]string, error) {
+	found := map[string]string{}
+	_, missing, err := chart.Edit(p.Chart.Values(), p.RepositoryKeys, func(_, old string) string {
+		found[path.Base(old)] = old
+		return old
+	})
+	if err == nil && len(missing) > 0 {
+		err = fmt.Errorf("its values have no %s", strings.Join(missing, ", "))
+	}
+	if err != nil {
+		return nil, fault.New(fault.BadContent, "read chart", p.Chart.Name, err)
+	}
+	return found, nil
+}
+
+// layers makes every layer that the images share, side by side.
+func (p *Product) layers(ctx context.Context) (map[string]*image.Layer, string, error) {
+	kmsctl, prog, err := readProgram(p.Kmsctl, "usr/bin/kmsctl")
+	if err != nil {
+		return nil, "", err
+	}
+	if !prog.Static {
+		return nil, "", fault.Newf(fault.BadContent, "read program", p.Kmsctl, "it is not static, so it does not run in an empty image").WithHint("build it with CGO_ENABLED=0 (`make build` does), or name another by --kmsctl")
+	}
+	kmsctl.Name = "kmsctl"
+	connector, cprog, err := readProgram(p.Connector, connectorPath)
+	if err != nil {
+		return nil, "", err
+	}
+	if cprog.Arch != prog.Arch {
+		return nil, "", fault.Newf(fault.BadContent, "read program", p.Connector, "it is for %s, kmsctl for %s", cprog.Arch, prog.Arch)
+	}
+	work := map[string]func() ([]image.Entry, error){
+		"base":      func() ([]image.Entry, error) { return image.BaseEntries(), nil },
+		"kmsctl":    func() ([]image.Entry, error) { return []image.Entry{kmsctl}, nil },
+		"connector": func() ([]image.Entry, error) { return []image.Entry{connector}, nil },
+		"libc":      func() ([]image.Entry, error) { return p.debs(ctx, prog.Arch, false) },
+		"softhsm":   func() ([]image.Entry, error) { return p.debs(ctx, prog.Arch, true) },
+	}
+	for name, file := range map[string]string{"luna": p.LunaClient, "nshield": p.NShieldClient} {
+		if file != "" {
+			work[name] = func() ([]image.Entry, error) { return clientEntries(file) }
+		}
+	}
+	out := map[string]*image.Layer{}
+	for name := range work {
+		out[name] = &image.Layer{}
+	}
+	g, _ := errgroup.WithContext(ctx)
+	for name, entries := range work {
+		g.Go(func() error {
+			all, err := entries()
+			if err == nil {
+				*out[name], err = image.NewLayer(all)
+			}
+			return err
+		})
+	}
+	return out, prog.Arch, g.Wait()
+}
+
+func readProgram(file, as string) (image.Entry, image.Program, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return image.Entry{}, image.Program{}, fault.New(fault.NotFound, "read program", file, err)
+	}
+	prog, err := image.ReadProgram(file, b)
+	return image.Entry{Name: as, Mode: 0o755, Data: b}, prog, err
+}
+
+// debs unpacks the locked packages of a layer.
+func (p *Product) debs(ctx context.Context, arch string, softHSM bool) ([]image.Entry, error) {
+	all, err := image.Debs()
+	if err != nil {
+		return nil, err
+	}
+	var entries []image.Entry
+	for _, d := range all {
+		if softHSMDebs[d.Name] != softHSM {
+			continue
+		}
+		if d.Arch != arch && d.Arch != "all" {
+			return nil, fault.Newf(fault.Usage, "find Debian package", d.Name, "the lock file has it for %s, the programs are for %s", d.Arch, arch)
+		}
+		b, err := d.Fetch(ctx, p.Debs)
+		if err != nil {
+			return nil, err
+		}
+		es, err := d.Entries(b)
+		if err != nil {
+			return nil, err
+		}
+		entries = append(entries, es...)
+	}
+	return entries, nil
+}
+
+func clientEntries(file string) ([]image.Entry, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, fault.New(fault.NotFound, "read client", file, err).WithHint("check --luna-client and --nshield-client")
+	}
+	defer f.Close()
+	return image.TarEntries(file, bufio.NewReader(f))
+}
+
+// image puts an image together and checks that its programs find their
+// libraries.
+func (p *Product) image(spec imageSpec, arch string, layers map[string]*image.Layer) (archive.NewImage, []string, error) {
+	var used []image.Layer
+	for _, l := range spec.layers {
+		if made := layers[l]; made != nil { // a client that was not given is left out
+			used = append(used, *made)
+		}
+	}
+	vendor := func(name string) bool { // what we did not choose may need what only its other programs use
+		return spec.name != "kms-softhsm" && name != connectorPath && !ours(layers["libc"], name)
+	}
+	if missing := image.Missing(used, func(name string) bool { return !vendor(name) }); len(missing) > 0 {
+		return archive.NewImage{}, nil, fault.New(fault.BadContent, "build image", spec.name, errors.New(strings.Join(missing, "; "))).
+			WithHint("build kms-connector on the Debian release that the lock file is for, or renew the lock file by `make lock`")
+	}
+	var warnings []string
+	for _, m := range image.Missing(used, vendor) {
+		warnings = append(warnings, fmt.Sprintf("image %s: %s, which is not in it", spec.name, m))
+	}
+	config, err := image.Config(arch, spec.entrypoint, map[string]string{"org.opencontainers.image.title": spec.name, "org.opencontainers.image.version": p.Chart.AppVersion}, used)
+	if err != nil {
+		return archive.NewImage{}, nil, err
+	}
+	img := archive.NewImage{Platform: ppa.Platform{OS: "linux", Architecture: arch}, Config: config}
+	for _, l := range used {
+		img.Layers = append(img.Layers, layerBlob(l))
+	}
+	return img, warnings, nil
+}
+
+func ours(l *image.Layer, name string) bool {
+	for _, e := range l.Entries {
+		if e.Name == name {
+			return true
+		}
+	}
+	return false
+}
+
+func layerBlob(l image.Layer) archive.Blob {
+	return archive.Blob{
+		Descriptor: archive.Descriptor{MediaType: archive.TypeLayer, Size: int64(len(l.Blob)), Digest: l.Digest}, DiffID: l.DiffID,
+		Open: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(l.Blob)), nil },
+	}
+}
+
+// Written is what was written.
+type Written struct {
+	File   string `json:"file"`
+	Size   int64  `json:"size"`
+	Digest string `json:"digest"` // of the whole file
+	Index  string `json:"index"`  // of its index, which names all the rest
+}
+
+// WriteFile writes an archive under a temporary name, then renames it.
+func WriteFile(file string, b archive.Build) (Written, error) {
+	fail := func(err error) (Written, error) {
+		var f *fault.Error
+		if errors.As(err, &f) {
+			return Written{}, err
+		}
+		return Written{}, fault.New(fault.Other, "write archive", file, err)
+	}
+	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
+	if err != nil {
+		return fail(err)
+	}
+	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename, as it should
+	defer f.Close()
+	out := newSummer(f)
+	buf := bufio.NewWriterSize(out, 1<<20)
+	index, err := archive.Write(buf, b)
+	for _, step := range []func() error{buf.Flush, func() error { return f.Chmod(0o644) }, f.Sync, f.Close, func() error { return os.Rename(f.Name(), file) }} {
+		if err == nil {
+			err = step()
+		}
+	}
+	if err != nil {
+		return fail(err)
+	}
+	return Written{File: file, Size: out.n, Digest: out.digest(), Index: index}, nil
+}

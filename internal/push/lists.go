@@ -1,0 +1,122 @@
+package push
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+
+	"github.com/kmsctl/kmsctl/internal/archive"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/pkg/ppa"
+)
+
+func damagedBlob(digest string) error {
+	return fault.Newf(fault.BadContent, "read blob", digest, "it does not have that digest").WithHint("the archive was damaged or changed; run `kmsctl archive verify`")
+}
+
+// lists makes the multi-architecture lists that a manifest.yaml names: one
+// under the plain name, of the references that are there. IBM's loader makes
+// them after the push too.
+func (l *load) lists(ctx context.Context, m ppa.Manifest) {
+	own := map[string]bool{}
+	for _, i := range m.Images {
+		own[i.Ref()] = i.Archive != ""
+	}
+	for _, i := range m.Images {
+		if len(i.References) == 0 || own[i.Ref()] || ctx.Err() != nil {
+			continue
+		}
+		repo := l.Repository(i.Name)
+		o := Object{Kind: "list", Name: i.Ref(), Target: l.target(repo, i.Tag), Status: Pushed}
+		if l.DryRun {
+			o.Status = WouldPush
+			l.done(o, nil)
+			continue
+		}
+		body, err := l.list(ctx, repo, i)
+		if err == nil {
+			o.Digest = archive.DigestOf(body)
+			var have string
+			if have, err = l.Registry.ManifestDigest(ctx, repo, i.Tag); have == o.Digest {
+				o.Status = Present
+			} else if err == nil {
+				err = l.Registry.PutManifest(ctx, repo, i.Tag, archive.TypeList, body)
+			}
+		}
+		l.done(o, err)
+	}
+}
+
+type listEntry struct {
+	archive.Descriptor
+	Platform ppa.Platform `json:"platform"`
+}
+
+// list puts a list together; the references' manifests are brought into the
+// list's repository, since a list names manifests of its own repository.
+func (l *load) list(ctx context.Context, repo string, i ppa.Image) ([]byte, error) {
+	var entries []listEntry
+	for _, r := range i.References {
+		from := l.Repository(r.Name)
+		kind, body, ok, err := l.Registry.Manifest(ctx, from, r.Tag)
+		if err != nil {
+			return nil, err
+		}
+		if !ok {
+			l.warn("list %s: its reference %s was not in the archive", i.Ref(), r.Ref())
+			continue
+		}
+		d := archive.Descriptor{MediaType: kind, Size: int64(len(body)), Digest: archive.DigestOf(body)}
+		if from != repo {
+			if err := l.copyImage(ctx, from, repo, d, body); err != nil {
+				return nil, err
+			}
+		}
+		p := r.Platform
+		if p.Architecture == "" {
+			p = l.platformOf(r.Ref())
+		}
+		entries = append(entries, listEntry{d, p})
+	}
+	if len(entries) == 0 {
+		return nil, fault.Newf(fault.BadContent, "make list", i.Ref(), "none of its references is in the archive")
+	}
+	return json.MarshalIndent(struct {
+		SchemaVersion int         `json:"schemaVersion"`
+		MediaType     string      `json:"mediaType"`
+		Manifests     []listEntry `json:"manifests"`
+	}{2, archive.TypeList, entries}, "", "   ")
+}
+
+func (l *load) platformOf(ref string) ppa.Platform {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.platforms[ref]
+}
+
+// copyImage mounts an image's blobs into another repository and writes its
+// manifest there by digest.
+func (l *load) copyImage(ctx context.Context, from, to string, d archive.Descriptor, body []byte) error {
+	var m struct {
+		Config archive.Descriptor   `json:"config"`
+		Layers []archive.Descriptor `json:"layers"`
+	}
+	if err := json.Unmarshal(body, &m); err != nil {
+		return fmt.Errorf("read manifest %s: %w", d.Digest, err)
+	}
+	for _, b := range append([]archive.Descriptor{m.Config}, m.Layers...) {
+		s := l.state(b.Digest)
+		s.mu.Lock()
+		s.repos = append(s.repos, from)
+		ok, err := l.have(ctx, s, to, b.Digest)
+		s.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return fault.Newf(fault.Other, "mount blob", b.Digest, "registry %q does not mount from %q to %q", l.Host, from, to).
+				WithHint("name both repositories in one project, by --namespace or --map")
+		}
+	}
+	return l.Registry.PutManifest(ctx, to, d.Digest, d.MediaType, body)
+}

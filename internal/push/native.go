@@ -1,0 +1,128 @@
+package push
+
+import (
+	"context"
+	"io"
+	"path"
+	"strings"
+	"sync"
+
+	"github.com/kmsctl/kmsctl/internal/archive"
+	"github.com/kmsctl/kmsctl/pkg/ppa"
+)
+
+// native loads an archive of ours: its index says what it holds, so that only
+// what the registry lacks is read.
+func (l *load) native(ctx context.Context) error {
+	m, err := l.Archive.Manifest()
+	if err != nil {
+		return err
+	}
+	if err := archive.CheckMembers(m, l.Archive.Index.Members); err != nil {
+		return err
+	}
+	var repos []string
+	for _, i := range m.Images {
+		l.names = append(l.names, i.Name)
+		repos = append(repos, l.Repository(i.Name))
+	}
+	l.Registry.Scope(repos...)
+	var wg sync.WaitGroup
+	gate := make(chan struct{}, 4*max(l.Jobs, 1)) // images at the same time; their uploads have slots of their own
+	for _, entry := range m.Images {
+		for _, i := range l.Archive.Index.Images {
+			if i.Member != entry.Archive || !names(i.Refs, entry.Ref()) {
+				continue
+			}
+			wg.Add(1)
+			gate <- struct{}{}
+			go func() {
+				defer func() { <-gate; wg.Done() }()
+				l.nativeImage(ctx, entry, i)
+			}()
+		}
+	}
+	wg.Wait()
+	l.lists(ctx, m)
+	if l.Charts == nil || ctx.Err() != nil {
+		return ctx.Err()
+	}
+	for _, c := range m.Charts {
+		pkg, err := l.Archive.Member(c.Archive)
+		if err != nil {
+			l.done(Object{Kind: "chart", Name: path.Base(c.Archive), Target: path.Base(c.Archive)}, err)
+			continue
+		}
+		l.chart(ctx, c, pkg)
+	}
+	return nil
+}
+
+// names says whether one of an image's names is ref, a registry's name in
+// front or not.
+func names(refs []string, ref string) bool {
+	for _, r := range refs {
+		if r == ref || strings.HasSuffix(r, "/"+ref) {
+			return true
+		}
+	}
+	return false
+}
+
+func (l *load) nativeImage(ctx context.Context, entry ppa.Image, i archive.IndexImage) {
+	repo := l.Repository(entry.Name)
+	o := Object{Kind: "image", Name: entry.Ref(), Target: l.target(repo, entry.Tag), Digest: i.Manifest.Digest, Status: Pushed}
+	have, err := l.Registry.ManifestDigest(ctx, repo, entry.Tag)
+	if err == nil && have == i.Manifest.Digest {
+		o.Status = Present
+		l.done(o, nil)
+		return
+	}
+	if l.DryRun {
+		o.Status = WouldPush
+	}
+	if err == nil {
+		err = l.nativeBlobs(ctx, repo, i)
+	}
+	if err == nil && !l.DryRun {
+		err = l.nativeManifest(ctx, repo, entry.Tag, i)
+	}
+	l.done(o, err)
+}
+
+// nativeBlobs brings an image's blobs, side by side.
+func (l *load) nativeBlobs(ctx context.Context, repo string, i archive.IndexImage) error {
+	all := []archive.Descriptor{i.Config}
+	for _, y := range i.Layers {
+		all = append(all, y.Descriptor)
+	}
+	errs := make([]error, len(all))
+	var wg sync.WaitGroup
+	for n, d := range all {
+		wg.Go(func() {
+			errs[n] = l.bring(ctx, repo, d, func(from int64) (io.Reader, error) { return l.Archive.Blob(d.Digest, from) })
+		})
+	}
+	wg.Wait()
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *load) nativeManifest(ctx context.Context, repo, tag string, i archive.IndexImage) error {
+	r, err := l.Archive.Blob(i.Manifest.Digest, 0)
+	if err != nil {
+		return err
+	}
+	b, err := io.ReadAll(r)
+	if err != nil {
+		return err
+	}
+	if archive.DigestOf(b) != i.Manifest.Digest {
+		return damagedBlob(i.Manifest.Digest)
+	}
+	return l.Registry.PutManifest(ctx, repo, tag, i.Manifest.MediaType, b)
+}
