@@ -16,6 +16,12 @@ kmsctl=$PWD/bin/kmsctl
 
 say() { printf 'demo: %-9s %s\n' "$1" "$2"; }
 field() { sed -n 's/.*"'"$1"'": *"\([^"]*\)".*/\1/p' "$2" | head -1; }
+# quiet NAME CMD... keeps a command's output in NAME.log and shows it only when it fails.
+quiet() {
+  local log=$state/$1.log
+  shift
+  "$@" >"$log" 2>&1 || { cat "$log" >&2; return 1; }
+}
 # keep FILE CMD... keeps a command's output only when it succeeds.
 keep() {
   local file=$1
@@ -29,7 +35,7 @@ build_archive() {
   local made_by
   made_by=$(sha256sum bin/kmsctl bin/kms-connector)
   if [[ ! -s $archive || $(cat "$archive.made-by" 2>/dev/null) != "$made_by" ]]; then
-    "$kmsctl" archive build --output-file "$archive" >"$state/archive.log"
+    quiet archive "$kmsctl" archive build --output-file "$archive"
     echo "$made_by" >"$archive.made-by"
   fi
   say archive "$rel/${archive##*/}, $(du -h "$archive" | cut -f1), $(tar -tzf "$archive" | grep -c '^images/') images and the chart"
@@ -37,8 +43,8 @@ build_archive() {
 
 render() {
   [[ -s $state/pin ]] || keep "$state/pin" bash -c 'printf %s "$(head -c 15 /dev/urandom | base64)"'
-  "$kmsctl" render secret --model softhsm --hsm-password-file "$state/pin" --plain --output-file "$state/hsm-Secret.yaml" >/dev/null
-  "$kmsctl" render overrides --model softhsm --plain --output-file "$state/overrides_hsm.yaml" "$@" >/dev/null
+  quiet secret "$kmsctl" render secret --model softhsm --hsm-password-file "$state/pin" --plain --output-file "$state/hsm-Secret.yaml"
+  quiet overrides "$kmsctl" render overrides --model softhsm --plain --output-file "$state/overrides_hsm.yaml" "$@"
   say render "$rel/hsm-Secret.yaml and overrides_hsm.yaml, for SoftHSM"
 }
 
@@ -105,7 +111,7 @@ audited() {
 build_archive
 registry
 say registry "Debian's docker-registry at $registry"
-"$kmsctl" load "$archive" --registry "$registry" --repo "$state/charts" >"$state/load.log"
+quiet load "$kmsctl" load "$archive" --registry "$registry" --repo "$state/charts"
 say load "images to $registry, the chart to $rel/charts"
 render
 serve

@@ -25,7 +25,7 @@ build() {
   flock 9 # two at once build once
   bin=$programs/$(key)
   if [[ ! -d $bin ]]; then
-    echo "cluster: building Kubernetes and its node's programs, once (about 30 minutes of CPU on a machine that has built nothing)" >&2
+    echo "cluster: building Kubernetes and its node's programs, once (about 14 minutes of CPU on a machine that has built nothing)" >&2
     rm -rf "$programs"/new
     "$here/build.sh" "$programs/new"
     mv "$programs/new" "$bin"
