@@ -63,7 +63,7 @@ type line struct {
 	Kind      string    `json:"kind"`
 	Event     *Event    `json:"event,omitempty"`
 	PublicKey []byte    `json:"publicKey,omitempty"` // PKIX DER
-	Signature []byte    `json:"signature,omitempty"` // ECDSA-P256-SHA-256, ASN.1 DER
+	Signature []byte    `json:"signature,omitempty"` // ECDSA-P256-SHA-256 in ASN.1 DER, or RSA PKCS #1 v1.5 with SHA-256
 	Torn      int       `json:"torn,omitempty"`      // bytes of the torn line that was closed
 }
 

@@ -3,7 +3,9 @@ package audit
 import (
 	"bufio"
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
@@ -47,10 +49,9 @@ func ParsePublicKey(b []byte) ([]byte, error) {
 // of the key that must have signed. want, when given, is a head kept
 // elsewhere that the log must contain. The error names the first bad line.
 func Verify(r io.Reader, pub []byte, want *Head) (Report, error) {
-	parsed, err := x509.ParsePKIXPublicKey(pub)
-	key, ok := parsed.(*ecdsa.PublicKey)
-	if err != nil || !ok {
-		return Report{}, fault.Usagef("the public key is no ECDSA key in PKIX form")
+	key, err := x509.ParsePKIXPublicKey(pub)
+	if err != nil || !fits(key) {
+		return Report{}, fault.Usagef("the public key is no ECDSA or RSA key in PKIX form")
 	}
 	v := verifier{key: key, pub: pub, want: want}
 	br := bufio.NewReaderSize(r, 1<<16)
@@ -72,13 +73,34 @@ func Verify(r io.Reader, pub []byte, want *Head) (Report, error) {
 	return v.end()
 }
 
+// fits says whether a token of ours signs with such a key: ECDSA, or RSA where
+// the token has no elliptic curves.
+func fits(key any) bool {
+	switch key.(type) {
+	case *ecdsa.PublicKey, *rsa.PublicKey:
+		return true
+	}
+	return false
+}
+
+func signed(key any, message, signature []byte) bool {
+	sum := sha256.Sum256(message)
+	switch k := key.(type) {
+	case *ecdsa.PublicKey:
+		return ecdsa.VerifyASN1(k, sum[:], signature)
+	case *rsa.PublicKey:
+		return rsa.VerifyPKCS1v15(k, crypto.SHA256, sum[:], signature) == nil
+	}
+	return false
+}
+
 func bad(n uint64, format string, a ...any) error {
 	return fault.Newf(fault.BadContent, "verify audit log, line", fmt.Sprint(n), format, a...).
 		WithHint("the log was changed, or the disk lost data: compare with a copy; lines before this one are whole")
 }
 
 type verifier struct {
-	key    *ecdsa.PublicKey
+	key    any
 	pub    []byte
 	want   *Head
 	report Report
@@ -135,8 +157,7 @@ func (v *verifier) kind(n uint64, ln line) error {
 		}
 	case "recovery":
 	case "head":
-		sum := sha256.Sum256(headMessage(ln))
-		if !ecdsa.VerifyASN1(v.key, sum[:], ln.Signature) {
+		if !signed(v.key, headMessage(ln), ln.Signature) {
 			return bad(n, "its signature does not fit")
 		}
 		v.report.SignedUpTo = n

@@ -100,7 +100,7 @@ func TestEveryCall(t *testing.T) {
 		t.Fatalf("%+v %v", info, err)
 	}
 	made, err := c.CreateRootKey(ctx)
-	if err != nil || len(made.KCV) != 3 {
+	if err != nil || len(made.KCV) != 4 {
 		t.Fatalf("%+v %v", made, err)
 	}
 	brought, err := c.ImportRootKey(ctx, secret.New([]byte("0123456789abcdef")))

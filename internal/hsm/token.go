@@ -26,13 +26,13 @@ type MasterIDs struct {
 	Install string `json:"install"` // goes into the labels: kms:<install>:mkek:v1 …
 	Wrap    []byte `json:"wrap"`    // AES-256, wraps root keys out of the token
 	Seal    []byte `json:"seal"`    // AES-256, encrypts the service's own secrets and standard keys
-	Sign    []byte `json:"sign"`    // EC P-256, signs the audit log's heads
+	Sign    []byte `json:"sign"`    // EC P-256 or RSA, signs the audit log's heads
 }
 
 // Master is what an installation's master keys are recognised by.
 type Master struct {
-	WrapKCV   []byte   `json:"wrapKCV"`   // check value, 3 bytes
-	SealKCV   []byte   `json:"sealKCV"`   // check value, 3 bytes
+	WrapKCV   []byte   `json:"wrapKCV"`   // check value, see SameKey
+	SealKCV   []byte   `json:"sealKCV"`   // check value, see SameKey
 	PublicKey []byte   `json:"publicKey"` // of Sign, PKIX DER
 	Suite     uint8    `json:"suite"`     // the cipher suite that the self-test chose
 	WrapWay   string   `json:"wrapWay"`   // mechanism by which root keys leave the token
@@ -68,5 +68,5 @@ func (s Sealed) Plausible() bool {
 // wrapped out under the master key.
 type NewKey struct {
 	Blob []byte // opaque: header and wrapped key, only the same master key opens it
-	KCV  []byte // check value, 3 bytes
+	KCV  []byte // check value, see SameKey
 }

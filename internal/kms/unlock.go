@@ -80,7 +80,7 @@ func Unlock(ctx context.Context, p Plain, t Token, now func() time.Time) (Opened
 		if err := finishInstall(ctx, p, t, in, rev, m); err != nil {
 			return Opened{}, err
 		}
-	} else if subtle.ConstantTimeCompare(in.Master.WrapKCV, m.WrapKCV) != 1 || subtle.ConstantTimeCompare(in.Master.SealKCV, m.SealKCV) != 1 {
+	} else if !hsm.SameKey(in.Master.WrapKCV, m.WrapKCV) || !hsm.SameKey(in.Master.SealKCV, m.SealKCV) {
 		return Opened{}, fault.Newf(fault.BadContent, "open master keys on token", info.Label, "their check values are not those of this store").
 			WithHint("this store belongs to another token or partition: check --token-label and the store")
 	}

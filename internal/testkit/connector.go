@@ -1,4 +1,3 @@
-// Package testkit has the real parts that tests of several packages need.
 package testkit
 
 import (

@@ -3,8 +3,13 @@ package token
 import (
 	"container/list"
 	"sync"
+	"time"
+)
 
-	"github.com/miekg/pkcs11"
+// A root key stays in the token while it is used, and at most for cacheTime.
+const (
+	cacheSize = 256
+	cacheTime = 15 * time.Minute
 )
 
 // cache holds the root keys that were brought back into the token: bounded,
@@ -12,27 +17,31 @@ import (
 type cache struct {
 	mu   sync.Mutex
 	max  int
+	ttl  time.Duration
 	keys map[[32]byte]*cached
 	lru  *list.List // of *cached, newest first
 }
 
 type cached struct {
-	id     [32]byte
-	handle pkcs11.ObjectHandle
-	err    error
-	ready  chan struct{}
-	users  int
-	gone   bool // dropped: destroyed when the last user is done
-	elem   *list.Element
+	id    [32]byte
+	keys  keyPair
+	since time.Time
+	err   error
+	ready chan struct{}
+	users int
+	gone  bool // dropped: destroyed when the last user is done
+	elem  *list.Element
 }
 
-func newCache(n int) *cache { return &cache{max: n, keys: map[[32]byte]*cached{}, lru: list.New()} }
+func newCache(n int, ttl time.Duration) *cache {
+	return &cache{max: n, ttl: ttl, keys: map[[32]byte]*cached{}, lru: list.New()}
+}
 
 // get gives the key, made by bring when it is not there; callers that ask for
 // the same key meanwhile wait for that one. release must follow.
-func (c *cache) get(id [32]byte, bring func() (pkcs11.ObjectHandle, error), forget func(pkcs11.ObjectHandle)) (*cached, error) {
+func (c *cache) get(id [32]byte, bring func() (keyPair, error), forget func(keyPair)) (*cached, error) {
 	c.mu.Lock()
-	if k := c.keys[id]; k != nil {
+	if k := c.keys[id]; k != nil && time.Since(k.since) < c.ttl {
 		k.users++
 		c.lru.MoveToFront(k.elem)
 		c.mu.Unlock()
@@ -43,31 +52,38 @@ func (c *cache) get(id [32]byte, bring func() (pkcs11.ObjectHandle, error), forg
 		}
 		return k, nil
 	}
-	k := &cached{id: id, ready: make(chan struct{}), users: 1}
+	var out []keyPair
+	if old := c.keys[id]; old != nil { // it has been here for too long
+		c.remove(old)
+		if old.users == 0 {
+			out = append(out, old.keys)
+		}
+	}
+	k := &cached{id: id, ready: make(chan struct{}), users: 1, since: time.Now()}
 	k.elem = c.lru.PushFront(k)
 	c.keys[id] = k
-	out := c.overflow()
+	out = append(out, c.overflow()...)
 	c.mu.Unlock()
 	for _, h := range out {
 		forget(h)
 	}
-	k.handle, k.err = bring()
+	k.keys, k.err = bring()
 	close(k.ready)
 	if k.err != nil {
 		c.drop(k)
-		c.release(k, func(pkcs11.ObjectHandle) {})
+		c.release(k, func(keyPair) {})
 		return nil, k.err
 	}
 	return k, nil
 }
 
 // overflow takes out what is too much and not in use. The lock is held.
-func (c *cache) overflow() (out []pkcs11.ObjectHandle) {
+func (c *cache) overflow() (out []keyPair) {
 	for e := c.lru.Back(); e != nil && len(c.keys) > c.max; {
 		k, before := e.Value.(*cached), e.Prev()
 		if k.users == 0 {
 			c.remove(k)
-			out = append(out, k.handle)
+			out = append(out, k.keys)
 		}
 		e = before
 	}
@@ -83,13 +99,13 @@ func (c *cache) remove(k *cached) {
 }
 
 // release ends one use; the last one of a dropped key destroys it.
-func (c *cache) release(k *cached, forget func(pkcs11.ObjectHandle)) {
+func (c *cache) release(k *cached, forget func(keyPair)) {
 	c.mu.Lock()
 	k.users--
 	last := k.gone && k.users == 0 && k.err == nil
 	c.mu.Unlock()
 	if last {
-		forget(k.handle)
+		forget(k.keys)
 	}
 }
 
@@ -100,7 +116,7 @@ func (c *cache) drop(k *cached) {
 	c.remove(k)
 }
 
-func (c *cache) evict(id [32]byte, forget func(pkcs11.ObjectHandle)) {
+func (c *cache) evict(id [32]byte, forget func(keyPair)) {
 	c.mu.Lock()
 	k := c.keys[id]
 	if k == nil {
@@ -111,6 +127,6 @@ func (c *cache) evict(id [32]byte, forget func(pkcs11.ObjectHandle)) {
 	idle := k.users == 0
 	c.mu.Unlock()
 	if idle {
-		forget(k.handle)
+		forget(k.keys)
 	}
 }

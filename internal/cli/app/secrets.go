@@ -17,12 +17,15 @@ import (
 
 // Asker puts questions to a person.
 type Asker interface {
-	Password(question string) (secret.Value, error)
+	// Ask gives an answer, ask.ErrBack or ask.ErrStopped.
+	Ask(q ask.Question) (string, error)
+	// Password is Ask without showing what is typed.
+	Password(q ask.Question) (secret.Value, error)
 	Close() error
 }
 
-// openAsker is the terminal, or fault.Usage that names what to give instead.
-func (a *App) openAsker(missing string) (Asker, error) {
+// OpenAsker is the terminal, or fault.Usage that names what to give instead.
+func (a *App) OpenAsker(missing string) (Asker, error) {
 	if a.Asker != nil {
 		return a.Asker, nil
 	}
@@ -92,17 +95,17 @@ func (s *SecretInput) Read(a *App, repeat bool) (secret.Value, error) {
 }
 
 func (s *SecretInput) ask(a *App, repeat bool) (secret.Value, error) {
-	t, err := a.openAsker("--" + s.Name + "-file")
+	t, err := a.OpenAsker("--" + s.Name + "-file")
 	if err != nil {
 		return secret.Value{}, withHint(err, "give --"+s.Name+"-file or --"+s.Name+"-stdin, or set "+s.env())
 	}
 	defer func() { _ = t.Close() }() // nothing was written
-	v, err := t.Password(s.Title)
+	v, err := t.Password(ask.Question{Title: s.Title})
 	if err != nil {
 		return v, fault.New(fault.Stopped, "ask for the "+s.Title, "", err)
 	}
 	if repeat {
-		again, err := t.Password(s.Title + ", again")
+		again, err := t.Password(ask.Question{Title: s.Title + ", again"})
 		if err != nil {
 			return v, fault.New(fault.Stopped, "ask for the "+s.Title, "", err)
 		}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/kmsctl/kmsctl/internal/ask"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/seal"
@@ -19,7 +20,12 @@ import (
 // answers is an Asker that gives its answers in turn.
 type answers []string
 
-func (a *answers) Password(string) (secret.Value, error) {
+func (a *answers) Ask(q ask.Question) (string, error) {
+	v, err := a.Password(q)
+	return string(v.Reveal()), err
+}
+
+func (a *answers) Password(ask.Question) (secret.Value, error) {
 	if len(*a) == 0 {
 		return secret.Value{}, errors.New("no more answers")
 	}

@@ -1,0 +1,356 @@
+package token
+
+import (
+	"bytes"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"slices"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/secret"
+)
+
+// guarded are the attributes that every key of ours has.
+func (t *Token) guarded(onToken, extractable bool) []*pkcs11.Attribute {
+	return []*pkcs11.Attribute{attr(pkcs11.CKA_TOKEN, onToken), attr(pkcs11.CKA_PRIVATE, !t.noLogin), attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, extractable)}
+}
+
+// purpose allows just what is listed.
+func purpose(may ...uint) (out []*pkcs11.Attribute) {
+	for _, a := range []uint{pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP, pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY} {
+		out = append(out, attr(a, slices.Contains(may, a)))
+	}
+	return out
+}
+
+// sessionTemplate is what a root key may do while it is in the token.
+func (t *Token) sessionTemplate(extractable bool) []*pkcs11.Attribute {
+	return append(t.guarded(false, extractable), purpose(pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT)...)
+}
+
+// override makes later attributes of a template replace earlier ones.
+func override(tpl []*pkcs11.Attribute) (out []*pkcs11.Attribute) {
+	for i, a := range tpl {
+		if !slices.ContainsFunc(tpl[i+1:], func(b *pkcs11.Attribute) bool { return a.Type == b.Type }) {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+// macTemplate turns a key that encrypts into one that authenticates.
+func macTemplate(tpl []*pkcs11.Attribute) []*pkcs11.Attribute {
+	return append(tpl, purpose(pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY)...)
+}
+
+func unwrapTemplate(tpl []*pkcs11.Attribute, typ uint) []*pkcs11.Attribute {
+	return override(append(tpl, attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, typ)))
+}
+
+// generate makes a secret key of 32 bytes.
+func (t *Token) generate(s pkcs11.SessionHandle, mechanism, typ uint, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
+	tpl = append(unwrapTemplate(tpl, typ), attr(pkcs11.CKA_VALUE_LEN, 32))
+	t.objects.Lock()
+	defer t.objects.Unlock()
+	h, err := t.ctx.GenerateKey(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(mechanism, nil)}, tpl)
+	if err != nil {
+		return 0, t.device("make a key on", err)
+	}
+	return h, nil
+}
+
+// bring takes key material into the token.
+func (t *Token) bring(s pkcs11.SessionHandle, value []byte, typ uint, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
+	t.objects.Lock()
+	defer t.objects.Unlock()
+	h, err := t.ctx.CreateObject(s, append(unwrapTemplate(tpl, typ), attr(pkcs11.CKA_VALUE, value)))
+	if err != nil {
+		return 0, t.device("bring a key into", err)
+	}
+	return h, nil
+}
+
+// tighten makes sure that an unwrapped key can be neither read nor wrapped:
+// some tokens ignore what they were asked at C_UnwrapKey.
+func (t *Token) tighten(s pkcs11.SessionHandle, h pkcs11.ObjectHandle) error {
+	for _, c := range []struct {
+		attr uint
+		want bool
+	}{{pkcs11.CKA_SENSITIVE, true}, {pkcs11.CKA_EXTRACTABLE, false}} {
+		got, err := t.flag(s, h, c.attr)
+		if err != nil {
+			return err
+		}
+		if got == c.want {
+			continue
+		}
+		serr := t.ctx.SetAttributeValue(s, h, []*pkcs11.Attribute{attr(c.attr, c.want)})
+		if got, err = t.flag(s, h, c.attr); err != nil {
+			return err
+		}
+		if got != c.want {
+			return fault.Newf(fault.NotReady, "open a key on", t.module, "the token leaves it readable: attribute 0x%x is %v (%v)", c.attr, got, serr).
+				WithHint("the token does not protect its keys as asked; do not use it")
+		}
+	}
+	return nil
+}
+
+// open gives what the calls on keys need.
+func (t *Token) open() (*abilities, *masterKeys, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.master == nil {
+		return nil, nil, ErrNotOpen
+	}
+	return t.can, t.master, nil
+}
+
+// A wrapped root key: format 1, form, version of the master key (2 bytes),
+// then the AES key and, where there is one, its MAC key, each with its length
+// in 2 bytes.
+const (
+	blobFormat = 1
+	blobHead   = 4
+)
+
+func makeBlob(f form, parts ...[]byte) []byte {
+	out := []byte{blobFormat, byte(f), 0, 1}
+	for _, p := range parts {
+		out = append(binary.BigEndian.AppendUint16(out, uint16(len(p))), p...)
+	}
+	return out
+}
+
+var errBlob = fault.Newf(fault.BadContent, "open root key", "", "its form is unknown").WithHint("the store was changed, or was written by a newer version")
+
+func parseBlob(b []byte) (f form, enc, mac []byte, err error) {
+	if len(b) < blobHead || b[0] != blobFormat || b[2] != 0 || b[3] != 1 {
+		return 0, nil, nil, errBlob
+	}
+	f, b = form(b[1]), b[blobHead:]
+	var parts [][]byte
+	for len(b) > 0 {
+		if len(b) < 2 || len(b) < 2+int(binary.BigEndian.Uint16(b)) {
+			return 0, nil, nil, errBlob
+		}
+		n := 2 + int(binary.BigEndian.Uint16(b))
+		parts, b = append(parts, b[2:n]), b[n:]
+	}
+	switch len(parts) {
+	case 1:
+		return f, parts[0], nil, nil
+	case 2:
+		return f, parts[0], parts[1], nil
+	}
+	return 0, nil, nil, errBlob
+}
+
+// CreateRootKey makes an AES-256 key in the token and wraps it out under the
+// master key. The key itself is destroyed again: Wrap and Unwrap bring it back
+// as a key that cannot be read or wrapped.
+func (t *Token) CreateRootKey() (hsm.NewKey, error) {
+	return t.newRoot(func(s pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
+		return t.generate(s, pkcs11.CKM_AES_KEY_GEN, pkcs11.CKK_AES, t.sessionTemplate(true))
+	}, func(s pkcs11.SessionHandle, m macKind) (pkcs11.ObjectHandle, error) {
+		return t.generate(s, m.generate, m.typ, macTemplate(t.sessionTemplate(true)))
+	})
+}
+
+// ImportRootKey does the same with material of 16, 24 or 32 bytes. Its MAC
+// key, where there is one, follows from the material, so that the same
+// material opens the same ciphertexts wherever it was imported.
+func (t *Token) ImportRootKey(material secret.Value) (hsm.NewKey, error) {
+	if n := len(material.Reveal()); n != 16 && n != 24 && n != 32 {
+		return hsm.NewKey{}, fault.Newf(fault.Usage, "import root key", "", "%d bytes are no AES key", n)
+	}
+	return t.newRoot(func(s pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
+		return t.bring(s, material.Reveal(), pkcs11.CKK_AES, t.sessionTemplate(true))
+	}, func(s pkcs11.SessionHandle, m macKind) (pkcs11.ObjectHandle, error) {
+		h := hmac.New(sha256.New, material.Reveal())
+		h.Write([]byte("kmsctl mac key of an imported root key"))
+		value := h.Sum(nil)
+		defer clear(value)
+		return t.bring(s, value, m.typ, macTemplate(t.sessionTemplate(true)))
+	})
+}
+
+func (t *Token) newRoot(makeKey func(pkcs11.SessionHandle) (pkcs11.ObjectHandle, error), makeMAC func(pkcs11.SessionHandle, macKind) (pkcs11.ObjectHandle, error)) (out hsm.NewKey, err error) {
+	a, m, err := t.open()
+	if err != nil {
+		return out, err
+	}
+	err = t.with(func(s pkcs11.SessionHandle) error {
+		h, err := makeKey(s)
+		if err != nil {
+			return err
+		}
+		defer t.destroy(s, h)
+		if sensitive, err := t.flag(s, h, pkcs11.CKA_SENSITIVE); err != nil || !sensitive {
+			return fault.Newf(fault.BadContent, "make a root key on", t.module, "the token left it readable (%v)", err)
+		}
+		enc, err := t.wrapKey(s, a.way, a.mac, m.wrap, h)
+		if err != nil {
+			return err
+		}
+		parts := [][]byte{enc}
+		if a.suite == hsm.SuiteCBCHMAC {
+			mh, err := makeMAC(s, a.mac)
+			if err != nil {
+				return err
+			}
+			defer t.destroy(s, mh)
+			mac, err := t.wrapKey(s, a.way, a.mac, m.wrap, mh)
+			if err != nil {
+				return err
+			}
+			parts = append(parts, mac)
+		}
+		kcv, err := t.checkValue(s, h)
+		out = hsm.NewKey{Blob: makeBlob(a.way.form, parts...), KCV: kcv}
+		return err
+	})
+	return out, err
+}
+
+// use brings a root key back into the token, from the cache where it can. A
+// handle that the token no longer knows is brought back once more.
+func (t *Token) use(blob []byte, f func(s pkcs11.SessionHandle, a *abilities, k keyPair) error) error {
+	a, m, err := t.open()
+	if err != nil {
+		return err
+	}
+	form, enc, mac, err := parseBlob(blob)
+	if err != nil {
+		return err
+	}
+	w, ok := a.forms[form]
+	if !ok {
+		return fault.Newf(fault.NotReady, "open root key on", t.module, "the token cannot unwrap form %d, by which the key was wrapped", form).
+			WithHint("see what it can do with `kmsctl hsm probe`")
+	}
+	return t.with(func(s pkcs11.SessionHandle) error {
+		for try := 0; ; try++ {
+			k, err := t.cache.get(sha256.Sum256(blob), func() (keyPair, error) { return t.bringBack(a, m, w, enc, mac) }, t.forget)
+			if err != nil {
+				return err
+			}
+			err = f(s, a, k.keys)
+			unknown := is(err, pkcs11.CKR_KEY_HANDLE_INVALID, pkcs11.CKR_OBJECT_HANDLE_INVALID)
+			if unknown {
+				t.cache.drop(k)
+			}
+			t.cache.release(k, t.forget)
+			if !unknown || try > 0 {
+				return err
+			}
+		}
+	})
+}
+
+// bringBack makes the session objects in the session that holds the login,
+// which lives as long as the cache does.
+func (t *Token) bringBack(a *abilities, m *masterKeys, w way, enc, mac []byte) (k keyPair, err error) {
+	if k.enc, err = t.bringOne(a, m, w, enc, pkcs11.CKK_AES, t.sessionTemplate(false)); err != nil {
+		return keyPair{}, err
+	}
+	if mac == nil {
+		return k, nil
+	}
+	if k.mac, err = t.bringOne(a, m, w, mac, a.mac.typ, macTemplate(t.sessionTemplate(false))); err != nil {
+		t.destroy(t.login, k.enc)
+		return keyPair{}, err
+	}
+	return k, nil
+}
+
+func (t *Token) bringOne(a *abilities, m *masterKeys, w way, wrapped []byte, typ uint, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
+	tpl = unwrapTemplate(tpl, typ)
+	if a.unwrapLen {
+		tpl = append(tpl, attr(pkcs11.CKA_VALUE_LEN, keyLen(w.form, wrapped)))
+	}
+	h, err := t.unwrapKey(t.login, w, a.mac, m.wrap, wrapped, tpl)
+	if errors.Is(err, errForeign) {
+		return 0, fault.New(fault.BadContent, "open root key on", t.module, err).WithHint("the store was changed, or belongs to another master key")
+	}
+	if err != nil {
+		return 0, err
+	}
+	if err := t.tighten(t.login, h); err != nil {
+		t.destroy(t.login, h)
+		return 0, err
+	}
+	return h, nil
+}
+
+// keyLen follows from the wrapped length: our keys are multiples of 8 bytes.
+func keyLen(f form, wrapped []byte) int {
+	if f == formCBC {
+		return len(wrapped) - blockLen - macLen - blockLen
+	}
+	return len(wrapped) - 8
+}
+
+func (t *Token) forget(k keyPair) {
+	t.destroy(t.login, k.enc)
+	if k.mac != 0 {
+		t.destroy(t.login, k.mac)
+	}
+}
+
+// Wrap encrypts plain under the root key in blob.
+func (t *Token) Wrap(blob, plain, aad []byte) (out hsm.Sealed, err error) {
+	err = t.use(blob, func(s pkcs11.SessionHandle, a *abilities, k keyPair) error {
+		out, err = t.encrypt(s, a, k, plain, aad)
+		return err
+	})
+	return out, err
+}
+
+// Unwrap opens what Wrap made.
+func (t *Token) Unwrap(blob []byte, c hsm.Sealed, aad []byte) (out []byte, err error) {
+	err = t.use(blob, func(s pkcs11.SessionHandle, a *abilities, k keyPair) error {
+		out, err = t.decrypt(s, a, k, c, aad)
+		return err
+	})
+	return out, err
+}
+
+// Evict forgets a root key that was brought back.
+func (t *Token) Evict(blob []byte) { t.cache.evict(sha256.Sum256(blob), t.forget) }
+
+// Seal encrypts under the sealing key: suite, length of the IV, IV, ciphertext.
+func (t *Token) Seal(plain, aad []byte) (out []byte, err error) {
+	a, m, err := t.open()
+	if err != nil {
+		return nil, err
+	}
+	err = t.with(func(s pkcs11.SessionHandle) error {
+		c, err := t.encrypt(s, a, m.seal, plain, aad)
+		out = append(append([]byte{c.Suite, byte(len(c.IV))}, c.IV...), c.Ciphertext...)
+		return err
+	})
+	return out, err
+}
+
+// Unseal opens what Seal made.
+func (t *Token) Unseal(b, aad []byte) (out []byte, err error) {
+	a, m, err := t.open()
+	if err != nil {
+		return nil, err
+	}
+	if len(b) < 2 || len(b) < 2+int(b[1])+tagLen {
+		return nil, errBad
+	}
+	n := 2 + int(b[1])
+	err = t.with(func(s pkcs11.SessionHandle) error {
+		out, err = t.decrypt(s, a, m.seal, hsm.Sealed{Suite: b[0], IV: bytes.Clone(b[2:n]), Ciphertext: b[n:]}, aad)
+		return err
+	})
+	return out, err
+}
