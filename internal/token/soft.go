@@ -19,6 +19,10 @@ import (
 // none, and points SoftHSM at dir. The security officer's PIN is random and
 // thrown away: nobody needs it again.
 func MakeSoftToken(dir, module, name string, pin secret.Value) error {
+	dir, err := filepath.Abs(dir) // so that other programs can use its configuration too
+	if err != nil {
+		return fault.New(fault.Other, "find folder", dir, err)
+	}
 	tokens := filepath.Join(dir, "tokens")
 	if err := os.MkdirAll(tokens, 0o700); err != nil {
 		return fault.New(fault.Other, "make folder", tokens, err)
