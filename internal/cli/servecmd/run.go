@@ -21,12 +21,12 @@ import (
 
 type apiOptions struct {
 	*app.App
-	listen        string
-	socket        string
-	etcd          store.Remote
-	cert, key     string
-	adminHashFile string
-	auditDir      string
+	listen      string
+	socket      string
+	etcd        store.Remote
+	cert, key   string
+	adminHashes []string
+	auditDir    string
 }
 
 func newRunAPICmd(a *app.App, run func(context.Context, *apiOptions) error) *cobra.Command {
@@ -51,7 +51,7 @@ refused is not tried again until the secret changes.`,
 	fs.StringVar(&o.etcd.KeyFile, "etcd-key-file", "", "its key")
 	fs.StringVar(&o.cert, "tls-cert-file", "", "certificate of the API")
 	fs.StringVar(&o.key, "tls-key-file", "", "its key")
-	fs.StringVar(&o.adminHashFile, "admin-key-hash-file", "", "JSON with id and hash of the first administrator's API key")
+	fs.StringArrayVar(&o.adminHashes, "admin-key-hash-file", nil, "JSON with id and hash of an administrator's API key; repeatable")
 	fs.StringVar(&o.auditDir, "audit-dir", "", "folder of the audit log")
 	return cmd
 }
@@ -143,8 +143,8 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 		return err
 	}
 	defer k.Close()
-	if o.adminHashFile != "" {
-		if err := o.registerAdmin(ctx, k); err != nil {
+	for _, file := range o.adminHashes {
+		if err := registerAdmin(ctx, k, file); err != nil {
 			return err
 		}
 	}
@@ -154,14 +154,14 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 	return nil
 }
 
-func (o *apiOptions) registerAdmin(ctx context.Context, k *app.KMS) error {
-	b, err := os.ReadFile(o.adminHashFile)
+func registerAdmin(ctx context.Context, k *app.KMS, file string) error {
+	b, err := os.ReadFile(file)
 	if err != nil {
-		return fault.New(fault.NotFound, "read", o.adminHashFile, err)
+		return fault.New(fault.NotFound, "read", file, err)
 	}
 	var h struct{ ID, Hash string }
 	if err := json.Unmarshal(b, &h); err != nil {
-		return fault.New(fault.BadContent, "read", o.adminHashFile, err)
+		return fault.New(fault.BadContent, "read", file, err)
 	}
 	return k.IAM.EnsureAdmin(ctx, h.ID, h.Hash)
 }
