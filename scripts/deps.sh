@@ -2,7 +2,7 @@
 # Installs the Debian packages that building and testing need, when one is
 # missing, and says so. Other systems: have these programs and libraries ready.
 set -euo pipefail
-packages=(gcc libc6-dev git curl softhsm2 opensc opencryptoki skopeo docker-registry xz-utils)
+packages=(gcc libc6-dev git curl softhsm2 opensc opencryptoki skopeo docker-registry xz-utils openssl)
 command -v dpkg-query >/dev/null || exit 0
 missing=()
 for p in "${packages[@]}" "$@"; do
