@@ -39,7 +39,7 @@ func TestScripts(t *testing.T) {
 			e.Setenv("XDG_CACHE_HOME", filepath.Join(e.WorkDir, "xdg-cache"))
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "kms": kms, "field": field},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "kms": kms, "field": field, "luna": luna},
 	})
 }
 

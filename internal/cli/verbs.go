@@ -6,6 +6,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/cli/archivecmd"
 	"github.com/kmsctl/kmsctl/internal/cli/auditcmd"
+	"github.com/kmsctl/kmsctl/internal/cli/hsmcmd"
 	"github.com/kmsctl/kmsctl/internal/cli/keyscmd"
 	"github.com/kmsctl/kmsctl/internal/cli/loadcmd"
 	"github.com/kmsctl/kmsctl/internal/cli/rendercmd"
@@ -21,5 +22,6 @@ func verbs(a *app.App) []*cobra.Command {
 	all = append(all, auditcmd.New(a)...)
 	all = append(all, archivecmd.New(a)...)
 	all = append(all, loadcmd.New(a)...)
+	all = append(all, hsmcmd.New(a)...)
 	return all
 }
