@@ -20,11 +20,7 @@ func toFault(op string, err error) error {
 	s := status.Convert(err)
 	for _, d := range s.Details() {
 		if f, ok := d.(*wire.Fault); ok {
-			e := &fault.Error{Kind: kind(f.Kind), Op: f.Op, Object: f.Object, Hint: f.Hint}
-			if f.Cause != "" {
-				e.Err = errors.New(f.Cause)
-			}
-			return e
+			return rebuild(f.Kind, f.Op, f.Object, f.Cause, f.Hint)
 		}
 	}
 	switch s.Code() {
@@ -36,6 +32,14 @@ func toFault(op string, err error) error {
 	}
 	return fault.New(fault.Unreachable, op, "", errors.New("the HSM connector cannot be reached: "+s.Message())).
 		WithHint("is kms-connector running? its own log says why it ended")
+}
+
+func rebuild(kindName, op, object, cause, hint string) *fault.Error {
+	e := &fault.Error{Kind: kind(kindName), Op: op, Object: object, Hint: hint}
+	if cause != "" {
+		e.Err = errors.New(cause)
+	}
+	return e
 }
 
 func kind(name string) fault.Kind {

@@ -109,7 +109,7 @@ func newStarter(o Options) *starter {
 	if s.stderr == nil {
 		s.stderr = io.Discard
 	}
-	s.args = []string{"--fd", "3", "--pin-fd", "4", "--module", o.Module}
+	s.args = []string{"--module", o.Module}
 	add := func(flag, v string) {
 		if v != "" {
 			s.args = append(s.args, flag, v)
@@ -196,7 +196,7 @@ func (s *starter) link() (*link, error) {
 		return nil, fault.New(fault.Other, "start HSM connector", s.path, err)
 	}
 	defer theirPins.Close()
-	cmd := exec.Command(s.path, s.args...) //nolint:noctx // it outlives the call; stop ends it
+	cmd := exec.Command(s.path, append([]string{"--fd", "3", "--pin-fd", "4"}, s.args...)...) //nolint:noctx // it outlives the call; stop ends it
 	cmd.Env = append(os.Environ(), s.env...)
 	cmd.Stderr = s.stderr
 	cmd.ExtraFiles = []*os.File{theirs, theirPins}

@@ -33,6 +33,21 @@ type Report struct {
 	Usable       bool         `json:"usable"`
 }
 
+// ProbeReply is what `kms-connector probe` prints: one of the two.
+type ProbeReply struct {
+	Report *Report     `json:"report,omitempty"`
+	Fault  *ProbeFault `json:"fault,omitempty"`
+}
+
+// ProbeFault is a fault of the connector, taken apart.
+type ProbeFault struct {
+	Kind   string `json:"kind"`
+	Op     string `json:"op"`
+	Object string `json:"object"`
+	Cause  string `json:"cause"`
+	Hint   string `json:"hint"`
+}
+
 // Mechanism is one line of the token's own list.
 type Mechanism struct {
 	Number  string `json:"number"` // hexadecimal, as vendors' documents have it

@@ -582,6 +582,11 @@ func ivOf(w way) int {
 func (x *explorer) conclude() {
 	r := &x.a.report
 	r.Notes, r.Placements = []string{}, []string{}
+	if g, err := x.a.signer(); err != nil {
+		r.Sign = fails("sign the audit log", err)
+	} else {
+		r.Sign = works("sign the audit log", g.name+", listed")
+	}
 	if !x.a.guarded() {
 		r.Notes = append(r.Notes, "the token does not hold its keys as their attributes say: do not use it")
 		return
@@ -592,7 +597,7 @@ func (x *explorer) conclude() {
 	}
 	if r.WrapWay != "" {
 		r.Placements = append(r.Placements, "wrapped")
-		r.Notes = append(r.Notes, "who has the PIN and the store can bring a root key into the token and use it there, as we do; it cannot be read")
+		r.Notes = append(r.Notes, "placement wrapped: who has both the token's PIN and the store can bring a root key back as one that is readable; a key that must never leave belongs into the token")
 	}
 	r.Placements = append(r.Placements, "token")
 	if r.Suite == hsm.SuiteCBCHMAC {
@@ -625,5 +630,6 @@ func (a *abilities) usable(module string) error {
 	case a.way.form == 0:
 		return fault.Newf(fault.NotReady, "test the token of", module, "it can wrap no key").WithHint("send us the output of `kmsctl hsm probe -o json`")
 	}
-	return nil
+	_, err := a.signer()
+	return err
 }

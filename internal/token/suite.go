@@ -70,19 +70,24 @@ func (t *Token) gcmOurs(s pkcs11.SessionHandle, a *abilities, k pkcs11.ObjectHan
 	return hsm.Sealed{Suite: hsm.SuiteGCM, IV: iv, Ciphertext: out}, nil
 }
 
-// gcmToken takes the IV from where this token puts it. Twelve zeros that come
-// back as they are would be the same IV for every text: refused.
+// gcmToken takes the IV from where this token puts it: in the place of twelve
+// zeros, or behind the output. Where neither happened, the token used what it
+// was given, and zeros would be the same IV for every text: refused.
 func (t *Token) gcmToken(s pkcs11.SessionHandle, a *abilities, k pkcs11.ObjectHandle, plain, aad []byte) (hsm.Sealed, error) {
-	iv := make([]byte, ivLen)
-	out, _, err := t.shim.gcm(false, a.iv == ivAppended, s, k, a.gcm, iv, bound(hsm.SuiteGCMToken, aad), plain)
+	iv, n := make([]byte, ivLen), len(plain)+tagLen
+	out, p, err := t.shim.gcm(false, a.iv == ivAppended, s, k, a.gcm, iv, bound(hsm.SuiteGCMToken, aad), plain)
 	if err != nil {
 		return hsm.Sealed{}, t.device("encrypt on", err)
 	}
-	if n := len(plain) + tagLen; a.iv == ivAppended && len(out) > n {
+	switch {
+	case a.iv == ivWritten && p == changedIV && len(out) == n:
+	case a.iv == ivAppended && len(out) >= n+ivLen:
 		out, iv = out[:n], out[n:]
+	default:
+		return hsm.Sealed{}, fault.Newf(fault.NotReady, "encrypt on", t.module, "the token made no IV of its own")
 	}
-	if len(out) != len(plain)+tagLen || len(iv) < ivLen || zero(iv) {
-		return hsm.Sealed{}, fault.Newf(fault.NotReady, "encrypt on", t.module, "the token did not say which IV it used")
+	if zero(iv) {
+		return hsm.Sealed{}, fault.Newf(fault.NotReady, "encrypt on", t.module, "the token's IV is zero")
 	}
 	return hsm.Sealed{Suite: hsm.SuiteGCMToken, IV: iv, Ciphertext: out}, nil
 }

@@ -43,15 +43,20 @@ const usage = `kms-connector holds one PKCS#11 token and serves it to the KMS.
 
   kms-connector --socket PATH --pin-file FILE --module SO [--token-label L | --token-serial S | --slot N]
   kms-connector check --socket PATH       exits 0 when the connector there answers
+  kms-connector probe --pin-file FILE --module SO ...
+                                          tries what the token can do, and prints it as JSON
 
 `
 
 // Main is the program: its arguments without its name, and its exit code.
-func Main(ctx context.Context, args []string, stderr io.Writer) int {
+func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var err error
-	if len(args) > 0 && args[0] == "check" {
+	switch {
+	case len(args) > 0 && args[0] == "check":
 		err = check(ctx, args[1:], stderr)
-	} else {
+	case len(args) > 0 && args[0] == "probe":
+		err = probe(args[1:], stdout, stderr)
+	default:
 		err = run(ctx, args, stderr)
 	}
 	switch {
@@ -82,7 +87,8 @@ func flags(name string, stderr io.Writer) *flag.FlagSet {
 	return fs
 }
 
-func parse(args []string, stderr io.Writer) (options, error) {
+// parse reads the flags; toServe says that calls will come, by one way.
+func parse(args []string, toServe bool, stderr io.Writer) (options, error) {
 	var o options
 	fs := flags("kms-connector", stderr)
 	fs.StringVar(&o.socket, "socket", "", "unix socket to serve on")
@@ -102,10 +108,10 @@ func parse(args []string, stderr io.Writer) (options, error) {
 		}
 		return o, fault.Usagef("%w", err)
 	}
-	return o, o.check(fs.Args())
+	return o, o.check(toServe, fs.Args())
 }
 
-func (o options) check(rest []string) error {
+func (o options) check(toServe bool, rest []string) error {
 	var errs []error
 	if len(rest) > 0 {
 		errs = append(errs, fault.Usagef("%q: no such command", rest[0]))
@@ -113,7 +119,7 @@ func (o options) check(rest []string) error {
 	if o.module == "" {
 		errs = append(errs, fault.Usagef("--module: missing"))
 	}
-	if (o.socket == "") == (o.fd < 0) {
+	if toServe && (o.socket == "") == (o.fd < 0) {
 		errs = append(errs, fault.Usagef("--socket: missing"))
 	}
 	if (o.pinFile == "") == (o.pinFD < 0) {
@@ -152,14 +158,13 @@ func slotNumber(s string) (*uint64, error) {
 }
 
 func run(ctx context.Context, args []string, stderr io.Writer) error {
-	o, err := parse(args, stderr)
+	o, err := parse(args, true, stderr)
 	if err != nil {
 		return err
 	}
 	log := slog.New(slog.NewJSONHandler(stderr, nil)).With("program", "kms-connector")
 	set, missed := Harden()
-	slot, _ := slotNumber(o.slot) // checked
-	cfg := Config{Token: token.Config{Module: o.module, Label: o.label, Serial: o.serial, Slot: slot, Sessions: o.sessions}, SoftHSMDir: o.softHSM,
+	cfg := Config{Token: o.token(), SoftHSMDir: o.softHSM,
 		CallTimeout: o.callTimeout, Log: log, Hung: func(d time.Duration) {
 			log.Error("a call of the PKCS#11 library does not return; the connector ends, to be started again", "after", d.String())
 			os.Exit(exitHung)
@@ -174,6 +179,11 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	defer l.Close()
 	log.Info("serving", "module", o.module, "set", set, "not set", missed)
 	return New(cfg).Serve(ctx, l)
+}
+
+func (o options) token() token.Config {
+	slot, _ := slotNumber(o.slot) // checked
+	return token.Config{Module: o.module, Label: o.label, Serial: o.serial, Slot: slot, Sessions: o.sessions}
 }
 
 func (o options) pin() (func() (secret.Value, error), error) {

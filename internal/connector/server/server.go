@@ -139,8 +139,8 @@ func direct[R any](s *Server, f func(t *token.Token) (R, error)) (R, error) {
 	return r, nil
 }
 
-// wireError carries a fault across: its parts, never its inner types.
-func wireError(err error) error {
+// faultOf takes a fault apart to carry it across: never its inner types.
+func faultOf(err error) *wire.Fault {
 	f := &wire.Fault{Kind: fault.KindOf(err).String(), Hint: fault.HintOf(err), Ckr: token.CKR(err), Cause: err.Error()}
 	var e *fault.Error
 	if errors.As(err, &e) && e.Error() == err.Error() {
@@ -149,11 +149,15 @@ func wireError(err error) error {
 			f.Cause = e.Err.Error()
 		}
 	}
+	return f
+}
+
+func wireError(err error) error {
 	code := codes.Unknown
 	if errors.Is(err, token.ErrNotOpen) {
 		code = codes.FailedPrecondition // the client logs in again, by its ledger
 	}
-	st, derr := status.New(code, err.Error()).WithDetails(f)
+	st, derr := status.New(code, err.Error()).WithDetails(faultOf(err))
 	if derr != nil {
 		return status.Error(code, err.Error())
 	}
