@@ -10,7 +10,7 @@ if [[ -e $state/cluster-started ]]; then
   scripts/cluster/cluster.sh down
   rm -f "$state/cluster-started"
 fi
-for p in kms registry; do stop $p; done
+for p in forward kms registry; do stop $p; done
 if [[ ${1:-} == --clean ]]; then
   rm -rf "$state"
   echo "demo-stop: stopped, and nothing is left"

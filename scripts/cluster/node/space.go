@@ -30,6 +30,7 @@ const cloneNewCgroup = 0x02000000 // not in package syscall
 // the cgroups made for it, lays mounts and network, and becomes process 1.
 func enterSpace(dir string) {
 	runtime.LockOSThread()
+	syscall.Umask(0o022) // containers' root folders must be readable whatever the caller's is
 	b, err := os.ReadFile(filepath.Join(dir, "cgroups"))
 	check(err, "read the cgroups' names")
 	for _, c := range strings.Fields(string(b)) {
