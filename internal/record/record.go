@@ -42,6 +42,13 @@ type Meta struct {
 	Rev  int64
 }
 
+// Raw is a record as it lies in the store, for copies of the whole.
+type Raw struct {
+	Path  string
+	Value []byte
+	Rev   int64
+}
+
 // Codec authenticates records under one key. Safe for concurrent use.
 type Codec struct{ key [32]byte }
 
@@ -77,6 +84,14 @@ func (c *Codec) Decode(path string, b []byte, v any) error {
 		return fmt.Errorf("record %q: %w", path, err)
 	}
 	return nil
+}
+
+// Body is the JSON of an encoded record, unproven; nil when b is none.
+func Body(b []byte) []byte {
+	if len(b) < 33 || b[0] != Version {
+		return nil
+	}
+	return b[33:]
 }
 
 // mac binds the version, the path with its length, and the body, so that no
