@@ -85,6 +85,21 @@ func ByPassphrase(b []byte) bool {
 // by the passphrase when there are none. A wrong key and a broken file give
 // an error that tells nothing of the content.
 func Open(b []byte, identities []byte, passphrase secret.Value) ([]byte, error) {
+	r, err := NewReader(reader(b), identities, passphrase)
+	if err != nil {
+		return nil, err
+	}
+	out, err := io.ReadAll(r)
+	if err != nil {
+		clear(out)
+		return nil, fmt.Errorf("decrypt: the file is damaged: %w", err)
+	}
+	return out, nil
+}
+
+// NewReader decrypts an age file in binary form as it is read. What it gives
+// is authentic, and complete when io.EOF ends it.
+func NewReader(r io.Reader, identities []byte, passphrase secret.Value) (io.Reader, error) {
 	var ids []age.Identity
 	switch {
 	case len(identities) > 0:
@@ -102,18 +117,13 @@ func Open(b []byte, identities []byte, passphrase secret.Value) ([]byte, error) 
 	default:
 		return nil, errors.New("decrypt: neither an identity nor a passphrase")
 	}
-	r, err := age.Decrypt(reader(b), ids...)
+	out, err := age.Decrypt(r, ids...)
 	if err != nil {
 		var none *age.NoIdentityMatchError
 		if errors.As(err, &none) {
 			return nil, errors.New("decrypt: the passphrase or identity does not fit")
 		}
 		return nil, fmt.Errorf("decrypt: %w", err)
-	}
-	out, err := io.ReadAll(r)
-	if err != nil {
-		clear(out)
-		return nil, fmt.Errorf("decrypt: the file is damaged: %w", err)
 	}
 	return out, nil
 }
@@ -124,4 +134,29 @@ func reader(b []byte) io.Reader {
 		return armor.NewReader(bytes.NewReader(b))
 	}
 	return bytes.NewReader(b)
+}
+
+// NewWriter encrypts what is written to it into w, in age's binary form: to
+// recipients, or by the passphrase when there are none. Close ends the file,
+// not w. To recipients it gives an identity of one use that opens the file
+// too, so that it can be read back and checked by who holds no identity of the
+// recipients; forget it after that.
+func NewWriter(w io.Writer, recipients []string, passphrase secret.Value) (io.WriteCloser, []byte, error) {
+	to, err := parseRecipients(recipients, passphrase)
+	if err != nil {
+		return nil, nil, err
+	}
+	var once []byte
+	if len(recipients) > 0 {
+		id, err := age.GenerateX25519Identity()
+		if err != nil {
+			return nil, nil, fmt.Errorf("encrypt: %w", err)
+		}
+		to, once = append(to, id.Recipient()), []byte(id.String())
+	}
+	out, err := age.Encrypt(w, to...)
+	if err != nil {
+		return nil, nil, fmt.Errorf("encrypt: %w", err)
+	}
+	return out, once, nil
 }
