@@ -6,6 +6,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/cli/archivecmd"
 	"github.com/kmsctl/kmsctl/internal/cli/auditcmd"
+	"github.com/kmsctl/kmsctl/internal/cli/backupcmd"
 	"github.com/kmsctl/kmsctl/internal/cli/hsmcmd"
 	"github.com/kmsctl/kmsctl/internal/cli/keyscmd"
 	"github.com/kmsctl/kmsctl/internal/cli/loadcmd"
@@ -23,5 +24,6 @@ func verbs(a *app.App) []*cobra.Command {
 	all = append(all, archivecmd.New(a)...)
 	all = append(all, loadcmd.New(a)...)
 	all = append(all, hsmcmd.New(a)...)
+	all = append(all, backupcmd.New(a)...)
 	return all
 }

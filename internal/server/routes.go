@@ -33,6 +33,7 @@ func routes() []route {
 		{"GET", own("/instances"), "kmsctl.instances.list", "Instances could not be retrieved", iam.InstancesManage, everywhere, http.StatusOK, listInstances},
 		{"DELETE", own("/instance"), "kmsctl.instances.delete", "Instance could not be deleted", iam.InstancesManage, inInstance, http.StatusNoContent, deleteInstance},
 		{"GET", own("/audit/heads"), "kmsctl.audit.read", "Heads of the audit logs could not be retrieved", iam.IAMManage, everywhere, http.StatusOK, auditHeads},
+		{"GET", own("/backup"), "kmsctl.backup.read", "Backup could not be made", iam.IAMManage, everywhere, http.StatusOK, readBackup},
 		{"POST", own("/onboard"), "kmsctl.onboard", "Service could not be onboarded", iam.InstancesManage, everywhere, http.StatusCreated, onboard},
 		{"POST", own("/iam/service-ids"), "iam.service-ids.create", "Service ID could not be created", iam.IAMManage, everywhere, http.StatusCreated, createServiceID},
 		{"GET", own("/iam/service-ids"), "iam.service-ids.list", "Service IDs could not be retrieved", iam.IAMManage, everywhere, http.StatusOK, listServiceIDs},

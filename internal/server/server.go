@@ -46,6 +46,8 @@ type Config struct {
 	Lag func() time.Duration
 	// AuditHeads gives the signed heads of the audit logs.
 	AuditHeads func(ctx context.Context) (kmsapi.AuditHeads, error)
+	// Backup writes a copy of the store.
+	Backup func(ctx context.Context, w io.Writer) error
 	// Healthy lists what is wrong with the HSM; empty means ready.
 	Healthy func(ctx context.Context) []string
 }
@@ -202,6 +204,8 @@ func (s *Server) handler(rt route) http.Handler {
 				w.Header().Set("Retry-After", "5")
 			}
 			writeError(w, code, rt.what, message)
+		} else if st, ok := body.(stream); ok {
+			s.stream(w, r, rt, corr, st)
 		} else {
 			writeJSON(w, status, body)
 		}

@@ -113,12 +113,46 @@ func (c *Client) Do(ctx context.Context, method, path string, in, out any) error
 		defer clear(b)
 		body = bytes.NewReader(b)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, c.base+path, body)
+	req, err := c.request(ctx, method, path, body)
 	if err != nil {
 		return err
 	}
 	if in != nil {
 		req.Header.Set("Content-Type", "application/json")
+	}
+	return c.send(req, out)
+}
+
+// Stream copies the answer of a GET to w as it comes, however long that
+// takes. What is broken off is an error.
+func (c *Client) Stream(ctx context.Context, path string, w io.Writer) error {
+	req, err := c.request(ctx, http.MethodGet, path, nil)
+	if err != nil {
+		return err
+	}
+	patient := *c.http
+	patient.Timeout = 0
+	res, err := patient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	if res.StatusCode/100 != 2 {
+		b, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
+		if err != nil {
+			return err
+		}
+		return refusal(res.StatusCode, b)
+	}
+	_, err = io.Copy(w, res.Body)
+	return err
+}
+
+// request names the instance and who asks.
+func (c *Client) request(ctx context.Context, method, path string, body io.Reader) (*http.Request, error) {
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, body)
+	if err != nil {
+		return nil, err
 	}
 	if c.instance != "" {
 		req.Header.Set(kmsapi.HeaderInstance, c.instance)
@@ -126,11 +160,11 @@ func (c *Client) Do(ctx context.Context, method, path string, in, out any) error
 	if len(c.apiKey) > 0 {
 		token, err := c.token(ctx)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		req.Header.Set("Authorization", "Bearer "+token)
 	}
-	return c.send(req, out)
+	return req, nil
 }
 
 func (c *Client) send(req *http.Request, out any) error {

@@ -42,6 +42,8 @@ type KMS struct {
 	IAM    *iam.Service
 	Server *server.Server
 	store  *store.Store
+	plain  *store.Plain
+	codec  *record.Codec
 	audit  *audit.Log
 }
 
@@ -49,6 +51,9 @@ type KMS struct {
 // Token stay the caller's.
 func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	plain := store.NewPlain(c.Etcd)
+	if err := plain.Whole(ctx); err != nil {
+		return nil, err
+	}
 	opened, err := kms.Unlock(ctx, plain, c.Token, c.Now)
 	if err != nil {
 		return nil, err
@@ -71,7 +76,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &KMS{KMSConfig: c, Opened: opened, store: st}
+	k := &KMS{KMSConfig: c, Opened: opened, store: st, plain: plain, codec: codec}
 	k.IAM = iam.New(st, iam.Config{SigningKey: key, Now: c.Now})
 	k.audit, err = audit.Open(c.AuditDir, audit.Config{Sign: c.Token.Sign, PublicKey: opened.Master.PublicKey, Now: c.Now, SaveHead: k.saveHead})
 	if err != nil {
@@ -79,7 +84,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		return nil, err
 	}
 	k.Server = server.New(server.Config{KMS: kms.New(st, c.Token, c.Token, c.Now), IAM: k.IAM, Audit: k.audit, Log: c.Log,
-		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads})
+		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup})
 	return k, nil
 }
 
