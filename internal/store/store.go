@@ -89,6 +89,7 @@ type Store struct {
 
 	mu    sync.RWMutex
 	kv    map[string]map[string]entry // folder → path → record
+	vers  map[string]int64            // folder → revision of its last change
 	rev   int64                       // the view is complete up to here
 	moved chan struct{}               // closed and replaced when rev grows
 	heard time.Time                   // last sign of life of the watch
@@ -102,7 +103,7 @@ type entry struct {
 // Open loads every record and keeps the view fed until Close. It fails when
 // a record is not authentic: whoever could write one can have removed others.
 func Open(ctx context.Context, c *clientv3.Client, codec *record.Codec) (*Store, error) {
-	s := &Store{c: c, codec: codec, done: make(chan struct{}), now: time.Now, kv: map[string]map[string]entry{}, moved: make(chan struct{})}
+	s := &Store{c: c, codec: codec, done: make(chan struct{}), now: time.Now, kv: map[string]map[string]entry{}, vers: map[string]int64{}, moved: make(chan struct{})}
 	if err := s.load(ctx); err != nil {
 		return nil, err
 	}
@@ -152,6 +153,12 @@ func (s *Store) load(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	s.kv = kv
+	for dir := range s.vers { // what changed while the watch was away is not known
+		s.vers[dir] = rev
+	}
+	for dir := range kv {
+		s.vers[dir] = rev
+	}
 	s.advance(rev)
 	s.mu.Unlock()
 	return nil
@@ -221,6 +228,7 @@ func (s *Store) apply(res clientv3.WatchResponse) {
 		// While a watch catches up, the header is ahead of the events.
 		upTo = e.Kv.ModRevision
 		path := strings.TrimPrefix(string(e.Kv.Key), rec)
+		s.vers[folder(path)] = e.Kv.ModRevision
 		if e.Type == clientv3.EventTypeDelete {
 			drop(s.kv, path)
 			continue
@@ -281,6 +289,14 @@ func (s *Store) List(_ context.Context, dir string, each func(m record.Meta, dec
 		}
 	}
 	return nil
+}
+
+// Version grows with every change of a record directly in the folder; it is 0
+// for a folder that never held one.
+func (s *Store) Version(dir string) int64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.vers[dir]
 }
 
 // folder is a path up to and with its last slash.

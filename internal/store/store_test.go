@@ -134,8 +134,9 @@ func TestConcurrentUpdatesAreNeitherLostNorDoubled(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	// A fresh view: either replica may still be waiting for the other's last write.
 	var v thing
-	if _, err := replicas[0].Get(ctx, "n", &v); err != nil || v.N != 2*each {
+	if _, err := open(t, c).Get(ctx, "n", &v); err != nil || v.N != 2*each {
 		t.Errorf("%d, want %d: %v", v.N, 2*each, err)
 	}
 }
@@ -303,5 +304,30 @@ func TestPlain(t *testing.T) {
 	var v thing
 	if _, err := p.Get(ctx, "install", &v); err != nil || v.N != 2 {
 		t.Errorf("%+v %v", v, err)
+	}
+}
+
+func TestVersionGrowsWithAFolder(t *testing.T) {
+	_, c := member(t, t.TempDir())
+	s := open(t, c)
+	ctx := t.Context()
+	if v := s.Version("x/"); v != 0 {
+		t.Errorf("an empty folder has version %d", v)
+	}
+	last := int64(0)
+	for i := range 3 {
+		if err := s.Commit(ctx, record.Change{Path: fmt.Sprint("x/", i), Value: thing{i}}); err != nil {
+			t.Fatal(err)
+		}
+		if v := s.Version("x/"); v <= last {
+			t.Errorf("version %d after %d", v, last)
+		}
+		last = s.Version("x/")
+	}
+	if err := s.Commit(ctx, record.Change{Path: "y/1", Value: thing{1}}); err != nil || s.Version("x/") != last {
+		t.Errorf("another folder moved this one: %v", err)
+	}
+	if v := open(t, c).Version("x/"); v == 0 {
+		t.Error("a fresh view does not know that the folder was used")
 	}
 }
