@@ -19,23 +19,40 @@ type Action string
 
 // The actions of the API.
 const (
-	KeysCreate      Action = "keys.create" // and import
-	KeysList        Action = "keys.list"   // and their total
-	KeysRead        Action = "keys.read"   // with a standard key's material
-	KeysMetadata    Action = "keys.metadata"
-	KeysWrap        Action = "keys.wrap"
-	KeysUnwrap      Action = "keys.unwrap"
-	KeysRewrap      Action = "keys.rewrap"
-	KeysRotate      Action = "keys.rotate"
-	KeysEnable      Action = "keys.enable" // and disable
-	KeysDelete      Action = "keys.delete"
-	KeysRestore     Action = "keys.restore"
-	KeysPatch       Action = "keys.patch"
-	KeysPurge       Action = "keys.purge"
-	PoliciesManage  Action = "policies.manage"
-	InstancesManage Action = "instances.manage" // administrators only
-	IAMManage       Action = "iam.manage"       // administrators only
+	KeysCreate         Action = "keys.create" // and import
+	KeysList           Action = "keys.list"   // and their total
+	KeysRead           Action = "keys.read"   // with a standard key's material
+	KeysMetadata       Action = "keys.metadata"
+	KeysVersions       Action = "keys.versions"
+	KeysWrap           Action = "keys.wrap"
+	KeysUnwrap         Action = "keys.unwrap"
+	KeysRewrap         Action = "keys.rewrap"
+	KeysRotate         Action = "keys.rotate"
+	KeysEnable         Action = "keys.enable" // and disable
+	KeysSetDeletion    Action = "keys.set-for-deletion"
+	KeysSync           Action = "keys.sync"
+	KeysDelete         Action = "keys.delete"
+	KeysRestore        Action = "keys.restore"
+	KeysPatch          Action = "keys.patch"
+	KeysPurge          Action = "keys.purge"
+	KeysPolicies       Action = "keys.policies"
+	AliasesManage      Action = "aliases.manage"
+	RingsList          Action = "key-rings.list"
+	RingsCreate        Action = "key-rings.create"
+	RingsDelete        Action = "key-rings.delete"
+	ImportTokens       Action = "import-tokens"
+	RegistrationsList  Action = "registrations.list"
+	RegistrationsWrite Action = "registrations.write"
+	InstancePolicies   Action = "instance.policies"
+	InstanceRead       Action = "instance.read"
+	InstancesManage    Action = "instances.manage" // administrators only
+	IAMManage          Action = "iam.manage"       // administrators only
 )
+
+// Actions lists all actions, for tables that must be complete.
+func Actions() []Action {
+	return append(slices.Clone(manager), KeysPurge, InstancesManage, IAMManage)
+}
 
 // roleCRN begins the id of every role in a policy.
 const roleCRN = "crn:v1:icp:private:iam::::role:"
@@ -44,10 +61,10 @@ var (
 	viewer   = []Action{KeysWrap, KeysUnwrap}
 	editor   = append(slices.Clone(viewer), KeysCreate, KeysList, KeysRead, KeysMetadata)
 	icpAdmin = append(slices.Clone(editor), KeysRotate, KeysDelete)
-	reader   = []Action{KeysMetadata, KeysWrap, KeysUnwrap, KeysRewrap, KeysList}
+	reader   = []Action{KeysMetadata, KeysVersions, KeysWrap, KeysUnwrap, KeysRewrap, KeysList, RegistrationsList, RingsList, InstanceRead}
 	plus     = append(slices.Clone(reader), KeysRead)
-	writer   = append(slices.Clone(plus), KeysCreate, KeysRotate)
-	manager  = append(slices.Clone(writer), KeysEnable, KeysDelete, KeysRestore, KeysPatch, PoliciesManage)
+	writer   = append(slices.Clone(plus), KeysCreate, KeysRotate, KeysSetDeletion, KeysSync, RingsCreate, ImportTokens, AliasesManage, RegistrationsWrite)
+	manager  = append(slices.Clone(writer), KeysEnable, KeysDelete, KeysRestore, KeysPatch, KeysPolicies, RingsDelete, InstancePolicies)
 )
 
 // roles maps both families onto the actions: ICP's as registered by its IAM

@@ -9,6 +9,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -26,6 +27,8 @@ type Store interface {
 	Get(ctx context.Context, path string, v any) (rev int64, err error)
 	List(ctx context.Context, prefix string, each func(m record.Meta, decode func(v any) error) error) error
 	Commit(ctx context.Context, changes ...record.Change) error
+	// Version grows with every change of a record directly in the folder.
+	Version(dir string) int64
 }
 
 // HSM does what must happen inside the token.
@@ -35,6 +38,7 @@ type HSM interface {
 	Wrap(ctx context.Context, blob, plaintext, aad []byte) (hsm.Sealed, error)
 	WrapNew(ctx context.Context, blob []byte, n int, aad []byte) ([]byte, hsm.Sealed, error)
 	Unwrap(ctx context.Context, blob []byte, s hsm.Sealed, aad []byte) ([]byte, error)
+	Evict(ctx context.Context, blob []byte) error // forget the key of a blob
 }
 
 // Sealer encrypts what the service itself must keep.
@@ -50,11 +54,49 @@ type Service struct {
 	hsm    HSM
 	sealer Sealer
 	now    func() time.Time
+	window Windows
+	index  index
 }
 
 // New joins a store and an HSM whose master keys are open.
-func New(s Store, h HSM, e Sealer, now func() time.Time) *Service {
-	return &Service{store: s, hsm: h, sealer: e, now: now}
+func New(s Store, h HSM, e Sealer, now func() time.Time, w Windows) *Service {
+	return &Service{store: s, hsm: h, sealer: e, now: now, window: w}
+}
+
+// Windows are the times of the key life cycle.
+type Windows struct {
+	Rotate     time.Duration // between two rotations of a key
+	Enable     time.Duration // between disable and enable
+	RestoreMin time.Duration // from deletion on
+	RestoreMax time.Duration // until here a deleted key can be restored
+	PurgeMin   time.Duration // from deletion on
+	PurgeAuto  time.Duration // then it is purged by itself
+	DualAuth   time.Duration // life of an authorization to delete
+	Expiry     time.Duration // within it an expired key is marked so
+}
+
+// DefaultWindows are the times that IBM documents.
+func DefaultWindows() Windows {
+	const day = 24 * time.Hour
+	return Windows{Rotate: time.Hour, Enable: 30 * time.Second, RestoreMin: 30 * time.Second, RestoreMax: 30 * day, PurgeMin: 4 * time.Hour,
+		PurgeAuto: 90 * day, DualAuth: 7 * day, Expiry: time.Hour}
+}
+
+// WindowNames are the names that Set takes.
+var WindowNames = []string{"rotate", "enable", "restore-min", "restore-max", "purge-min", "purge-auto", "dual-auth", "expiry"}
+
+// Set changes one time by its name.
+func (w *Windows) Set(name string, d time.Duration) error {
+	fields := []*time.Duration{&w.Rotate, &w.Enable, &w.RestoreMin, &w.RestoreMax, &w.PurgeMin, &w.PurgeAuto, &w.DualAuth, &w.Expiry}
+	i := slices.Index(WindowNames, name)
+	if i < 0 {
+		return fmt.Errorf("unknown window %q: known are %s", name, strings.Join(WindowNames, ", "))
+	}
+	if d < 0 {
+		return fmt.Errorf("window %s is negative", name)
+	}
+	*fields[i] = d
+	return nil
 }
 
 // Dialects of an instance.
@@ -66,7 +108,9 @@ const (
 // States of a key, with the API's numbers.
 const (
 	stateActive      = 1
+	stateSuspended   = 2
 	stateDeactivated = 3
+	stateDestroyed   = 5
 )
 
 // Kinds of keys.
@@ -75,26 +119,51 @@ const (
 	kindStandard = "standard"
 )
 
-// keyRecord is a key as it lies in the store, at keys/<instance>/<id>.
+// keyRecord is a key as it lies in the store, at keys/<instance>/<id>. Older
+// versions lie apart, so that a rotation and a wrap cost the same however
+// often the key was rotated.
 type keyRecord struct {
-	ID          string          `json:"id"`
-	Instance    string          `json:"instance"`
-	Kind        string          `json:"kind"`
-	Name        string          `json:"name"`
-	Description string          `json:"description,omitempty"`
-	KeyRing     string          `json:"keyRing"`
-	Imported    bool            `json:"imported,omitempty"`
-	State       int             `json:"state"`
-	Bits        int             `json:"bits,omitempty"`
-	CreatedAt   time.Time       `json:"createdAt"`
-	CreatedBy   string          `json:"createdBy"`
-	UpdatedAt   time.Time       `json:"updatedAt"`
-	Expires     *time.Time      `json:"expires,omitempty"`
-	Versions    []versionRecord `json:"versions"` // newest last
+	ID          string        `json:"id"`
+	Instance    string        `json:"instance"`
+	Kind        string        `json:"kind"`
+	Name        string        `json:"name"`
+	Description string        `json:"description,omitempty"`
+	Aliases     []string      `json:"aliases,omitempty"`
+	Tags        []string      `json:"tags,omitempty"`
+	KeyRing     string        `json:"keyRing"`
+	Imported    bool          `json:"imported,omitempty"`
+	State       int           `json:"state"`
+	Bits        int           `json:"bits,omitempty"`
+	CreatedAt   time.Time     `json:"createdAt"`
+	CreatedBy   string        `json:"createdBy"`
+	UpdatedAt   time.Time     `json:"updatedAt"`
+	RotatedAt   *time.Time    `json:"rotatedAt,omitempty"`
+	ActedAt     *time.Time    `json:"actedAt,omitempty"` // last disable, enable, delete or restore
+	Expires     *time.Time    `json:"expires,omitempty"`
+	DeletedAt   *time.Time    `json:"deletedAt,omitempty"`
+	DeletedBy   string        `json:"deletedBy,omitempty"`
+	Final       bool          `json:"final,omitempty"` // its material is gone: it cannot be restored
+	DualAuth    *policyRecord `json:"dualAuth,omitempty"`
+	SetBy       string        `json:"setBy,omitempty"` // who authorized a deletion first
+	SetAt       *time.Time    `json:"setAt,omitempty"`
+	Rotation    *policyRecord `json:"rotation,omitempty"`
+	Version     versionRecord `json:"version"` // the newest
+}
+
+// policyRecord is one policy of a key.
+type policyRecord struct {
+	ID        string    `json:"id"`
+	Enabled   bool      `json:"enabled"`
+	Months    int       `json:"months,omitempty"`
+	CreatedAt time.Time `json:"createdAt"`
+	CreatedBy string    `json:"createdBy"`
+	UpdatedAt time.Time `json:"updatedAt"`
+	UpdatedBy string    `json:"updatedBy"`
 }
 
 // versionRecord is one version of the material: of a root key the blob that
-// only the HSM's master key opens, of a standard key its sealed bytes.
+// only the HSM's master key opens, of a standard key its sealed bytes. Older
+// ones lie at versions/<instance>/<key>/<id>.
 type versionRecord struct {
 	ID        string    `json:"id"`
 	CreatedAt time.Time `json:"createdAt"`
@@ -103,9 +172,19 @@ type versionRecord struct {
 	Sealed    []byte    `json:"sealed,omitempty"`
 }
 
-func (k *keyRecord) latest() versionRecord { return k.Versions[len(k.Versions)-1] }
+func keyPath(instance, id string) string          { return "keys/" + instance + "/" + id }
+func versionDir(instance, key string) string      { return "versions/" + instance + "/" + key + "/" }
+func aliasPath(instance, alias string) string     { return "aliases/" + instance + "/" + alias }
+func (k *keyRecord) path() string                 { return keyPath(k.Instance, k.ID) }
+func (k *keyRecord) dual() bool                   { return k.DualAuth != nil && k.DualAuth.Enabled }
+func (s *Service) stamp() time.Time               { return s.now().UTC().Truncate(time.Second) }
+func refusal(k fault.Kind, id, code string) error { return refuse(k, "", id, code) }
 
-func keyPath(instance, id string) string { return "keys/" + instance + "/" + id }
+// refuse is a refusal with one of the API's codes; lead says more than the
+// code does.
+func refuse(k fault.Kind, lead, id, code string) error {
+	return fault.New(k, lead, id, errors.New(kmsapi.MessageOf(code))).WithReason(code)
+}
 
 // sealAAD binds a standard key's material to its place.
 func sealAAD(instance, id, version string) []byte {
@@ -121,26 +200,40 @@ func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in 
 	if err := s.checkNew(in); err != nil {
 		return kmsapi.Key{}, err
 	}
-	now := s.now().UTC().Truncate(time.Second)
-	k := keyRecord{ID: uuid.NewString(), Instance: instance, Kind: kindRoot, Name: in.Name, Description: in.Description, KeyRing: ring,
-		Imported: in.Payload != "", State: stateActive, CreatedAt: now, CreatedBy: who, UpdatedAt: now, Expires: in.ExpirationDate}
-	v := versionRecord{ID: uuid.NewString(), CreatedAt: now}
-	payload, err := decodePayload(in)
+	if err := s.ringExists(ctx, instance, ring); err != nil {
+		return kmsapi.Key{}, err
+	}
+	now := s.stamp()
+	k := keyRecord{ID: uuid.NewString(), Instance: instance, Kind: kindRoot, Name: in.Name, Description: in.Description, Aliases: in.Aliases, Tags: in.Tags,
+		KeyRing: ring, Imported: in.Payload != "", State: stateActive, CreatedAt: now, CreatedBy: who, UpdatedAt: now, Expires: in.ExpirationDate,
+		Version: versionRecord{ID: uuid.NewString(), CreatedAt: now}}
+	if in.Extractable {
+		k.Kind = kindStandard
+	}
+	if err := s.instanceRules(ctx, &k, in, who); err != nil {
+		return kmsapi.Key{}, err
+	}
+	payload, err := s.payload(ctx, instance, in)
 	if err != nil {
 		return kmsapi.Key{}, err
 	}
 	defer clear(payload)
-	if in.Extractable {
-		k.Kind = kindStandard
-		err = s.fillStandard(ctx, &k, &v, payload)
+	if k.Kind == kindStandard {
+		err = s.fillStandard(ctx, &k, &k.Version, payload)
 	} else {
-		err = s.fillRoot(ctx, &k, &v, payload)
+		err = s.fillRoot(ctx, &k, &k.Version, payload)
 	}
 	if err != nil {
 		return kmsapi.Key{}, err
 	}
-	k.Versions = []versionRecord{v}
-	if err := s.store.Commit(ctx, record.Change{Path: keyPath(instance, k.ID), Value: k}); err != nil {
+	changes := []record.Change{{Path: k.path(), Value: k}}
+	for _, a := range in.Aliases {
+		changes = append(changes, record.Change{Path: aliasPath(instance, a), Value: kmsapi.Alias{KeyID: k.ID, Alias: a, CreatedBy: who, CreationDate: &now}})
+	}
+	if err := s.store.Commit(ctx, changes...); err != nil {
+		if errors.Is(err, record.ErrConflict) { // a new key's path is free: an alias is taken
+			return kmsapi.Key{}, refusal(fault.Conflict, "", kmsapi.Conflict)
+		}
 		return kmsapi.Key{}, err
 	}
 	if k.Kind == kindStandard {
@@ -191,30 +284,36 @@ func (s *Service) checkNew(in kmsapi.CreateKey) error {
 	if in.ExpirationDate != nil && !in.ExpirationDate.After(s.now()) {
 		return invalid("expirationDate", "in the future")
 	}
-	for name, given := range map[string]bool{"aliases": len(in.Aliases) > 0, "tags": len(in.Tags) > 0, "encryptedNonce": in.EncryptedNonce != "",
-		"iv": in.IV != "", "encryptionAlgorithm": in.EncryptionAlgorithm != ""} {
-		if given {
-			return fault.Newf(fault.Usage, "", "", "the field `%s` is not served yet", name).WithReason(kmsapi.NotBuilt)
+	if len(in.Tags) > kmsapi.MaxTags {
+		return invalid("tags", "at most %d", kmsapi.MaxTags)
+	}
+	for _, t := range in.Tags {
+		if len([]rune(t)) > 30 || strings.ContainsAny(t, "<>,:&|") {
+			return invalid("tags", "of at most 30 characters, without any of <>,:&|")
+		}
+	}
+	if len(in.Aliases) > kmsapi.MaxAliases {
+		return invalid("aliases", "at most %d", kmsapi.MaxAliases)
+	}
+	for i, a := range in.Aliases {
+		if err := checkAlias(a); err != nil {
+			return err
+		}
+		if slices.Contains(in.Aliases[:i], a) {
+			return invalid("aliases", "different from each other")
 		}
 	}
 	return nil
 }
 
-func decodePayload(in kmsapi.CreateKey) ([]byte, error) {
-	if in.Payload == "" {
-		return nil, nil
+func checkSize(extractable bool, n int) error {
+	switch {
+	case extractable && (n == 0 || n > kmsapi.MaxStandard):
+		return invalid("payload", "between 1 and %d bytes", kmsapi.MaxStandard)
+	case !extractable && n != 16 && n != 24 && n != 32:
+		return invalid("payload", "a key of 128, 192 or 256 bits")
 	}
-	b, err := base64.StdEncoding.DecodeString(in.Payload)
-	if err != nil {
-		return nil, invalid("payload", "a base64 encoded key material: %v", err)
-	}
-	switch n := len(b); {
-	case in.Extractable && (n == 0 || n > kmsapi.MaxStandard):
-		return nil, invalid("payload", "between 1 and %d bytes", kmsapi.MaxStandard)
-	case !in.Extractable && n != 16 && n != 24 && n != 32:
-		return nil, invalid("payload", "a key of 128, 192 or 256 bits")
-	}
-	return b, nil
+	return nil
 }
 
 // load reads a key; what is not there is KEY_NOT_FOUND_ERR.
@@ -230,6 +329,56 @@ func (s *Service) load(ctx context.Context, instance, id string) (*keyRecord, in
 	return &k, rev, nil
 }
 
+// Resolve gives the id and the key ring of a key that is named by its id or
+// by an alias.
+func (s *Service) Resolve(ctx context.Context, instance, idOrAlias string) (id, ring string, err error) {
+	id = idOrAlias
+	if uuid.Validate(id) != nil {
+		var a kmsapi.Alias
+		if _, err := s.store.Get(ctx, aliasPath(instance, idOrAlias), &a); err != nil || strings.Contains(idOrAlias, "/") {
+			if err == nil || errors.Is(err, record.ErrNotFound) {
+				err = refusal(fault.NotFound, idOrAlias, kmsapi.KeyNotFound)
+			}
+			return "", "", err
+		}
+		id = a.KeyID
+	}
+	k, _, err := s.load(ctx, instance, id)
+	if err != nil {
+		return "", "", err
+	}
+	return id, k.KeyRing, nil
+}
+
+// change loads a key, lets f change it, and stores it with further changes in
+// one transaction. Who comes second starts again from what the first left.
+func (s *Service) change(ctx context.Context, instance, id string, f func(k *keyRecord, now time.Time) ([]record.Change, error)) (*keyRecord, error) {
+	for try := range maxTries {
+		k, rev, err := s.load(ctx, instance, id)
+		if err != nil {
+			return nil, err
+		}
+		now := s.stamp()
+		more, err := f(k, now)
+		if err != nil {
+			return nil, err
+		}
+		k.UpdatedAt = now
+		err = s.store.Commit(ctx, append([]record.Change{{Path: k.path(), Value: k, Rev: rev}}, more...)...)
+		if !errors.Is(err, record.ErrConflict) {
+			return k, err
+		}
+		select {
+		case <-time.After(time.Duration(try) * 5 * time.Millisecond): // until the view has what the other wrote
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	return nil, refusal(fault.Conflict, id, kmsapi.Conflict)
+}
+
+const maxTries = 10
+
 // stateNow is the key's state with its expiry taken into account.
 func (s *Service) stateNow(k *keyRecord) int {
 	if k.State == stateActive && k.Expires != nil && !s.now().Before(*k.Expires) {
@@ -239,21 +388,75 @@ func (s *Service) stateNow(k *keyRecord) int {
 }
 
 func (s *Service) show(k *keyRecord) kmsapi.Key {
-	v := k.latest()
-	no := false
-	return kmsapi.Key{
-		Type: kmsapi.TypeKey, ID: k.ID, Name: k.Name, Description: k.Description, State: s.stateNow(k), Expiration: k.Expires,
-		Extractable: k.Kind == kindStandard, CRN: fmt.Sprintf("crn:v1:kmsctl:private:kms:::%s:key:%s", k.Instance, k.ID), Imported: k.Imported,
+	v := k.Version
+	deleted := k.State == stateDestroyed
+	out := kmsapi.Key{
+		Type: kmsapi.TypeKey, ID: k.ID, Name: k.Name, Description: k.Description, Aliases: k.Aliases, Tags: k.Tags, State: s.stateNow(k), Expiration: k.Expires,
+		Extractable: k.Kind == kindStandard, CRN: crn(k.Instance, "key", k.ID), Imported: k.Imported,
 		KeyRingID: k.KeyRing, CreationDate: &k.CreatedAt, CreatedBy: k.CreatedBy, AlgorithmType: "AES",
 		AlgorithmMetadata: &kmsapi.AlgorithmMetadata{BitLength: fmt.Sprint(k.Bits), Mode: "GCM"}, AlgorithmBitSize: k.Bits, AlgorithmMode: "GCM",
-		LastUpdateDate: &k.UpdatedAt, KeyVersion: &kmsapi.KeyVersion{ID: v.ID, CreationDate: &v.CreatedAt},
-		DualAuthDelete: &kmsapi.DualAuthDelete{}, Deleted: &no,
+		LastUpdateDate: &k.UpdatedAt, LastRotateDate: k.RotatedAt, KeyVersion: &kmsapi.KeyVersion{ID: v.ID, CreationDate: &v.CreatedAt},
+		DualAuthDelete: &kmsapi.DualAuthDelete{Enabled: k.dual()}, Deleted: &deleted,
 	}
+	if k.dual() {
+		set := s.authorized(k)
+		out.DualAuthDelete.KeySetForDeletion = &set
+		if set {
+			end := k.SetAt.Add(s.window.DualAuth)
+			out.DualAuthDelete.AuthExpiration = &end
+		}
+	}
+	if r := k.Rotation; r != nil {
+		out.Rotation = &kmsapi.Rotation{Enabled: &r.Enabled, IntervalMonth: r.Months}
+	}
+	if out.State != stateActive {
+		why := reasonOf(k, out.State)
+		out.NonactiveStateReason = &why
+	}
+	if deleted {
+		s.showDeleted(k, &out)
+	}
+	return out
+}
+
+// Reasons for not being active, as the API numbers them.
+const (
+	reasonSuspended = 1
+	reasonDeleted   = 2
+	reasonExpired   = 3
+)
+
+func reasonOf(_ *keyRecord, state int) int {
+	switch state {
+	case stateDestroyed:
+		return reasonDeleted
+	case stateDeactivated:
+		return reasonExpired
+	}
+	return reasonSuspended
+}
+
+func (s *Service) showDeleted(k *keyRecord, out *kmsapi.Key) {
+	at := func(d time.Duration) *time.Time { t := k.DeletedAt.Add(d); return &t }
+	out.DeletedBy, out.DeletionDate = k.DeletedBy, k.DeletedAt
+	out.RestoreExpiration, out.PurgeAllowedFrom, out.PurgeScheduledOn = at(s.window.RestoreMax), at(s.window.PurgeMin), at(s.window.PurgeAuto)
+	restore, purge := !k.Final && !s.now().After(*out.RestoreExpiration), !s.now().Before(*out.PurgeAllowedFrom)
+	out.RestoreAllowed, out.PurgeAllowed = &restore, &purge
+	if k.Final {
+		out.RestoreExpiration = nil
+	}
+}
+
+func crn(instance, kind, id string) string {
+	return fmt.Sprintf("crn:v1:kmsctl:private:kms:::%s:%s:%s", instance, kind, id)
 }
 
 func (s *Service) withPayload(ctx context.Context, k *keyRecord) (kmsapi.Key, error) {
 	out := s.show(k)
-	v := k.latest()
+	v := k.Version
+	if v.Sealed == nil { // destroyed for good
+		return out, nil
+	}
 	b, err := s.sealer.Unseal(ctx, v.Sealed, sealAAD(k.Instance, k.ID, v.ID))
 	if err != nil {
 		return kmsapi.Key{}, err
@@ -269,186 +472,10 @@ func (s *Service) Key(ctx context.Context, instance, id string, material bool) (
 	if err != nil {
 		return kmsapi.Key{}, err
 	}
-	if material && k.Kind == kindStandard {
+	if material && k.Kind == kindStandard && k.State != stateDestroyed {
 		return s.withPayload(ctx, k)
 	}
 	return s.show(k), nil
-}
-
-// Query selects keys of a list. A nil Extractable or empty States means any of
-// the states that are shown by default (1, 2, 3). An empty Ring means all.
-type Query struct {
-	Limit, Offset int
-	States        []int
-	Extractable   *bool
-	Ring          string
-}
-
-// Keys lists an instance's keys by id, and gives their total before limit and
-// offset.
-func (s *Service) Keys(ctx context.Context, instance string, q Query) ([]kmsapi.Key, int, error) {
-	if _, err := s.Instance(ctx, instance); err != nil {
-		return nil, 0, err
-	}
-	states := map[int]bool{1: true, 2: true, 3: true}
-	if len(q.States) > 0 {
-		clear(states)
-		for _, n := range q.States {
-			states[n] = true
-		}
-	}
-	out, total := []kmsapi.Key{}, 0
-	err := s.store.List(ctx, "keys/"+instance+"/", func(_ record.Meta, decode func(any) error) error {
-		var k keyRecord
-		if err := decode(&k); err != nil {
-			return err
-		}
-		if !states[s.stateNow(&k)] || (q.Extractable != nil && *q.Extractable != (k.Kind == kindStandard)) || (q.Ring != "" && q.Ring != k.KeyRing) {
-			return nil
-		}
-		if total++; total > q.Offset && len(out) < q.Limit {
-			out = append(out, s.show(&k))
-		}
-		return nil
-	})
-	return out, total, err
-}
-
-// Ring gives the key ring of a key, for authorization; an absent key is in
-// none.
-func (s *Service) Ring(ctx context.Context, instance, id string) string {
-	k, _, err := s.load(ctx, instance, id)
-	if err != nil {
-		return ""
-	}
-	return k.KeyRing
-}
-
-// rootFor loads a key for a cryptographic action.
-func (s *Service) rootFor(ctx context.Context, instance, id string, states ...int) (*keyRecord, error) {
-	k, _, err := s.load(ctx, instance, id)
-	if err != nil {
-		return nil, err
-	}
-	if k.Kind != kindRoot {
-		return nil, fault.Newf(fault.Usage, "", id, "the key is a standard key").WithReason(kmsapi.RootRequired)
-	}
-	now := s.stateNow(k)
-	for _, st := range states {
-		if now == st {
-			return k, nil
-		}
-	}
-	if k.Expires != nil && now == stateDeactivated {
-		return nil, fault.Newf(fault.Conflict, "", id, "the key has expired").WithReason(kmsapi.KeyExpired)
-	}
-	return nil, fault.Newf(fault.Conflict, "", id, "the key is in state %d", now).WithReason(kmsapi.InvalidState)
-}
-
-// Wrap encrypts a data encryption key under a root key. Without plaintext the
-// HSM makes one of 32 bytes, which the answer has.
-func (s *Service) Wrap(ctx context.Context, instance, id string, in kmsapi.WrapRequest) (kmsapi.ActionAnswer, error) {
-	if err := checkAAD(in.AAD); err != nil {
-		return kmsapi.ActionAnswer{}, err
-	}
-	plain, err := base64.StdEncoding.DecodeString(in.Plaintext)
-	if err != nil {
-		return kmsapi.ActionAnswer{}, invalid("plaintext", "a base64 encoded key material: %v", err)
-	}
-	defer clear(plain)
-	if len(plain) > kmsapi.MaxPlaintext {
-		return kmsapi.ActionAnswer{}, invalid("plaintext", "at most %d bytes", kmsapi.MaxPlaintext)
-	}
-	k, err := s.rootFor(ctx, instance, id, stateActive)
-	if err != nil {
-		return kmsapi.ActionAnswer{}, err
-	}
-	v := k.latest()
-	out := kmsapi.ActionAnswer{KeyVersion: &kmsapi.KeyVersion{ID: v.ID}}
-	aad := bindAAD(kmsapi.CiphertextVersion, v.ID, in.AAD)
-	var sealed hsm.Sealed
-	if len(plain) > 0 {
-		sealed, err = s.hsm.Wrap(ctx, v.Blob, plain, aad)
-	} else {
-		var dek []byte
-		dek, sealed, err = s.hsm.WrapNew(ctx, v.Blob, kmsapi.GeneratedDEK, aad)
-		out.Plaintext = base64.StdEncoding.EncodeToString(dek)
-		clear(dek)
-	}
-	if err != nil {
-		return kmsapi.ActionAnswer{}, err
-	}
-	out.Ciphertext, err = encodeCiphertext(sealed, v.ID)
-	return out, err
-}
-
-// Unwrap decrypts what Wrap made, by this key or by another key with the same
-// imported material. Every reason why it cannot is one and the same error, so
-// that nobody learns from the difference.
-func (s *Service) Unwrap(ctx context.Context, instance, id string, in kmsapi.UnwrapRequest) (kmsapi.ActionAnswer, error) {
-	if err := checkAAD(in.AAD); err != nil {
-		return kmsapi.ActionAnswer{}, err
-	}
-	if in.Ciphertext == "" {
-		return kmsapi.ActionAnswer{}, invalid("ciphertext", "present")
-	}
-	k, err := s.rootFor(ctx, instance, id, stateActive, stateDeactivated)
-	if err != nil {
-		return kmsapi.ActionAnswer{}, err
-	}
-	c, err := decodeCiphertext(in.Ciphertext)
-	if err != nil {
-		return kmsapi.ActionAnswer{}, badCiphertext(err)
-	}
-	aad := bindAAD(c.Version, c.Handle, in.AAD)
-	sealed := hsm.Sealed{Suite: c.Suite, IV: c.IV, Ciphertext: c.Ciphertext}
-	for _, v := range candidates(k, c.Handle) {
-		plain, err := s.hsm.Unwrap(ctx, v.Blob, sealed, aad)
-		if err == nil {
-			out := kmsapi.ActionAnswer{Plaintext: base64.StdEncoding.EncodeToString(plain), KeyVersion: &kmsapi.KeyVersion{ID: v.ID}}
-			clear(plain)
-			return out, nil
-		}
-		if fault.KindOf(err) != fault.BadContent {
-			return kmsapi.ActionAnswer{}, err
-		}
-	}
-	return kmsapi.ActionAnswer{}, badCiphertext(nil)
-}
-
-// candidates are the versions that may open a ciphertext: the one it names,
-// else (material imported into another key) all, newest first.
-func candidates(k *keyRecord, handle string) []versionRecord {
-	var all []versionRecord
-	for i := len(k.Versions) - 1; i >= 0; i-- {
-		if k.Versions[i].ID == handle {
-			return k.Versions[i : i+1]
-		}
-		all = append(all, k.Versions[i])
-	}
-	if !k.Imported {
-		return nil // material born in the HSM is in no other key
-	}
-	return all
-}
-
-func badCiphertext(cause error) error {
-	if cause == nil {
-		cause = errors.New("it does not open")
-	}
-	return fault.New(fault.BadContent, "unwrap", "", cause).WithReason(kmsapi.BadCiphertext)
-}
-
-func checkAAD(aad []string) error {
-	if len(aad) > kmsapi.MaxAADStrings {
-		return invalid("aad", "at most %d strings", kmsapi.MaxAADStrings)
-	}
-	for _, a := range aad {
-		if len([]rune(a)) > kmsapi.MaxAADLength {
-			return invalid("aad", "strings of at most %d characters", kmsapi.MaxAADLength)
-		}
-	}
-	return nil
 }
 
 // Instance gives an instance; what is not there, or is no UUID, is an error of
@@ -505,12 +532,12 @@ func (s *Service) DeleteInstance(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	_, total, err := s.Keys(ctx, id, Query{Limit: 0, States: []int{0, 1, 2, 3, 5}})
+	keys, err := s.Keys(ctx, id, Query{Limit: 0, States: []int{0, 1, 2, 3, 5}})
 	if err != nil {
 		return err
 	}
-	if total > 0 {
-		return fault.Newf(fault.Conflict, "delete instance", in.Name, "it holds %d keys", total).WithReason(kmsapi.Conflict)
+	if keys.Total > 0 {
+		return fault.Newf(fault.Conflict, "delete instance", in.Name, "it holds %d keys", keys.Total).WithReason(kmsapi.Conflict)
 	}
 	rev, err := s.store.Get(ctx, "instances/"+id, &in)
 	if err != nil {

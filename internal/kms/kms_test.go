@@ -42,7 +42,7 @@ func newWorld(t *testing.T) *world {
 	}
 	t.Cleanup(func() { st.Close(); c.Close(); m.Close() })
 	w := &world{token: testkit.NewToken("p", "p"), now: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}
-	w.Service = kms.New(st, w.token, w.token, func() time.Time { return w.now })
+	w.Service = kms.New(st, w.token, w.token, func() time.Time { return w.now }, kms.DefaultWindows())
 	w.instance = w.newInstance(t, "shop")
 	return w
 }
@@ -216,7 +216,14 @@ func TestBadInput(t *testing.T) {
 		"not base64":       {kmsapi.CreateKey{Name: "xx", Payload: "%"}, kmsapi.InvalidField},
 		"root of 31 bytes": {kmsapi.CreateKey{Name: "xx", Payload: base64.StdEncoding.EncodeToString(make([]byte, 31))}, kmsapi.InvalidField},
 		"large standard":   {kmsapi.CreateKey{Name: "xx", Extractable: true, Payload: base64.StdEncoding.EncodeToString(make([]byte, 7501))}, kmsapi.InvalidField},
-		"aliases":          {kmsapi.CreateKey{Name: "xx", Aliases: []string{"a"}}, kmsapi.NotBuilt},
+		"short alias":      {kmsapi.CreateKey{Name: "xx", Aliases: []string{"a"}}, kmsapi.InvalidField},
+		"alias a word":     {kmsapi.CreateKey{Name: "xx", Aliases: []string{"policies"}}, kmsapi.InvalidField},
+		"alias an id":      {kmsapi.CreateKey{Name: "xx", Aliases: []string{"00000000-0000-4000-8000-000000000000"}}, kmsapi.InvalidField},
+		"alias twice":      {kmsapi.CreateKey{Name: "xx", Aliases: []string{"aa", "aa"}}, kmsapi.InvalidField},
+		"six aliases":      {kmsapi.CreateKey{Name: "xx", Aliases: []string{"aa", "bb", "cc", "dd", "ee", "ff"}}, kmsapi.InvalidField},
+		"tag with comma":   {kmsapi.CreateKey{Name: "xx", Tags: []string{"a,b"}}, kmsapi.InvalidField},
+		"iv alone":         {kmsapi.CreateKey{Name: "xx", IV: "AAAA"}, kmsapi.InvalidField},
+		"half secure":      {kmsapi.CreateKey{Name: "xx", Payload: "AAAA", IV: "AAAA"}, kmsapi.InvalidField},
 	} {
 		if _, err := w.CreateKey(t.Context(), w.instance, "default", "me", c.in); reason(err) != c.want {
 			t.Errorf("%s: %v", name, err)
@@ -262,18 +269,18 @@ func TestListAndInstances(t *testing.T) {
 		w.key(t, w.instance, kmsapi.CreateKey{Name: "root"})
 		w.key(t, w.instance, kmsapi.CreateKey{Name: "standard", Extractable: true})
 	}
-	keys, total, err := w.Keys(ctx, w.instance, kms.Query{Limit: 4, Offset: 1})
-	if err != nil || total != 6 || len(keys) != 4 {
-		t.Fatalf("%d of %d: %v", len(keys), total, err)
+	p, err := w.Keys(ctx, w.instance, kms.Query{Limit: 4, Offset: 1})
+	if err != nil || p.Total != 6 || len(p.Keys) != 4 {
+		t.Fatalf("%d of %d: %v", len(p.Keys), p.Total, err)
 	}
-	for i, k := range keys {
-		if k.Payload != "" || (i > 0 && keys[i-1].ID >= k.ID) {
+	for i, k := range p.Keys {
+		if k.Payload != "" || (i > 0 && p.Keys[i-1].ID >= k.ID) {
 			t.Errorf("payload in a list, or wrong order: %+v", k)
 		}
 	}
 	yes := true
-	if _, total, _ := w.Keys(ctx, w.instance, kms.Query{Extractable: &yes}); total != 3 {
-		t.Errorf("%d standard keys", total)
+	if p, _ := w.Keys(ctx, w.instance, kms.Query{Extractable: &yes}); p.Total != 3 {
+		t.Errorf("%d standard keys", p.Total)
 	}
 	if _, err := w.CreateInstance(ctx, kmsapi.CreateInstance{Name: "shop"}, "me"); fault.KindOf(err) != fault.Conflict {
 		t.Errorf("same name twice: %v", err)

@@ -104,8 +104,8 @@ func (c *call) instanceNamed(ctx context.Context, name string) (string, error) {
 		if have.Name != name {
 			continue
 		}
-		_, total, lerr := c.KMS.Keys(ctx, have.ID, kms.Query{Limit: 1})
-		if lerr == nil && total == 0 {
+		keys, lerr := c.KMS.Keys(ctx, have.ID, kms.Query{Limit: 1})
+		if lerr == nil && keys.Total == 0 {
 			return have.ID, nil
 		}
 	}

@@ -2,14 +2,10 @@ package server
 
 import (
 	"context"
-	"errors"
 	"net/http"
-	"strconv"
-	"strings"
+	"slices"
 
-	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/iam"
-	"github.com/kmsctl/kmsctl/internal/kms"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -20,15 +16,59 @@ func own(path string) []string { return []string{"/kmsctl/v1" + path} }
 
 // routes is the whole API but health and tokens.
 func routes() []route {
-	return []route{
-		{"POST", api("/keys"), "kms.secrets.create", "Key could not be created", iam.KeysCreate, inInstance, http.StatusCreated, createKey},
-		{"GET", api("/keys"), "kms.secrets.list", "Keys could not be retrieved", iam.KeysList, inInstance, http.StatusOK, listKeys},
-		{"HEAD", api("/keys"), "kms.secrets.head", "Keys could not be retrieved", iam.KeysList, inInstance, http.StatusOK, headKeys},
-		{"GET", api("/keys/{id}"), "kms.secrets.read", "Key could not be retrieved", iam.KeysRead, onKey, http.StatusOK, getKey},
-		{"GET", api("/keys/{id}/metadata"), "kms.secrets-metadata.read", "Key could not be retrieved", iam.KeysMetadata, onKey, http.StatusOK, getMetadata},
-		{"POST", api("/keys/{id}/actions/wrap"), "kms.secrets.wrap", "Wrap with key could not be performed", iam.KeysWrap, onKey, http.StatusOK, wrapKey},
-		{"POST", api("/keys/{id}/actions/unwrap"), "kms.secrets.unwrap", "Unwrap with key could not be performed", iam.KeysUnwrap, onKey, http.StatusOK, unwrapKey},
+	return slices.Concat(keyRoutes(), instanceRoutes(), ownRoutes())
+}
 
+func keyRoutes() []route {
+	const key, keys = "/keys/{id}", "/keys"
+	action := func(name string) []string { return api(key + "/actions/" + name) }
+	return []route{
+		{"POST", api(keys), "kms.secrets.create", "Key could not be created", iam.KeysCreate, inRing, http.StatusCreated, createKey},
+		{"POST", api("/keys_with_policy_overrides"), "kms.secrets-with-policy-overrides.create", "Key could not be created", iam.KeysCreate, inRing, http.StatusCreated, createKey},
+		{"GET", api(keys), "kms.secrets.list", "Keys could not be retrieved", iam.KeysList, inInstance, http.StatusOK, listKeys},
+		{"HEAD", api(keys), "kms.secrets.head", "Keys could not be retrieved", iam.KeysList, inInstance, http.StatusOK, headKeys},
+		{"GET", api(key), "kms.secrets.read", "Key could not be retrieved", iam.KeysRead, onKey, http.StatusOK, getKey},
+		{"GET", api(key + "/metadata"), "kms.secrets-metadata.read", "Key could not be retrieved", iam.KeysMetadata, onKey, http.StatusOK, getMetadata},
+		{"PATCH", api(key), "kms.secrets.patch", "Key could not be updated", iam.KeysPatch, onKey, http.StatusOK, patchKey},
+		{"DELETE", api(key), "kms.secrets.delete", "Key could not be deleted", iam.KeysDelete, onKey, http.StatusNoContent, deleteKey},
+		{"DELETE", api(key + "/purge"), "kms.secrets.purge", "Key could not be purged", iam.KeysPurge, onKey, http.StatusNoContent, purgeKey},
+		{"POST", append(api(key+"/restore"), action("restore")...), "kms.secrets.restore", "Key could not be restored", iam.KeysRestore, onKey, http.StatusCreated, restoreKey},
+		{"GET", api(key + "/versions"), "kms.secrets-key-versions.list", "KeyVersion(s) could not be retrieved", iam.KeysVersions, onKey, http.StatusOK, listVersions},
+		{"POST", action("wrap"), "kms.secrets.wrap", "Wrap with key could not be performed", iam.KeysWrap, onKey, http.StatusOK, wrapKey},
+		{"POST", action("unwrap"), "kms.secrets.unwrap", "Unwrap with key could not be performed", iam.KeysUnwrap, onKey, http.StatusOK, unwrapKey},
+		{"POST", action("rewrap"), "kms.secrets.rewrap", "Rewrap with key could not be performed", iam.KeysRewrap, onKey, http.StatusOK, rewrapKey},
+		{"POST", action("rotate"), "kms.secrets.rotate", "Key could not be rotated", iam.KeysRotate, onKey, http.StatusNoContent, rotateKey},
+		{"POST", action("disable"), "kms.secrets.disable", "Key could not be disabled", iam.KeysEnable, onKey, http.StatusNoContent, disableKey},
+		{"POST", action("enable"), "kms.secrets.enable", "Key could not be enabled", iam.KeysEnable, onKey, http.StatusNoContent, enableKey},
+		{"POST", action("setKeyForDeletion"), "kms.secrets.setkeyfordeletion", "Action could not be performed on key", iam.KeysSetDeletion, onKey, http.StatusNoContent, setForDeletion},
+		{"POST", action("unsetKeyForDeletion"), "kms.secrets.unsetkeyfordeletion", "Action could not be performed on key", iam.KeysSetDeletion, onKey, http.StatusNoContent, unsetForDeletion},
+		{"POST", action("sync"), "kms.secrets.sync", "Action could not be performed on key", iam.KeysSync, onKey, http.StatusNoContent, syncKey},
+		{"GET", api(key + "/policies"), "kms.policies.read", "Policies could not be retrieved", iam.KeysPolicies, onKey, http.StatusOK, getPolicies},
+		{"PUT", api(key + "/policies"), "kms.policies.write", "Policies could not be created", iam.KeysPolicies, onKey, http.StatusOK, setPolicies},
+		{"POST", api(key + "/aliases/{alias}"), "kms.secrets-alias.create", "Key alias could not be created", iam.AliasesManage, onKey, http.StatusCreated, createAlias},
+		{"DELETE", api(key + "/aliases/{alias}"), "kms.secrets-alias.delete", "Key alias could not be deleted", iam.AliasesManage, onKey, http.StatusNoContent, deleteAlias},
+		{"GET", api("/keys/registrations"), "kms.registrations.list", "Registrations could not be retrieved", iam.RegistrationsList, inInstance, http.StatusOK, listRegistrations},
+		{"GET", api(key + "/registrations"), "kms.registrations.list", "Registrations could not be retrieved", iam.RegistrationsList, onKey, http.StatusOK, listRegistrations},
+		{"POST", api(key + "/registrations/{crn}"), "kms.registrations.create", "Registration could not be created", iam.RegistrationsWrite, onKey, http.StatusCreated, createRegistration},
+		{"DELETE", api(key + "/registrations/{crn}"), "kms.registrations.delete", "Registration could not be deleted", iam.RegistrationsWrite, onKey, http.StatusNoContent, deleteRegistration},
+	}
+}
+
+func instanceRoutes() []route {
+	return []route{
+		{"GET", api("/key_rings"), "kms.key-rings.list", "Key rings could not be retrieved", iam.RingsList, inInstance, http.StatusOK, listRings},
+		{"POST", api("/key_rings/{id}"), "kms.key-rings.create", "Key ring could not be created", iam.RingsCreate, inInstance, http.StatusCreated, createRing},
+		{"DELETE", api("/key_rings/{id}"), "kms.key-rings.delete", "Key ring could not be deleted", iam.RingsDelete, inInstance, http.StatusNoContent, deleteRing},
+		{"POST", api("/import_token"), "kms.import-token.create", "Import Token could not be created", iam.ImportTokens, inInstance, http.StatusOK, createImportToken},
+		{"GET", api("/import_token"), "kms.import-token.read", "Import Token could not be retrieved", iam.ImportTokens, inInstance, http.StatusOK, getImportToken},
+		{"GET", api("/instance/policies"), "kms.instance-policies.read", "Instance policy could not be retrieved", iam.InstancePolicies, inInstance, http.StatusOK, getInstancePolicies},
+		{"PUT", api("/instance/policies"), "kms.instance-policies.write", "Instance policy could not be created", iam.InstancePolicies, inInstance, http.StatusNoContent, setInstancePolicies},
+		{"GET", api("/instance/allowed_ip_port"), "kms.instance-allowed-ip-port.read", "Allowed IP port could not be retrieved", iam.InstanceRead, inInstance, http.StatusOK, allowedPort},
+	}
+}
+
+func ownRoutes() []route {
+	return []route{
 		{"POST", own("/instances"), "kmsctl.instances.create", "Instance could not be created", iam.InstancesManage, everywhere, http.StatusCreated, createInstance},
 		{"GET", own("/instances"), "kmsctl.instances.list", "Instances could not be retrieved", iam.InstancesManage, everywhere, http.StatusOK, listInstances},
 		{"DELETE", own("/instance"), "kmsctl.instances.delete", "Instance could not be deleted", iam.InstancesManage, inInstance, http.StatusNoContent, deleteInstance},
@@ -43,140 +83,6 @@ func routes() []route {
 		{"POST", own("/iam/policies"), "iam.policies.create", "Policy could not be created", iam.IAMManage, everywhere, http.StatusCreated, createPolicy},
 		{"DELETE", own("/iam/policies/{service}/{id}"), "iam.policies.delete", "Policy could not be deleted", iam.IAMManage, everywhere, http.StatusNoContent, deletePolicy},
 	}
-}
-
-func keysOf(dialect string, total int, keys ...kmsapi.Key) kmsapi.Keys {
-	t := kmsapi.TypeKey
-	if dialect == kms.DialectICP {
-		t = kmsapi.TypeCollection
-	}
-	return kmsapi.Keys{Metadata: kmsapi.Metadata{CollectionType: t, CollectionTotal: total}, Resources: keys}
-}
-
-func createKey(ctx context.Context, c *call) (any, error) {
-	var in kmsapi.CreateKeys
-	if err := c.decode(&in); err != nil {
-		return nil, err
-	}
-	bad := func(code, why string) error { return fault.New(fault.Usage, "", "", errors.New(why)).WithReason(code) }
-	switch {
-	case in.Metadata == nil:
-		return nil, bad(kmsapi.BadBody, "Only bodies with metadata are supported: CollectionMetadata is empty")
-	case in.Metadata.CollectionTotal != len(in.Resources):
-		return nil, bad(kmsapi.CollectionTotal, "totals differ")
-	case len(in.Resources) != 1:
-		return nil, bad(kmsapi.BadBody, "Only creation of one key per request is supported")
-	}
-	ring := c.ring
-	if ring == "" {
-		ring = kmsapi.DefaultKeyRing
-	}
-	if ring != kmsapi.DefaultKeyRing {
-		return nil, bad(kmsapi.NotBuilt, "key rings other than `default` are not served yet")
-	}
-	k, err := c.KMS.CreateKey(ctx, c.instance, ring, c.who.String(), in.Resources[0])
-	if err != nil {
-		return nil, err
-	}
-	c.id = k.ID
-	return keysOf("", 1, k), nil
-}
-
-func query(c *call, limit int) (kms.Query, error) {
-	q := kms.Query{Limit: limit, Ring: c.ring}
-	bad := func(name, rule string) error {
-		return fault.Newf(fault.Usage, "", "", "The query_param `%s` must be: %s", name, rule).WithReason(kmsapi.InvalidQuery)
-	}
-	for name, vs := range c.r.URL.Query() {
-		v := vs[0]
-		var err error
-		switch name {
-		case "limit":
-			if q.Limit, err = strconv.Atoi(v); err != nil || q.Limit < 1 || q.Limit > kmsapi.MaxLimit {
-				return q, bad(name, "an integer between 1 and 5000 (inclusive)")
-			}
-		case "offset":
-			if q.Offset, err = strconv.Atoi(v); err != nil || q.Offset < 0 {
-				return q, bad(name, "an integer that is not negative")
-			}
-		case "state":
-			for _, part := range strings.Split(v, ",") {
-				n, err := strconv.Atoi(part)
-				if err != nil || n < 0 || n > 5 {
-					return q, bad(name, "a comma separated list of states between 0 and 5")
-				}
-				q.States = append(q.States, n)
-			}
-		case "extractable":
-			b, err := strconv.ParseBool(v)
-			if err != nil {
-				return q, bad(name, "true or false")
-			}
-			q.Extractable = &b
-		default:
-			return q, fault.Newf(fault.Usage, "", "", "the query parameter `%s` is not served yet", name).WithReason(kmsapi.NotBuilt)
-		}
-	}
-	return q, nil
-}
-
-// icpLimit is the default limit of the ICP generation.
-const icpLimit = 2000
-
-func listKeys(ctx context.Context, c *call) (any, error) {
-	in, err := c.KMS.Instance(ctx, c.instance)
-	if err != nil {
-		return nil, err
-	}
-	limit := kmsapi.DefaultLimit
-	if in.Dialect == kms.DialectICP {
-		limit = icpLimit
-	}
-	q, err := query(c, limit)
-	if err != nil {
-		return nil, err
-	}
-	keys, _, err := c.KMS.Keys(ctx, c.instance, q)
-	return keysOf(in.Dialect, len(keys), keys...), err
-}
-
-func headKeys(ctx context.Context, c *call) (any, error) {
-	q, err := query(c, 1)
-	if err != nil {
-		return nil, err
-	}
-	_, total, err := c.KMS.Keys(ctx, c.instance, q)
-	c.resHeader.Set(kmsapi.HeaderKeyTotal, strconv.Itoa(total))
-	return nil, err
-}
-
-func getKey(ctx context.Context, c *call) (any, error) {
-	k, err := c.KMS.Key(ctx, c.instance, c.id, true)
-	return keysOf("", 1, k), err
-}
-
-func getMetadata(ctx context.Context, c *call) (any, error) {
-	k, err := c.KMS.Key(ctx, c.instance, c.id, false)
-	return keysOf("", 1, k), err
-}
-
-func wrapKey(ctx context.Context, c *call) (any, error) {
-	var in kmsapi.WrapRequest
-	if err := c.decode(&in); err != nil {
-		return nil, err
-	}
-	return c.KMS.Wrap(ctx, c.instance, c.id, in)
-}
-
-func unwrapKey(ctx context.Context, c *call) (any, error) {
-	var in kmsapi.UnwrapRequest
-	if err := c.decode(&in); err != nil {
-		return nil, err
-	}
-	if in.Ciphertext == "" {
-		return nil, fault.Newf(fault.Usage, "", "", "no ciphertext").WithReason(kmsapi.NoBody)
-	}
-	return c.KMS.Unwrap(ctx, c.instance, c.id, in)
 }
 
 func createInstance(ctx context.Context, c *call) (any, error) {

@@ -12,8 +12,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -61,10 +63,17 @@ type Server struct {
 // New builds the routes.
 func New(c Config) *Server {
 	s := &Server{Config: c, mux: http.NewServeMux()}
+	actions := map[string]route{}
 	for _, r := range routes() {
 		for _, p := range r.patterns() {
 			s.mux.Handle(p, s.handler(r))
+			if _, name, ok := strings.Cut(p, "/actions/"); ok {
+				actions[name] = r
+			}
 		}
+	}
+	for _, p := range api("/keys/{id}") {
+		s.mux.Handle("POST "+p, s.oldActions(actions))
 	}
 	s.mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	s.mux.HandleFunc("GET /readyz", s.readyz)
@@ -134,7 +143,9 @@ func (s *Server) reasons(ctx context.Context) []string {
 // call is one request on its way.
 type call struct {
 	*Server
+	rt        route
 	r         *http.Request
+	status    int // of a success
 	who       iam.Principal
 	instance  string
 	id        string // of the key, or of the object in the path
@@ -160,6 +171,7 @@ type scope int
 
 const (
 	inInstance scope = iota // the instance of the header
+	inRing                  // the key ring of the header, the default one without
 	onKey                   // the key in the path, within the instance
 	everywhere              // no instance: administration
 )
@@ -174,6 +186,25 @@ func (r route) patterns() []string {
 	return out
 }
 
+// oldActions serves the older form of actions, POST /keys/{id}?action=x.
+func (s *Server) oldActions(actions map[string]route) http.Handler {
+	handlers := map[string]http.Handler{}
+	for name, rt := range actions {
+		handlers[name] = s.handler(rt)
+	}
+	unknown := s.handler(route{name: "kms.secrets.action", what: "Action could not be performed on key", action: iam.KeysMetadata, scope: onKey,
+		handle: func(context.Context, *call) (any, error) {
+			return nil, badParam("action", "one of "+strings.Join(slices.Sorted(maps.Keys(actions)), ", "))
+		}})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := handlers[r.URL.Query().Get("action")]
+		if h == nil {
+			h = unknown
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
 func (s *Server) handler(rt route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
@@ -182,11 +213,15 @@ func (s *Server) handler(rt route) http.Handler {
 			corr = uuid.NewString()
 		}
 		w.Header().Set(kmsapi.HeaderCorrelation, corr)
-		c := &call{Server: s, r: r, id: r.PathValue("id"), resHeader: w.Header()}
-		status, body, err := s.do(r.Context(), rt, c)
-		code, message := "", ""
+		c := &call{Server: s, rt: rt, r: r, id: r.PathValue("id"), status: rt.status, resHeader: w.Header()}
+		body, err := s.do(r.Context(), rt, c)
+		status, code, message, what := c.status, "", "", rt.what
 		if err != nil {
-			code, message = publicError(err)
+			var lead string
+			code, lead, message = publicError(err)
+			if lead != "" {
+				what += ": " + lead
+			}
 			status = kmsapi.StatusOf(code)
 		}
 		e := audit.Event{Action: rt.name, Outcome: "success", Status: status, Principal: c.who.String(), Instance: c.instance, Key: c.id,
@@ -203,7 +238,7 @@ func (s *Server) handler(rt route) http.Handler {
 			if code == kmsapi.Unavailable {
 				w.Header().Set("Retry-After", "5")
 			}
-			writeError(w, code, rt.what, message)
+			writeError(w, code, what, message)
 		} else if st, ok := body.(stream); ok {
 			s.stream(w, r, rt, corr, st)
 		} else {
@@ -221,35 +256,55 @@ func (s *Server) handler(rt route) http.Handler {
 
 // do is the order that every call keeps: is the view fresh, who is it, may
 // they, and only then look anything up.
-func (s *Server) do(ctx context.Context, rt route, c *call) (int, any, error) {
+func (s *Server) do(ctx context.Context, rt route, c *call) (any, error) {
 	if lag := s.Lag(); lag > maxLag {
-		return 0, nil, fault.Newf(fault.Unreachable, "", "", "the view of the store is %s old", lag).WithReason(kmsapi.Unavailable)
+		return nil, fault.Newf(fault.Unreachable, "", "", "the view of the store is %s old", lag).WithReason(kmsapi.Unavailable)
 	}
 	var err error
 	if c.who, err = s.authenticate(ctx, c.r); err != nil {
-		return 0, nil, err
+		return nil, err
 	}
 	if rt.scope != everywhere {
 		if c.instance = instanceOf(c.r); uuid.Validate(c.instance) != nil {
 			c.instance = ""
-			return 0, nil, fault.Newf(fault.Usage, "", "", "instance header missing or no UUID").WithReason(kmsapi.InvalidInstance)
+			return nil, fault.Newf(fault.Usage, "", "", "instance header missing or no UUID").WithReason(kmsapi.InvalidInstance)
 		}
 	}
 	c.ring = c.r.Header.Get(kmsapi.HeaderKeyRing)
+	if rt.scope == inRing && c.ring == "" {
+		c.ring = kmsapi.DefaultKeyRing
+	}
 	if err := s.authorize(ctx, rt, c); err != nil {
-		return 0, nil, err
+		return nil, err
 	}
-	if c.r.Body != nil {
-		if c.body, err = io.ReadAll(io.LimitReader(c.r.Body, kmsapi.MaxBody+1)); err != nil {
-			return 0, nil, fault.New(fault.Usage, "read", "body", err).WithReason(kmsapi.BadBody)
+	if rt.scope == onKey {
+		id, ring, err := s.KMS.Resolve(ctx, c.instance, c.id)
+		if err != nil {
+			return nil, err
 		}
-		defer clear(c.body)
-		if len(c.body) > kmsapi.MaxBody {
-			return 0, nil, fault.Newf(fault.Usage, "read", "body", "more than %d bytes", kmsapi.MaxBody).WithReason(kmsapi.TooLarge)
+		if c.ring != "" && c.ring != ring {
+			return nil, fault.Newf(fault.NotFound, "", c.id, "the key is in another ring").WithReason(kmsapi.KeyNotFound)
 		}
+		c.id = id
 	}
-	body, err := rt.handle(ctx, c)
-	return rt.status, body, err
+	if err := c.readBody(); err != nil {
+		return nil, err
+	}
+	defer clear(c.body)
+	return rt.handle(ctx, c)
+}
+
+func (c *call) readBody() (err error) {
+	if c.r.Body == nil {
+		return nil
+	}
+	if c.body, err = io.ReadAll(io.LimitReader(c.r.Body, kmsapi.MaxBody+1)); err != nil {
+		return fault.New(fault.Usage, "read", "body", err).WithReason(kmsapi.BadBody)
+	}
+	if len(c.body) > kmsapi.MaxBody {
+		return fault.Newf(fault.Usage, "read", "body", "more than %d bytes", kmsapi.MaxBody).WithReason(kmsapi.TooLarge)
+	}
+	return nil
 }
 
 func (s *Server) authenticate(ctx context.Context, r *http.Request) (iam.Principal, error) {
@@ -271,11 +326,23 @@ func (s *Server) authorize(ctx context.Context, rt route, c *call) error {
 	res := iam.Resource{Instance: c.instance}
 	if rt.scope == onKey {
 		res.Key = c.id
-		res.Resolve = sync.OnceValues(func() (string, string) { return c.id, s.KMS.Ring(ctx, c.instance, c.id) })
+		res.Resolve = sync.OnceValues(func() (string, string) {
+			id, ring, err := s.KMS.Resolve(ctx, c.instance, c.id)
+			if err != nil { // what cannot be found is covered by no policy on a key or a ring
+				return "", ""
+			}
+			return id, ring
+		})
 	} else {
 		res.KeyRing = c.ring
 	}
 	err := s.IAM.Authorize(ctx, c.who, rt.action, res)
+	if err == nil && rt.scope != everywhere && c.who.Kind != iam.KindLocal {
+		var allowed bool
+		if allowed, err = s.KMS.AllowsAddress(ctx, c.instance, remote(c.r)); err == nil && !allowed {
+			return fault.Newf(fault.Denied, "", "", "the instance's policy does not allow this address").WithReason(kmsapi.Forbidden)
+		}
+	}
 	if fault.KindOf(err) == fault.Denied {
 		return fault.New(fault.Denied, "", "", err).WithReason(kmsapi.Forbidden)
 	}
@@ -321,24 +388,29 @@ func (c *call) decode(v any) error {
 	return nil
 }
 
-// publicError gives the code and the text that a caller may see. A fault with
-// a reason says its own cause; everything else is one of a few general texts.
-func publicError(err error) (code, message string) {
+// publicError gives the code and the texts that a caller may see: a lead that
+// the summary ends with, and the message. A fault with a reason says its own
+// cause; everything else is one of a few general texts.
+func publicError(err error) (code, lead, message string) {
 	var f *fault.Error
-	if errors.As(err, &f) && f.Reason != "" {
-		switch f.Reason {
-		case kmsapi.InvalidField, kmsapi.InvalidQuery, kmsapi.NotBuilt:
-			return f.Reason, f.Err.Error()
-		case kmsapi.BadBody:
-			if strings.HasPrefix(f.Err.Error(), "json: unknown field") || strings.HasPrefix(f.Err.Error(), "Only ") {
-				return f.Reason, "Invalid body data was passed: Please ensure the data passed had valid formatting with no invalid characters: " + f.Err.Error()
-			}
-			return f.Reason, ""
-		}
-		if kmsapi.Known(f.Reason) {
-			return f.Reason, ""
+	if !errors.As(err, &f) || !kmsapi.Known(f.Reason) {
+		code, message = generalError(err)
+		return code, "", message
+	}
+	switch f.Reason {
+	case kmsapi.InvalidField, kmsapi.InvalidQuery, kmsapi.NotBuilt, kmsapi.TooEarly:
+		message = f.Err.Error()
+	case kmsapi.InvalidState, kmsapi.KeyExpired, kmsapi.AuthorizationsLack:
+		lead = f.Op
+	case kmsapi.BadBody:
+		if why := f.Err.Error(); strings.HasPrefix(why, "json: unknown field") || strings.HasPrefix(why, "Only ") {
+			message = kmsapi.MessageOf(kmsapi.BadBody) + ": " + why
 		}
 	}
+	return f.Reason, lead, message
+}
+
+func generalError(err error) (code, message string) {
 	switch fault.KindOf(err) {
 	case fault.Usage:
 		return kmsapi.InvalidField, err.Error()

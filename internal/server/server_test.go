@@ -103,8 +103,8 @@ func TestBodiesAreReadStrictly(t *testing.T) {
 	if r := c.do(t, "POST", "/api/v2/keys", createBody(`"name":"`+strings.Repeat("x", kmsapi.MaxBody)+`"`)); r.status != 413 || r.code() != kmsapi.TooLarge {
 		t.Errorf("large body: %d %.200s", r.status, r.body)
 	}
-	if _, total, err := w.kms.Keys(t.Context(), c.instance, allKeys); err != nil || total != 0 {
-		t.Errorf("%d keys were made all the same: %v", total, err)
+	if p, err := w.kms.Keys(t.Context(), c.instance, allKeys); err != nil || p.Total != 0 {
+		t.Errorf("%d keys were made all the same: %v", p.Total, err)
 	}
 }
 

@@ -115,7 +115,7 @@ func newWorld(t *testing.T) *world {
 	}
 	w := &world{token: testkit.NewToken("p", "p"), audit: &auditor{}, log: &bytes.Buffer{}}
 	w.iam = iam.New(st, iam.Config{SigningKey: k, Now: w.now})
-	w.kms = kms.New(st, w.token, w.token, w.now)
+	w.kms = kms.New(st, w.token, w.token, w.now, kms.DefaultWindows())
 	none := []string{}
 	w.sick.Store(&none)
 	log := slog.New(slog.NewJSONHandler(&safeBuffer{b: w.log}, nil))

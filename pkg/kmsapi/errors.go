@@ -48,7 +48,40 @@ const (
 	InstanceNotFound   = "INSTANCE_NOT_FOUND_ERR" // ours
 	NoSuchPath         = "PATH_NOT_FOUND_ERR"     // ours
 	InvalidState       = "KEY_ACTION_INVALID_STATE_ERR"
-	Conflict           = "CONFLICT_ERR" // ours: another changed it first, or the name is taken
+	BodyQueryMismatch  = "BODY_QUERY_PARAM_MISMATCH_ERR"
+	BearerSubject      = "BEARER_SUB_EXTRACTION_ERR"
+	NumResources       = "NUM_COLLECTION_RESOURCE_ERR"
+	ImportRequired     = "KEY_IMPT_REQ_ERR" // kept for clients: any key may be restored today
+	RestoreExpired     = "KEY_RESTORE_EXPIRED"
+	PayloadRequired    = "KEY_PAYLOAD_REQ_ERR"
+	WrongNonce         = "INCORRECT_NONCE_ERR"
+	WrongNonceIV       = "INCORRECT_NONCE_IV_ERR"
+	SearchTooBroad     = "KEY_SEARCH_TOO_BROAD"
+	ConfigRule         = "CONFIG_RULE_CONFLICT_ERR"
+	ResourceOwner      = "RESOURCE_OWNER_ERR"
+	ServiceOnly        = "SERVICE_ONLY_ERR"
+	FeatureRestricted  = "FEATURE_RESTRICTED_ERR"
+	AuthorizationsLack = "AUTHORIZATIONS_NOT_MET"
+	ProtectedResource  = "PROTECTED_RESOURCE_ERR"
+	PreventDeletion    = "PREV_KEY_DEL_ERR"
+	CreateImportAccess = "KEY_CREATE_IMPORT_ACCESS_ERR"
+	NotDualAuth        = "NOT_DUAL_AUTH_ERR"
+	TooEarly           = "REQ_TOO_EARLY_ERR"
+	TokenExpired       = "IMPORT_TOKEN_EXPIRED_ERR"
+	RotationTooSoon    = "KEY_ROTATION_NOT_PERMITTED"
+	KeyDeleted         = "KEY_DELETED_ERR"
+	InvalidKeyState    = "KEY_INVALID_STATE_ERR"
+	RootRequiredReg    = "KEY_ROOT_REQ_REG_ERR"
+	VersionInvalid     = "KEY_VERSION_INVALID"
+	SignatureInvalid   = "INVALID_SIG_EXP_ERR"
+	IncompleteMetadata = "INCOMPLETE_METADATA_ERR"
+	RingNotFound       = "KEY_RING_NOT_FOUND_ERR"     // ours
+	RingNotEmpty       = "KEY_RING_NOT_EMPTY_ERR"     // ours
+	RingLimit          = "KEY_RING_LIMIT_ERR"         // ours
+	AliasNotFound      = "KEY_ALIAS_NOT_FOUND_ERR"    // ours
+	RegistrationAbsent = "REGISTRATION_NOT_FOUND_ERR" // ours
+	TooManyRequests    = "TOO_MANY_REQUESTS_ERR"      // ours
+	Conflict           = "CONFLICT_ERR"               // ours: another changed it first, or the name is taken
 	BadCiphertext      = "UNPROCESSABLE_CIPHERTEXT_ERR"
 	NotBuilt           = "NOT_IMPLEMENTED_ERR" // ours
 	Unavailable        = "UNAVAILABLE_ERR"     // ours: text as ICP's when its HSM is down
@@ -63,6 +96,11 @@ var statuses = map[string]int{
 	BadBody: 400, CollectionTotal: 400, InvalidField: 400, InvalidQuery: 400, NoBody: 400, RootRequired: 400, KeyExpired: 400, InvalidInstance: 400,
 	Unauthorized: 401, Forbidden: 403, KeyNotFound: 404, InstanceNotFound: 404, NoSuchPath: 404, InvalidState: 409, Conflict: 409,
 	TooLarge: 413, BadCiphertext: 422, NotBuilt: 501, Unavailable: 503, Internal: 500,
+	BodyQueryMismatch: 400, BearerSubject: 400, NumResources: 400, ImportRequired: 400, RestoreExpired: 400, PayloadRequired: 400, WrongNonce: 400,
+	WrongNonceIV: 400, SearchTooBroad: 400, ConfigRule: 403, ResourceOwner: 403, ServiceOnly: 403, FeatureRestricted: 403, AuthorizationsLack: 409,
+	ProtectedResource: 409, PreventDeletion: 409, CreateImportAccess: 409, NotDualAuth: 409, TooEarly: 409, TokenExpired: 409, RotationTooSoon: 409,
+	KeyDeleted: 410, InvalidKeyState: 422, RootRequiredReg: 422, VersionInvalid: 422, SignatureInvalid: 422, IncompleteMetadata: 500,
+	RingNotFound: 404, RingNotEmpty: 409, RingLimit: 409, AliasNotFound: 404, RegistrationAbsent: 404, TooManyRequests: 429,
 }
 
 var messages = map[string]string{
@@ -76,7 +114,43 @@ var messages = map[string]string{
 	BadCiphertext: "The provided ciphertext is invalid or corrupted", NotBuilt: "This part of the API is not served",
 	Unavailable: unavailableMessage, Internal: "Internal error", TooLarge: "The body is too large",
 	InvalidField: "A field is invalid", InvalidQuery: "A query parameter is invalid",
+	BodyQueryMismatch:  "Data in body does not match data required by query parameter",
+	BearerSubject:      "Extracting the subject from the bearer token failed",
+	NumResources:       "Only a single instance policy may be created per query parameter: Please pass single resource object",
+	ImportRequired:     "Only imported keys may be restored",
+	RestoreExpired:     "Key restoration has expired",
+	PayloadRequired:    "This root key was created with user-supplied key material: Key material is required to perform a 'rotate' action",
+	WrongNonce:         "The encrypted nonce given does not match existing record",
+	WrongNonceIV:       "The encrypted nonce was not encrypted with the key material given OR the provided IV does not match the one used to encrypt it",
+	SearchTooBroad:     "The search is too broad: Please narrow it by state, extractable or key ring",
+	ConfigRule:         "The request conflicts with a configuration rule",
+	ResourceOwner:      "The caller does not own the resource",
+	ServiceOnly:        "Only a service may perform this action",
+	FeatureRestricted:  "This feature is restricted",
+	AuthorizationsLack: "Number of authorizations required to delete is not met",
+	ProtectedResource:  "Key is protecting one or more cloud resources",
+	PreventDeletion:    "The key cannot be deleted because it's protecting a cloud resource that has a retention policy",
+	CreateImportAccess: "KeyCreateImportAccess instance policy does not allow this action",
+	NotDualAuth:        "The key is not dual auth enabled and cannot be set for deletion",
+	TooEarly:           "The key was updated recently: Please wait and try again",
+	TokenExpired:       "The import token has expired",
+	RotationTooSoon:    "This root key has been rotated within the last hour: Only one 'rotate' action per hour is permitted",
+	KeyDeleted:         "Key has already been deleted: Please delete references to this key",
+	InvalidKeyState:    "Key is not in a valid state",
+	RootRequiredReg:    "Requested action can only be completed with a root key",
+	VersionInvalid:     "The key version is invalid",
+	SignatureInvalid:   "Signature is invalid",
+	IncompleteMetadata: "Key metadata became corrupted: Please delete this key",
+	RingNotFound:       "key ring does not exist",
+	RingNotEmpty:       "The key ring still holds keys",
+	RingLimit:          "The limit of key rings is reached",
+	AliasNotFound:      "key alias does not exist",
+	RegistrationAbsent: "registration does not exist",
+	TooManyRequests:    "Too many requests: Please slow down",
 }
+
+// MessageOf gives the message of a reason code.
+func MessageOf(code string) string { return messages[code] }
 
 // StatusOf gives the HTTP status of a reason code; unknown codes are 500.
 func StatusOf(code string) int {

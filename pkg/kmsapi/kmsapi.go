@@ -19,6 +19,13 @@ const (
 const (
 	TypeKey   = "application/vnd.ibm.kms.key+json"
 	TypeError = "application/vnd.ibm.kms.error+json"
+
+	TypeKeyVersion   = "application/vnd.ibm.kms.key.version+json"
+	TypeAlias        = "application/vnd.ibm.kms.alias+json"
+	TypeKeyRing      = "application/vnd.ibm.kms.key_ring+json"
+	TypePolicy       = "application/vnd.ibm.kms.policy+json"
+	TypeRegistration = "application/vnd.ibm.kms.registration+json"
+	TypeAllowedIP    = "application/vnd.ibm.kms.allowed_ip_metadata+json"
 	// TypeCollection is what lists of the ICP generation say.
 	TypeCollection = "application/vnd.ibm.collection+json"
 )
@@ -34,12 +41,27 @@ const (
 	DefaultLimit   = 200
 	MaxLimit       = 5000
 	DefaultKeyRing = "default"
+	MaxAliases     = 5  // of a key
+	MaxKeyRings    = 50 // of an instance, the default one included
+	MaxTags        = 30
+	MaxCandidates  = 5000 // keys that a search looks at
 )
 
 // Metadata heads every collection.
 type Metadata struct {
-	CollectionType  string `json:"collectionType"`
-	CollectionTotal int    `json:"collectionTotal"`
+	CollectionType   string       `json:"collectionType"`
+	CollectionTotal  int          `json:"collectionTotal"`
+	TotalCount       *int         `json:"totalCount,omitempty"`
+	SearchQuery      *SearchQuery `json:"searchQuery,omitempty"`
+	IncompleteSearch bool         `json:"incompleteSearch,omitempty"`
+}
+
+// SearchQuery says how a list's search was understood.
+type SearchQuery struct {
+	Query  string   `json:"query"`
+	Scopes []string `json:"scopes"`
+	Not    bool     `json:"not"`
+	Exact  bool     `json:"exact"`
 }
 
 // Keys is a collection of keys.
@@ -74,7 +96,15 @@ type Key struct {
 	NonactiveStateReason *int               `json:"nonactiveStateReason,omitempty"`
 	KeyVersion           *KeyVersion        `json:"keyVersion,omitempty"`
 	DualAuthDelete       *DualAuthDelete    `json:"dualAuthDelete,omitempty"`
+	Rotation             *Rotation          `json:"rotation,omitempty"`
 	Deleted              *bool              `json:"deleted,omitempty"`
+	DeletedBy            string             `json:"deletedBy,omitempty"`
+	DeletionDate         *time.Time         `json:"deletionDate,omitempty"`
+	RestoreAllowed       *bool              `json:"restoreAllowed,omitempty"`
+	RestoreExpiration    *time.Time         `json:"restoreExpirationDate,omitempty"`
+	PurgeAllowed         *bool              `json:"purgeAllowed,omitempty"`
+	PurgeAllowedFrom     *time.Time         `json:"purgeAllowedFrom,omitempty"`
+	PurgeScheduledOn     *time.Time         `json:"purgeScheduledOn,omitempty"`
 	Payload              string             `json:"payload,omitempty"`
 }
 
@@ -92,11 +122,18 @@ type KeyVersion struct {
 
 // DualAuthDelete says whether two people must agree to a deletion.
 type DualAuthDelete struct {
-	Enabled bool `json:"enabled"`
+	Enabled           bool       `json:"enabled"`
+	KeySetForDeletion *bool      `json:"keySetForDeletion,omitempty"`
+	AuthExpiration    *time.Time `json:"authExpiration,omitempty"`
 }
 
-// CreateKeys is the body of POST /keys. What we do not take yet is listed, so
-// that it is refused by name and not as a typing error.
+// Rotation is a rotation policy; a month is 30 days.
+type Rotation struct {
+	Enabled       *bool `json:"enabled,omitempty"`
+	IntervalMonth int   `json:"interval_month,omitempty"`
+}
+
+// CreateKeys is the body of POST /keys.
 type CreateKeys struct {
 	Metadata  *Metadata   `json:"metadata"`
 	Resources []CreateKey `json:"resources"`
@@ -116,6 +153,141 @@ type CreateKey struct {
 	EncryptedNonce      string     `json:"encryptedNonce"`
 	IV                  string     `json:"iv"`
 	EncryptionAlgorithm string     `json:"encryptionAlgorithm"`
+	// With policy overrides only:
+	Rotation       *Rotation       `json:"rotation"`
+	DualAuthDelete *DualAuthDelete `json:"dualAuthDelete"`
+}
+
+// Ways to encrypt material for import, under an import token's public key.
+const (
+	OAEPSHA256 = "RSAES_OAEP_SHA_256" // the nonce by AES-GCM
+	OAEPSHA1   = "RSAES_OAEP_SHA_1"   // the nonce by AES-CBC with PKCS#7 padding
+)
+
+// RotateRequest is the body of the rotate action; of a generated key it is
+// empty.
+type RotateRequest struct {
+	Payload             string `json:"payload,omitempty"`
+	EncryptedNonce      string `json:"encryptedNonce,omitempty"`
+	IV                  string `json:"iv,omitempty"`
+	EncryptionAlgorithm string `json:"encryptionAlgorithm,omitempty"`
+}
+
+// PatchKey is the body of PATCH /keys/{id}.
+type PatchKey struct {
+	KeyRingID string `json:"keyRingID"`
+}
+
+// Collection is any other collection.
+type Collection[T any] struct {
+	Metadata  Metadata `json:"metadata"`
+	Resources []T      `json:"resources,omitempty"`
+}
+
+// Alias is another name of a key.
+type Alias struct {
+	KeyID        string     `json:"keyId"`
+	Alias        string     `json:"alias"`
+	CreatedBy    string     `json:"createdBy"`
+	CreationDate *time.Time `json:"creationDate"`
+}
+
+// KeyRing groups keys of an instance.
+type KeyRing struct {
+	ID           string     `json:"id"`
+	CreationDate *time.Time `json:"creationDate"`
+	CreatedBy    string     `json:"createdBy"`
+}
+
+// KeyPolicy is one policy of a key.
+type KeyPolicy struct {
+	ID             string          `json:"id,omitempty"`
+	CRN            string          `json:"crn,omitempty"`
+	Type           string          `json:"type,omitempty"`
+	CreatedBy      string          `json:"createdBy,omitempty"`
+	CreationDate   *time.Time      `json:"creationDate,omitempty"`
+	UpdatedBy      string          `json:"updatedBy,omitempty"`
+	LastUpdateDate *time.Time      `json:"lastUpdateDate,omitempty"`
+	Rotation       *Rotation       `json:"rotation,omitempty"`
+	DualAuthDelete *DualAuthDelete `json:"dualAuthDelete,omitempty"`
+}
+
+// Names of policies; the first two are of keys too.
+const (
+	PolicyRotation       = "rotation"
+	PolicyDualAuthDelete = "dualAuthDelete"
+	PolicyAllowedNetwork = "allowedNetwork"
+	PolicyAllowedIP      = "allowedIP"
+	PolicyMetrics        = "metrics"
+	PolicyCreateImport   = "keyCreateImportAccess"
+)
+
+// InstancePolicy is one policy of an instance.
+type InstancePolicy struct {
+	Type         string     `json:"policy_type"`
+	Data         PolicyData `json:"policy_data"`
+	CreatedBy    string     `json:"createdBy,omitempty"`
+	CreationDate *time.Time `json:"creationDate,omitempty"`
+	UpdatedBy    string     `json:"updatedBy,omitempty"`
+	LastUpdated  *time.Time `json:"lastUpdated,omitempty"`
+}
+
+// PolicyData is what an instance policy says.
+type PolicyData struct {
+	Enabled    *bool             `json:"enabled,omitempty"`
+	Attributes *PolicyAttributes `json:"attributes,omitempty"`
+}
+
+// PolicyAttributes are the attributes of all kinds of instance policies.
+type PolicyAttributes struct {
+	AllowedNetwork    *string   `json:"allowed_network,omitempty"`
+	AllowedIP         *[]string `json:"allowed_ip,omitempty"`
+	CreateRootKey     *bool     `json:"create_root_key,omitempty"`
+	CreateStandardKey *bool     `json:"create_standard_key,omitempty"`
+	ImportRootKey     *bool     `json:"import_root_key,omitempty"`
+	ImportStandardKey *bool     `json:"import_standard_key,omitempty"`
+	EnforceToken      *bool     `json:"enforce_token,omitempty"`
+	IntervalMonth     *int      `json:"interval_month,omitempty"`
+}
+
+// ImportTokenRequest is the body of POST /import_token.
+type ImportTokenRequest struct {
+	Expiration           *int `json:"expiration"` // seconds
+	MaxAllowedRetrievals *int `json:"maxAllowedRetrievals"`
+}
+
+// ImportToken is its answer; GET adds Payload, the base64 of a PEM public key,
+// and Nonce.
+type ImportToken struct {
+	ID                   string     `json:"id"`
+	CreationDate         *time.Time `json:"creationDate"`
+	ExpirationDate       *time.Time `json:"expirationDate"`
+	MaxAllowedRetrievals int        `json:"maxAllowedRetrievals"`
+	RemainingRetrievals  int        `json:"remainingRetrievals"`
+	Payload              string     `json:"payload,omitempty"`
+	Nonce                string     `json:"nonce,omitempty"`
+}
+
+// Registration says that a resource is protected by a key.
+type Registration struct {
+	KeyID              string      `json:"keyId"`
+	ResourceCRN        string      `json:"resourceCrn"`
+	CreatedBy          string      `json:"createdBy"`
+	CreationDate       *time.Time  `json:"creationDate"`
+	Description        string      `json:"description,omitempty"`
+	PreventKeyDeletion bool        `json:"preventKeyDeletion"`
+	KeyVersion         *KeyVersion `json:"keyVersion,omitempty"`
+}
+
+// CreateRegistration is the body of POST /keys/{id}/registrations/{crn}.
+type CreateRegistration struct {
+	Description        string `json:"description"`
+	PreventKeyDeletion bool   `json:"preventKeyDeletion"`
+}
+
+// AllowedPort is the answer of GET /instance/allowed_ip_port.
+type AllowedPort struct {
+	PrivateEndpointPort int `json:"private_endpoint_port"`
 }
 
 // WrapRequest is the body of the wrap action; without plaintext the HSM makes
@@ -131,11 +303,13 @@ type UnwrapRequest struct {
 	AAD        []string `json:"aad,omitempty"`
 }
 
-// ActionAnswer is what wrap and unwrap give.
+// ActionAnswer is what wrap, unwrap and rewrap give. Unwrap adds a fresh
+// ciphertext when an older version of the key had wrapped the old one.
 type ActionAnswer struct {
-	Plaintext  string      `json:"plaintext,omitempty"`  // base64
-	Ciphertext string      `json:"ciphertext,omitempty"` // base64 of the JSON that Ciphertext describes
-	KeyVersion *KeyVersion `json:"keyVersion,omitempty"`
+	Plaintext           string      `json:"plaintext,omitempty"`  // base64
+	Ciphertext          string      `json:"ciphertext,omitempty"` // base64 of the JSON that Ciphertext describes
+	KeyVersion          *KeyVersion `json:"keyVersion,omitempty"`
+	RewrappedKeyVersion *KeyVersion `json:"rewrappedKeyVersion,omitempty"`
 }
 
 // CiphertextVersion is the version that this service writes.

@@ -29,13 +29,14 @@ import (
 // `serve` was given; a copy without anything secret lies in the folder, so
 // that a command can start the KMS again for one call.
 type Embedded struct {
-	Data       string `json:"-"`
-	SecretFile string `json:"secretFile"` // hsm-Secret.yaml
-	ValuesFile string `json:"valuesFile"` // overrides_hsm.yaml
-	Module     string `json:"module,omitempty"`
-	Label      string `json:"tokenLabel,omitempty"`
-	Serial     string `json:"tokenSerial,omitempty"`
-	Slot       string `json:"slot,omitempty"`
+	Data       string      `json:"-"`
+	SecretFile string      `json:"secretFile"` // hsm-Secret.yaml
+	ValuesFile string      `json:"valuesFile"` // overrides_hsm.yaml
+	Module     string      `json:"module,omitempty"`
+	Label      string      `json:"tokenLabel,omitempty"`
+	Serial     string      `json:"tokenSerial,omitempty"`
+	Slot       string      `json:"slot,omitempty"`
+	Windows    WindowFlags `json:"windows,omitzero"`
 
 	Pass PassphraseFlags `json:"-"`
 }
@@ -66,6 +67,10 @@ func (r *RunningKMS) Close() {
 
 // Start opens the KMS of the folder. The caller holds the folder's lock.
 func (e *Embedded) Start(ctx context.Context, a *App, log *slog.Logger, connectorLog io.Writer, progress func(did string, details ...string)) (running *RunningKMS, err error) {
+	windows, err := e.Windows.Windows()
+	if err != nil {
+		return nil, err
+	}
 	sec, set, err := e.settings(a)
 	if err != nil {
 		return nil, err
@@ -90,7 +95,8 @@ func (e *Embedded) Start(ctx context.Context, a *App, log *slog.Logger, connecto
 		return nil, err
 	}
 	r.stop = append(r.stop, token.Close)
-	r.KMS, err = OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Name: embeddedName, Now: a.Now, Log: log})
+	r.KMS, err = OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Name: embeddedName,
+		Now: a.Now, Log: log, Windows: windows})
 	if err != nil {
 		return nil, err
 	}

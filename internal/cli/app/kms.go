@@ -33,6 +33,7 @@ type KMSConfig struct {
 	Name     string // of this process, for the audit log's heads
 	Now      func() time.Time
 	Log      *slog.Logger
+	Windows  kms.Windows
 }
 
 // KMS is an open KMS: the HSM unlocked, the records read.
@@ -41,6 +42,7 @@ type KMS struct {
 	Opened kms.Opened
 	IAM    *iam.Service
 	Server *server.Server
+	kms    *kms.Service
 	store  *store.Store
 	plain  *store.Plain
 	codec  *record.Codec
@@ -83,7 +85,8 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		st.Close()
 		return nil, err
 	}
-	k.Server = server.New(server.Config{KMS: kms.New(st, c.Token, c.Token, c.Now), IAM: k.IAM, Audit: k.audit, Log: c.Log,
+	k.kms = kms.New(st, c.Token, c.Token, c.Now, c.Windows)
+	k.Server = server.New(server.Config{KMS: k.kms, IAM: k.IAM, Audit: k.audit, Log: c.Log,
 		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup})
 	return k, nil
 }
@@ -94,6 +97,46 @@ func (k *KMS) Close() {
 		k.Log.Error("close audit log", "error", err)
 	}
 	k.store.Close()
+}
+
+// sweepEvery is how often the life cycle is looked at; the API itself treats
+// an expired key as expired at once.
+const sweepEvery = time.Minute
+
+// Sweep does what is due by itself (expiry, rotation by policy, purge), once a
+// minute until the function that it gives is called, and writes each act down.
+func (k *KMS) Sweep(ctx context.Context) (stop func()) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(min(sweepEvery, max(k.Windows.Expiry, time.Second)))
+		defer tick.Stop()
+		for {
+			if err := k.sweep(ctx); err != nil && ctx.Err() == nil {
+				k.Log.Error("life cycle", "error", err)
+			}
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
+func (k *KMS) sweep(ctx context.Context) error {
+	acts, err := k.kms.Sweep(ctx)
+	for _, a := range acts {
+		e := audit.Event{Action: a.Action, Outcome: "success", Status: 204, Principal: "life-cycle", Instance: a.Instance, Key: a.Key}
+		if a.Err != nil {
+			e.Outcome, e.Status = "failure", 500
+			k.Log.Error("life cycle", "action", a.Action, "key", a.Key, "error", a.Err)
+		}
+		err = errors.Join(err, k.audit.Append(ctx, e))
+	}
+	return err
 }
 
 // saveHead keeps the audit log's signed head in the store too, so that a cut

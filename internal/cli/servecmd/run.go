@@ -27,6 +27,7 @@ type apiOptions struct {
 	cert, key   string
 	adminHashes []string
 	auditDir    string
+	windows     app.WindowFlags
 }
 
 func newRunAPICmd(a *app.App, run func(context.Context, *apiOptions) error) *cobra.Command {
@@ -53,6 +54,7 @@ refused is not tried again until the secret changes.`,
 	fs.StringVar(&o.key, "tls-key-file", "", "its key")
 	fs.StringArrayVar(&o.adminHashes, "admin-key-hash-file", nil, "JSON with id and hash of an administrator's API key; repeatable")
 	fs.StringVar(&o.auditDir, "audit-dir", "", "folder of the audit log")
+	o.windows.Add(fs)
 	return cmd
 }
 
@@ -67,6 +69,9 @@ func (o *apiOptions) Check() error {
 	}
 	if len(o.etcd.Endpoints) == 0 {
 		errs = append(errs, fault.Usagef("--etcd-endpoints: missing"))
+	}
+	if _, err := o.windows.Windows(); err != nil {
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
@@ -138,7 +143,11 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 	if err != nil {
 		return err
 	}
-	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Name: name, Now: o.Now, Log: log})
+	windows, err := o.windows.Windows()
+	if err != nil {
+		return err
+	}
+	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Name: name, Now: o.Now, Log: log, Windows: windows})
 	if err != nil {
 		return err
 	}
@@ -149,6 +158,7 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 		}
 	}
 	gate.Open(k.Server)
+	defer k.Sweep(ctx)()
 	log.Info("ready", "token", k.Opened.Token.Serial, "install", k.Opened.Install)
 	<-ctx.Done()
 	return nil

@@ -67,6 +67,7 @@ is not running: the folder remembers where the two files are (and nothing that i
 	fs.StringVar(&o.adminKeyFile, "admin-key-file", "", "make a first administrator's API key and write it here, once")
 	fs.StringSliceVar(&o.san, "san", nil, "further DNS names or addresses in the API's certificate")
 	o.kms.Pass.Add(fs)
+	o.kms.Windows.Add(fs)
 	return cmd
 }
 
@@ -79,6 +80,9 @@ func (o *serveOptions) Check() error {
 		}
 	}
 	if _, err := app.ParseSlot(o.kms.Slot); err != nil {
+		errs = append(errs, err)
+	}
+	if _, err := o.kms.Windows.Windows(); err != nil {
 		errs = append(errs, err)
 	}
 	chosen := 0
@@ -130,6 +134,8 @@ func runServe(ctx context.Context, o *serveOptions) error {
 	if err != nil {
 		return err
 	}
+	stopSweeping := k.Sweep(ctx)
+	defer stopSweeping()
 	local, err := app.LocalListener(ctx, app.SocketPath(o.kms.Data))
 	if err != nil {
 		return err

@@ -1,0 +1,396 @@
+package kms
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/record"
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+)
+
+// Rotate gives a root key new material; the old one goes on unwrapping.
+func (s *Service) Rotate(ctx context.Context, instance, id string, in kmsapi.RotateRequest) error {
+	k, _, err := s.load(ctx, instance, id)
+	if err != nil {
+		return err
+	}
+	if err := s.mayRotate(k, in); err != nil {
+		return err
+	}
+	if err := s.enforceToken(ctx, instance, k.Imported, in.EncryptedNonce); err != nil {
+		return err
+	}
+	payload, err := s.payload(ctx, instance, kmsapi.CreateKey{Payload: in.Payload, EncryptedNonce: in.EncryptedNonce, IV: in.IV, EncryptionAlgorithm: in.EncryptionAlgorithm})
+	if err != nil {
+		return err
+	}
+	defer clear(payload)
+	fresh := versionRecord{ID: uuid.NewString(), CreatedAt: s.stamp()}
+	made := keyRecord{}
+	if err := s.fillRoot(ctx, &made, &fresh, payload); err != nil {
+		return err
+	}
+	_, err = s.change(ctx, instance, id, func(k *keyRecord, now time.Time) ([]record.Change, error) {
+		if err := s.mayRotate(k, in); err != nil {
+			return nil, err
+		}
+		old := k.Version
+		k.Version, k.RotatedAt, k.Bits = fresh, &now, made.Bits
+		return []record.Change{{Path: versionDir(instance, k.ID) + old.ID, Value: old}}, nil
+	})
+	return err
+}
+
+func (s *Service) mayRotate(k *keyRecord, in kmsapi.RotateRequest) error {
+	if err := s.checkRoot(k, stateActive, stateDeactivated); err != nil {
+		return err
+	}
+	if k.RotatedAt != nil && s.now().Before(k.RotatedAt.Add(s.window.Rotate)) {
+		return refusal(fault.Conflict, k.ID, kmsapi.RotationTooSoon)
+	}
+	if k.Imported && in.Payload == "" {
+		return refusal(fault.Usage, k.ID, kmsapi.PayloadRequired)
+	}
+	if !k.Imported && in.Payload != "" {
+		return invalid("payload", "absent: this root key was made in the HSM")
+	}
+	return nil
+}
+
+// Disable suspends a key; Enable takes it back.
+func (s *Service) Disable(ctx context.Context, instance, id string) error {
+	return s.switchState(ctx, instance, id, stateActive, stateSuspended, "Key is not in active state")
+}
+
+// Enable makes a suspended key active again, not sooner than the window after
+// its last change of state.
+func (s *Service) Enable(ctx context.Context, instance, id string) error {
+	return s.switchState(ctx, instance, id, stateSuspended, stateActive, "Key is not in suspended state")
+}
+
+func (s *Service) switchState(ctx context.Context, instance, id string, from, to int, lead string) error {
+	_, err := s.change(ctx, instance, id, func(k *keyRecord, now time.Time) ([]record.Change, error) {
+		if k.State == stateDestroyed {
+			return nil, refusal(fault.NotFound, id, kmsapi.KeyDeleted)
+		}
+		if k.Kind != kindRoot {
+			return nil, refusal(fault.Usage, id, kmsapi.RootRequired)
+		}
+		if s.stateNow(k) != from {
+			return nil, refuse(fault.Conflict, lead, id, kmsapi.InvalidState)
+		}
+		if to == stateActive && k.ActedAt != nil && s.now().Before(k.ActedAt.Add(s.window.Enable)) {
+			return nil, refusal(fault.Conflict, id, kmsapi.TooEarly)
+		}
+		k.State, k.ActedAt = to, &now
+		return nil, nil
+	})
+	return err
+}
+
+// authorized says whether a first authorization to delete is there and alive.
+func (s *Service) authorized(k *keyRecord) bool {
+	return k.SetAt != nil && s.now().Before(k.SetAt.Add(s.window.DualAuth))
+}
+
+// SetForDeletion is the first of two authorizations to delete a key.
+func (s *Service) SetForDeletion(ctx context.Context, instance, id, who string) error {
+	return s.authorize(ctx, instance, id, func(k *keyRecord, now time.Time) { k.SetBy, k.SetAt = who, &now })
+}
+
+// UnsetForDeletion takes it back.
+func (s *Service) UnsetForDeletion(ctx context.Context, instance, id string) error {
+	return s.authorize(ctx, instance, id, func(k *keyRecord, _ time.Time) { k.SetBy, k.SetAt = "", nil })
+}
+
+func (s *Service) authorize(ctx context.Context, instance, id string, f func(*keyRecord, time.Time)) error {
+	_, err := s.change(ctx, instance, id, func(k *keyRecord, now time.Time) ([]record.Change, error) {
+		if k.State == stateDestroyed {
+			return nil, refusal(fault.NotFound, id, kmsapi.KeyDeleted)
+		}
+		if !k.dual() {
+			return nil, refusal(fault.Conflict, id, kmsapi.NotDualAuth)
+		}
+		f(k, now)
+		return nil, nil
+	})
+	return err
+}
+
+// Delete destroys a key; it can be restored for a while, unless its instance
+// speaks ICP's dialect, where deletion is final.
+func (s *Service) Delete(ctx context.Context, instance, id, who string, force bool) (kmsapi.Key, error) {
+	in, err := s.Instance(ctx, instance)
+	if err != nil {
+		return kmsapi.Key{}, err
+	}
+	var gone [][]byte
+	k, err := s.change(ctx, instance, id, func(k *keyRecord, now time.Time) ([]record.Change, error) {
+		if err := s.mayDelete(ctx, k, who, force); err != nil {
+			return nil, err
+		}
+		k.State, k.DeletedAt, k.DeletedBy, k.ActedAt, k.SetBy, k.SetAt = stateDestroyed, &now, who, &now, "", nil
+		if in.Dialect != DialectICP {
+			return nil, nil
+		}
+		var changes []record.Change
+		changes, gone, err = s.dropVersions(ctx, k)
+		k.Final, k.Version.Blob, k.Version.Sealed = true, nil, nil
+		return changes, err
+	})
+	if err != nil {
+		return kmsapi.Key{}, err
+	}
+	return s.show(k), s.evict(ctx, gone)
+}
+
+func (s *Service) mayDelete(ctx context.Context, k *keyRecord, who string, force bool) error {
+	if k.State == stateDestroyed {
+		return refusal(fault.NotFound, k.ID, kmsapi.KeyDeleted)
+	}
+	if k.dual() && (!s.authorized(k) || k.SetBy == who) {
+		return refuse(fault.Conflict, "1 prior authorization(s) are required for deletion", k.ID, kmsapi.AuthorizationsLack)
+	}
+	regs, err := s.registrations(ctx, k.Instance, k.ID)
+	if err != nil {
+		return err
+	}
+	for _, r := range regs {
+		if r.PreventKeyDeletion {
+			return refusal(fault.Conflict, k.ID, kmsapi.PreventDeletion)
+		}
+	}
+	if len(regs) > 0 && !force {
+		return refusal(fault.Conflict, k.ID, kmsapi.ProtectedResource)
+	}
+	return nil
+}
+
+// dropVersions are the changes that remove all older versions, and the blobs
+// that the HSM should forget.
+func (s *Service) dropVersions(ctx context.Context, k *keyRecord) (changes []record.Change, blobs [][]byte, err error) {
+	blobs = append(blobs, k.Version.Blob)
+	err = s.store.List(ctx, versionDir(k.Instance, k.ID), func(m record.Meta, decode func(any) error) error {
+		var v versionRecord
+		if err := decode(&v); err != nil {
+			return err
+		}
+		changes, blobs = append(changes, record.Change{Path: m.Path, Rev: m.Rev}), append(blobs, v.Blob)
+		return nil
+	})
+	return changes, blobs, err
+}
+
+func (s *Service) evict(ctx context.Context, blobs [][]byte) error {
+	var errs []error
+	for _, b := range blobs {
+		if len(b) > 0 {
+			errs = append(errs, s.hsm.Evict(ctx, b))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Restore brings a deleted key back.
+func (s *Service) Restore(ctx context.Context, instance, id string) (kmsapi.Key, error) {
+	k, err := s.change(ctx, instance, id, func(k *keyRecord, now time.Time) ([]record.Change, error) {
+		switch {
+		case k.State != stateDestroyed:
+			return nil, refusal(fault.Conflict, id, kmsapi.InvalidState)
+		case k.Final || s.now().After(k.DeletedAt.Add(s.window.RestoreMax)):
+			return nil, refusal(fault.Usage, id, kmsapi.RestoreExpired)
+		case s.now().Before(k.DeletedAt.Add(s.window.RestoreMin)):
+			return nil, refusal(fault.Conflict, id, kmsapi.TooEarly)
+		case k.Expires != nil && !s.now().Before(*k.Expires):
+			return nil, refuse(fault.Usage, "The key expired on "+k.Expires.UTC().Format(time.RFC3339), id, kmsapi.KeyExpired)
+		}
+		k.State, k.DeletedAt, k.DeletedBy, k.ActedAt = stateActive, nil, "", &now
+		return nil, nil
+	})
+	if err != nil {
+		return kmsapi.Key{}, err
+	}
+	return s.show(k), nil
+}
+
+// Purge removes a deleted key for good, with everything that belongs to it.
+func (s *Service) Purge(ctx context.Context, instance, id string) (kmsapi.Key, error) {
+	k, rev, err := s.load(ctx, instance, id)
+	if err != nil {
+		return kmsapi.Key{}, err
+	}
+	if k.State != stateDestroyed {
+		return kmsapi.Key{}, refusal(fault.Conflict, id, kmsapi.InvalidState)
+	}
+	if s.now().Before(k.DeletedAt.Add(s.window.PurgeMin)) {
+		f := refusal(fault.Conflict, id, kmsapi.TooEarly)
+		var e *fault.Error
+		if errors.As(f, &e) {
+			e.Err = fmt.Errorf("%s: Purge operation is allowed %s after key is deleted", kmsapi.MessageOf(kmsapi.TooEarly), s.window.PurgeMin)
+		}
+		return kmsapi.Key{}, f
+	}
+	out := s.show(k)
+	return out, s.purge(ctx, k, rev)
+}
+
+func (s *Service) purge(ctx context.Context, k *keyRecord, rev int64) error {
+	changes, blobs, err := s.dropVersions(ctx, k)
+	if err != nil {
+		return err
+	}
+	changes = append(changes, record.Change{Path: k.path(), Rev: rev})
+	for _, a := range k.Aliases {
+		var have kmsapi.Alias
+		rev, err := s.store.Get(ctx, aliasPath(k.Instance, a), &have)
+		if err != nil {
+			return err
+		}
+		changes = append(changes, record.Change{Path: aliasPath(k.Instance, a), Rev: rev})
+	}
+	err = s.store.List(ctx, registrationDir(k.Instance), func(m record.Meta, _ func(any) error) error {
+		if strings.HasPrefix(m.Path, registrationDir(k.Instance)+k.ID+".") {
+			changes = append(changes, record.Change{Path: m.Path, Rev: m.Rev})
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if err := s.store.Commit(ctx, changes...); err != nil {
+		if errors.Is(err, record.ErrConflict) {
+			return refusal(fault.Conflict, k.ID, kmsapi.Conflict)
+		}
+		return err
+	}
+	return s.evict(ctx, blobs)
+}
+
+// Sync notes that the services which use a key should look at it again; ours
+// read it each time, so there is nothing to bring up to date.
+func (s *Service) Sync(ctx context.Context, instance, id string) error {
+	k, _, err := s.load(ctx, instance, id)
+	if err == nil && k.State == stateDestroyed {
+		err = refusal(fault.NotFound, id, kmsapi.KeyDeleted)
+	}
+	return err
+}
+
+// Patch moves a key to another ring.
+func (s *Service) Patch(ctx context.Context, instance, id string, in kmsapi.PatchKey) (kmsapi.Key, error) {
+	if in.KeyRingID == "" {
+		return kmsapi.Key{}, invalid("keyRingID", "present")
+	}
+	if err := s.ringExists(ctx, instance, in.KeyRingID); err != nil {
+		return kmsapi.Key{}, err
+	}
+	k, err := s.change(ctx, instance, id, func(k *keyRecord, _ time.Time) ([]record.Change, error) {
+		if k.State == stateDestroyed {
+			return nil, refusal(fault.NotFound, id, kmsapi.KeyDeleted)
+		}
+		k.KeyRing = in.KeyRingID
+		return nil, nil
+	})
+	if err != nil {
+		return kmsapi.Key{}, err
+	}
+	return s.show(k), nil
+}
+
+// Versions lists a key's versions, newest first, and their total.
+func (s *Service) Versions(ctx context.Context, instance, id string, limit, offset int, allStates bool) ([]kmsapi.KeyVersion, int, error) {
+	k, _, err := s.load(ctx, instance, id)
+	if err != nil {
+		return nil, 0, err
+	}
+	if k.Kind != kindRoot {
+		return nil, 0, refusal(fault.Usage, id, kmsapi.RootRequired)
+	}
+	if k.State == stateDestroyed && !allStates {
+		return nil, 0, refusal(fault.NotFound, id, kmsapi.KeyDeleted)
+	}
+	all, err := s.versions(ctx, k)
+	if err != nil {
+		return nil, 0, err
+	}
+	out := []kmsapi.KeyVersion{}
+	for _, v := range page(all, limit, offset) {
+		out = append(out, kmsapi.KeyVersion{ID: v.ID, CreationDate: &v.CreatedAt})
+	}
+	return out, len(all), nil
+}
+
+func page[T any](all []T, limit, offset int) []T {
+	offset = min(offset, len(all))
+	return all[offset:min(offset+limit, len(all))]
+}
+
+// Swept is something that the service did by itself.
+type Swept struct {
+	Action, Instance, Key string
+	Err                   error
+}
+
+// month of a rotation policy, as IBM counts it.
+const month = 30 * 24 * time.Hour
+
+// Sweep does what is due without anybody asking: it marks expired keys,
+// rotates by policy, purges what was deleted long ago, and destroys the keys
+// of import tokens that ended. Several replicas may do it at the same time.
+func (s *Service) Sweep(ctx context.Context) ([]Swept, error) {
+	instances, err := s.Instances(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []Swept
+	for _, in := range instances {
+		keys, err := s.index.keys(ctx, s.store, in.ID)
+		if err != nil {
+			return out, err
+		}
+		for _, k := range keys {
+			if action, do := s.due(k); do != nil {
+				out = append(out, Swept{action, in.ID, k.ID, do(ctx)})
+			}
+		}
+		if err := s.dropEndedToken(ctx, in.ID); err != nil {
+			out = append(out, Swept{"kms.import-token.expire", in.ID, "", err})
+		}
+	}
+	return out, nil
+}
+
+func (s *Service) due(k *keyRecord) (string, func(context.Context) error) {
+	now := s.now()
+	switch {
+	case k.State == stateDestroyed && now.After(k.DeletedAt.Add(s.window.PurgeAuto)):
+		return "kms.secrets.purge", func(ctx context.Context) error {
+			fresh, rev, err := s.load(ctx, k.Instance, k.ID)
+			if err != nil || fresh.State != stateDestroyed {
+				return err
+			}
+			return s.purge(ctx, fresh, rev)
+		}
+	case k.State == stateActive && s.stateNow(k) == stateDeactivated:
+		return "kms.secrets.expire", func(ctx context.Context) error {
+			_, err := s.change(ctx, k.Instance, k.ID, func(k *keyRecord, _ time.Time) ([]record.Change, error) {
+				if k.State == stateActive {
+					k.State = stateDeactivated
+				}
+				return nil, nil
+			})
+			return err
+		}
+	case k.State == stateActive && k.Rotation != nil && k.Rotation.Enabled && !k.Imported && now.After(k.Version.CreatedAt.Add(time.Duration(k.Rotation.Months)*month)):
+		return "kms.secrets.rotate", func(ctx context.Context) error {
+			return s.Rotate(ctx, k.Instance, k.ID, kmsapi.RotateRequest{})
+		}
+	}
+	return "", nil
+}
