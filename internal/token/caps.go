@@ -522,10 +522,10 @@ func (x *explorer) proveWrap(w way) (string, error) {
 // backAgain unwraps, and learns whether the token wants CKA_VALUE_LEN.
 func (x *explorer) backAgain(w way, kek keyPair, b []byte) (pkcs11.ObjectHandle, error) {
 	tpl := unwrapTemplate(x.sessionTemplate(false), pkcs11.CKK_AES)
-	h, err := x.unwrapKey(x.s, w, x.a.mac, kek, b, tpl)
+	h, err := x.unwrapKey(x.s, x.s, w, x.a.mac, kek, b, tpl)
 	if is(err, pkcs11.CKR_TEMPLATE_INCOMPLETE) {
 		x.a.unwrapLen = true
-		h, err = x.unwrapKey(x.s, w, x.a.mac, kek, b, append(tpl, attr(pkcs11.CKA_VALUE_LEN, 32)))
+		h, err = x.unwrapKey(x.s, x.s, w, x.a.mac, kek, b, append(tpl, attr(pkcs11.CKA_VALUE_LEN, 32)))
 	}
 	if err != nil {
 		return 0, err

@@ -236,7 +236,7 @@ func (t *Token) use(blob []byte, f func(s pkcs11.SessionHandle, a *abilities, k 
 	}
 	return t.with(func(s pkcs11.SessionHandle) error {
 		for try := 0; ; try++ {
-			k, err := t.cache.get(sha256.Sum256(blob), func() (keyPair, error) { return t.bringBack(a, m, w, enc, mac) }, t.forget)
+			k, err := t.cache.get(sha256.Sum256(blob), func() (keyPair, error) { return t.bringBack(s, a, m, w, enc, mac) }, t.forget)
 			if err != nil {
 				return err
 			}
@@ -254,34 +254,35 @@ func (t *Token) use(blob []byte, f func(s pkcs11.SessionHandle, a *abilities, k 
 }
 
 // bringBack makes the session objects in the session that holds the login,
-// which lives as long as the cache does.
-func (t *Token) bringBack(a *abilities, m *masterKeys, w way, enc, mac []byte) (k keyPair, err error) {
-	if k.enc, err = t.bringOne(a, m, w, enc, pkcs11.CKK_AES, t.sessionTemplate(false)); err != nil {
+// which lives as long as the cache does and does nothing else: a session
+// bears one operation at a time.
+func (t *Token) bringBack(s pkcs11.SessionHandle, a *abilities, m *masterKeys, w way, enc, mac []byte) (k keyPair, err error) {
+	if k.enc, err = t.bringOne(s, a, m, w, enc, pkcs11.CKK_AES, t.sessionTemplate(false)); err != nil {
 		return keyPair{}, err
 	}
 	if mac == nil {
 		return k, nil
 	}
-	if k.mac, err = t.bringOne(a, m, w, mac, a.mac.typ, macTemplate(t.sessionTemplate(false))); err != nil {
+	if k.mac, err = t.bringOne(s, a, m, w, mac, a.mac.typ, macTemplate(t.sessionTemplate(false))); err != nil {
 		t.destroy(t.login, k.enc)
 		return keyPair{}, err
 	}
 	return k, nil
 }
 
-func (t *Token) bringOne(a *abilities, m *masterKeys, w way, wrapped []byte, typ uint, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
+func (t *Token) bringOne(s pkcs11.SessionHandle, a *abilities, m *masterKeys, w way, wrapped []byte, typ uint, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
 	tpl = unwrapTemplate(tpl, typ)
 	if a.unwrapLen {
 		tpl = append(tpl, attr(pkcs11.CKA_VALUE_LEN, keyLen(w.form, wrapped)))
 	}
-	h, err := t.unwrapKey(t.login, w, a.mac, m.wrap, wrapped, tpl)
+	h, err := t.unwrapKey(s, t.login, w, a.mac, m.wrap, wrapped, tpl)
 	if errors.Is(err, errForeign) {
 		return 0, fault.New(fault.BadContent, "open root key on", t.module, err).WithHint("the store was changed, or belongs to another master key")
 	}
 	if err != nil {
 		return 0, err
 	}
-	if err := t.tighten(t.login, h); err != nil {
+	if err := t.tighten(s, h); err != nil {
 		t.destroy(t.login, h)
 		return 0, err
 	}

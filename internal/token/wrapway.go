@@ -81,8 +81,9 @@ func wrapText(b []byte) []byte { return append([]byte("kmsctl wrapped key\x00"),
 // foreign says that C_UnwrapKey did not like what it was given.
 var errForeign = errors.New("it was not wrapped by this master key, or was changed")
 
-// unwrapKey brings a wrapped key back as an object with the attributes of tpl.
-func (t *Token) unwrapKey(s pkcs11.SessionHandle, w way, mac macKind, kek keyPair, b []byte, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
+// unwrapKey brings a wrapped key back as an object with the attributes of tpl,
+// which lives as long as the session owner; s does the rest of the work.
+func (t *Token) unwrapKey(s, owner pkcs11.SessionHandle, w way, mac macKind, kek keyPair, b []byte, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
 	var param []byte
 	if w.form == formCBC {
 		n := len(b) - macLen
@@ -103,7 +104,7 @@ func (t *Token) unwrapKey(s pkcs11.SessionHandle, w way, mac macKind, kek keyPai
 	}
 	t.objects.Lock()
 	defer t.objects.Unlock()
-	h, err := t.ctx.UnwrapKey(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(w.mechanism, param)}, kek.enc, b, tpl)
+	h, err := t.ctx.UnwrapKey(owner, []*pkcs11.Mechanism{pkcs11.NewMechanism(w.mechanism, param)}, kek.enc, b, tpl)
 	switch {
 	case err == nil:
 		return h, nil
