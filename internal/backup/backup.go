@@ -160,11 +160,11 @@ func (c *counter) summary() Summary {
 
 // keyView is what a copy must understand of a key's record.
 type keyView struct {
-	State    int `json:"state"`
-	Versions []struct {
+	State   int `json:"state"`
+	Version struct {
 		Blob   []byte `json:"blob"`
 		Sealed []byte `json:"sealed"`
-	} `json:"versions"`
+	} `json:"version"`
 }
 
 func view(r record.Raw) (k keyView, ok bool) {
@@ -173,19 +173,11 @@ func view(r record.Raw) (k keyView, ok bool) {
 
 const stateDestroyed = 5
 
-// inToken says whether a key has a version whose material is not in its
-// record, although it was not destroyed.
+// inToken says whether a key's material is not in its record, although it was
+// not destroyed.
 func inToken(r record.Raw) bool {
 	k, ok := view(r)
-	if !ok || k.State == stateDestroyed {
-		return false
-	}
-	for _, v := range k.Versions {
-		if len(v.Blob) == 0 && len(v.Sealed) == 0 {
-			return true
-		}
-	}
-	return false
+	return ok && k.State != stateDestroyed && len(k.Version.Blob) == 0 && len(k.Version.Sealed) == 0
 }
 
 // Decoder checks a record's proof of origin; record.Codec is one.

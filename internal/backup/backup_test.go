@@ -49,8 +49,8 @@ func open(t *testing.T, c store.EtcdClient) *store.Store {
 }
 
 type key struct {
-	State    int              `json:"state"`
-	Versions []map[string]any `json:"versions"`
+	State   int            `json:"state"`
+	Version map[string]any `json:"version"`
 }
 
 const install = `{"id":"i1","serial":"s1"}`
@@ -71,10 +71,10 @@ func fill(t *testing.T, n int) (store.EtcdClient, *store.Store) {
 	put(t, s, "iam/policies/ServiceId-1/p1", map[string]string{"id": "p1"})
 	put(t, s, "audit/embedded", map[string]int{"seq": 9})
 	for i := range n {
-		put(t, s, keyPath(i), key{State: 1, Versions: []map[string]any{{"blob": []byte("wrapped")}}})
+		put(t, s, keyPath(i), key{State: 1, Version: map[string]any{"blob": []byte("wrapped")}})
 	}
-	put(t, s, "keys/inst/in-token", key{State: 1, Versions: []map[string]any{{"id": "v"}}})
-	put(t, s, "keys/inst/destroyed", key{State: 5, Versions: []map[string]any{{"id": "v"}}})
+	put(t, s, "keys/inst/in-token", key{State: 1, Version: map[string]any{"id": "v"}})
+	put(t, s, "keys/inst/destroyed", key{State: 5, Version: map[string]any{"id": "v"}})
 	return c, s
 }
 
@@ -270,7 +270,7 @@ func TestNothingRemovedComesBackInPassing(t *testing.T) {
 		}
 	}
 	put(t, s, keyPath(1), key{State: 5})
-	put(t, s, keyPath(2), key{State: 2, Versions: []map[string]any{{"blob": []byte("newer")}}})
+	put(t, s, keyPath(2), key{State: 2, Version: map[string]any{"blob": []byte("newer")}})
 	p, target := prepare(t, b, c, nil)
 	var removed []string
 	for _, r := range p.Removed {
