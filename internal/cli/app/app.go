@@ -23,7 +23,8 @@ type App struct {
 	Format   string // -o/--output, checked before any command runs
 	Asker    Asker  // nil: the controlling terminal, where there is one
 
-	atExit []func()
+	atExit  []func()
+	oneCall string // data folder whose KMS runs for this command
 }
 
 // Close ends what a command opened for its own time, last first.

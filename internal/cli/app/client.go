@@ -86,8 +86,7 @@ func (a *App) Client(ctx context.Context, f *ClientFlags) (*kmsclient.Client, er
 	}
 	cfg := kmsclient.Config{Server: f.Server, CAFile: f.CAFile, APIKey: key}
 	if f.Server == "" {
-		cfg.Socket = SocketPath(f.Data)
-		if err := a.embedded(ctx, f.Data); err != nil {
+		if cfg.Socket, err = a.embedded(ctx, f.Data); err != nil {
 			return nil, err
 		}
 	} else if len(key) == 0 {

@@ -228,34 +228,42 @@ func recall(data string) (*Embedded, error) {
 // folder and does not answer: it is starting, or ending.
 const startWait = 10 * time.Second
 
-// embedded makes sure that the KMS of data answers on its local socket: the
-// running one, else one that is started for this call and ends with it.
-func (a *App) embedded(ctx context.Context, data string) error {
+// callSocket is the local socket of a KMS that was started for one call. It is
+// not the usual one: nobody else may begin what would end with that call.
+const callSocket = "call.sock"
+
+// embedded gives the local socket of the KMS of data: of the running one, else
+// of one that is started for this call and ends with it.
+func (a *App) embedded(ctx context.Context, data string) (socket string, err error) {
+	if a.oneCall == data && data != "" {
+		return filepath.Join(data, callSocket), nil
+	}
 	for until := time.Now().Add(startWait); ; {
 		var d net.Dialer
 		if c, err := d.DialContext(ctx, "unix", SocketPath(data)); err == nil {
-			return c.Close()
+			return SocketPath(data), c.Close()
 		}
 		e, err := recall(data)
 		if err != nil {
-			return err
+			return "", err
 		}
 		if e == nil {
-			return fault.Newf(fault.Unreachable, "reach the embedded KMS of", data, "none was started there yet").
+			return "", fault.Newf(fault.Unreachable, "reach the embedded KMS of", data, "none was started there yet").
 				WithHint("start it with `kmsctl serve --data %s …`, or name another KMS with --server", data)
 		}
 		unlock, err := LockData(data)
 		if err == nil {
 			a.atExit = append(a.atExit, unlock)
-			return a.forOneCall(ctx, e)
+			a.oneCall = data
+			return filepath.Join(data, callSocket), a.forOneCall(ctx, e)
 		}
 		if fault.KindOf(err) != fault.Conflict || time.Now().After(until) {
-			return err
+			return "", err
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):
 		case <-ctx.Done():
-			return ctx.Err()
+			return "", ctx.Err()
 		}
 	}
 }
@@ -267,7 +275,7 @@ func (a *App) forOneCall(ctx context.Context, e *Embedded) error {
 		return err
 	}
 	a.atExit = append(a.atExit, r.Close)
-	l, err := LocalListener(ctx, SocketPath(e.Data))
+	l, err := LocalListener(ctx, filepath.Join(e.Data, callSocket))
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,260 @@
+package servecmd_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/kmsctl/kmsctl/internal/cli"
+	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/testkit"
+)
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	testkit.Cleanup()
+	os.Exit(code)
+}
+
+// buffer may be read while the program writes.
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+// kmsctl runs the program in this process.
+func kmsctl(t *testing.T, ctx context.Context, errs io.Writer, args ...string) (code int, out string) { //nolint:revive // a test comes first
+	t.Helper()
+	var o bytes.Buffer
+	a := app.New("test")
+	a.In, a.Out, a.Err = strings.NewReader(""), &o, errs
+	a.Getenv = func(k string) string {
+		if k == "KMSCTL_CONNECTOR" {
+			return testkit.Connector(t)
+		}
+		return ""
+	}
+	return cli.Main(ctx, a, args), o.String()
+}
+
+// files writes the two files of the manual.
+func files(t *testing.T, pin string) (secret, values string) {
+	t.Helper()
+	dir := t.TempDir()
+	secret, values = filepath.Join(dir, "hsm-Secret.yaml"), filepath.Join(dir, "overrides_hsm.yaml")
+	y := "apiVersion: v1\nkind: Secret\nmetadata:\n  name: hsm-secret\n  namespace: kube-system\ntype: Opaque\nstringData:\n  hsm-pass: " + pin + "\n"
+	for path, text := range map[string]string{secret: y, values: "hsm:\n  hsm_model: softhsm\n"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return secret, values
+}
+
+type running struct {
+	url, data string
+	log       *buffer
+	stop      func()
+}
+
+var ready = regexp.MustCompile(`(?m)^ready +(\S+)`)
+
+// serve runs `kmsctl serve` over SoftHSM until the test ends.
+func serve(t *testing.T, data string, flags ...string) *running {
+	t.Helper()
+	secret, values := files(t, "a-pass-phrase")
+	r := &running{data: data, log: &buffer{}}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan int, 1)
+	args := append([]string{"serve", "--data", data, "--listen", "127.0.0.1:0", "--secret", secret, "--values", values}, flags...)
+	go func() {
+		code, _ := kmsctl(t, ctx, r.log, args...)
+		done <- code
+	}()
+	r.stop = sync.OnceFunc(func() {
+		cancel()
+		if code := <-done; code != 0 {
+			t.Errorf("serve ended with %d:\n%s", code, r.log)
+		}
+	})
+	t.Cleanup(r.stop)
+	for until := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		if m := ready.FindStringSubmatch(r.log.String()); m != nil {
+			r.url = m[1]
+			return r
+		}
+		select {
+		case code := <-done:
+			done <- code
+			t.Fatalf("serve ended with %d:\n%s", code, r.log)
+		default:
+		}
+		if time.Now().After(until) {
+			t.Fatalf("serve is not ready:\n%s", r.log)
+		}
+	}
+}
+
+// client trusts the CA of the data folder.
+func (r *running) client(t *testing.T) *http.Client {
+	t.Helper()
+	pem, err := os.ReadFile(filepath.Join(r.data, "tls", "ca.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		t.Fatal("no CA")
+	}
+	tr := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}}
+	t.Cleanup(tr.CloseIdleConnections)
+	return &http.Client{Transport: tr, Timeout: time.Minute}
+}
+
+// run runs another command on the folder, and reads its JSON.
+func (r *running) run(t *testing.T, out any, args ...string) {
+	t.Helper()
+	errs := &buffer{}
+	code, text := kmsctl(t, t.Context(), errs, append(args, "--data", r.data, "-o", "json")...)
+	if code != 0 {
+		t.Fatalf("kmsctl %s: %d\n%s", args, code, errs)
+	}
+	if out != nil {
+		if err := json.Unmarshal([]byte(text), out); err != nil {
+			t.Fatalf("%s: %v", text, err)
+		}
+	}
+}
+
+// TestAServerThatWasStoppedLosesNothing stops while calls are on their way:
+// each gets its answer, and the audit log is whole.
+func TestAServerThatWasStoppedLosesNothing(t *testing.T) {
+	r := serve(t, t.TempDir())
+	var o struct{ InstanceID, APIKey, KeyID string }
+	r.run(t, &o, "onboard", "orders")
+	h := r.client(t)
+	token := login(t, h, r.url, o.APIKey)
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	count := map[int]int{}
+	for range 4 {
+		wg.Go(func() {
+			for range 50 {
+				req, _ := http.NewRequestWithContext(t.Context(), "POST", r.url+"/api/v2/keys/"+o.KeyID+"/actions/wrap", nil)
+				req.Header.Set("Authorization", "Bearer "+token)
+				req.Header.Set("Bluemix-Instance", o.InstanceID)
+				res, err := h.Do(req)
+				if err != nil {
+					return // the server is gone
+				}
+				res.Body.Close()
+				mu.Lock()
+				count[res.StatusCode]++
+				mu.Unlock()
+			}
+		})
+	}
+	for {
+		mu.Lock()
+		n := count[200]
+		mu.Unlock()
+		if n > 5 {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	r.stop()
+	wg.Wait()
+	if len(count) != 1 || count[200] < 5 {
+		t.Errorf("answers by status: %v", count)
+	}
+	var rep struct{ Events int }
+	r.run(t, &rep, "audit", "verify")
+	if rep.Events < count[200] {
+		t.Errorf("%d answers, %d events", count[200], rep.Events)
+	}
+}
+
+func login(t *testing.T, h *http.Client, base, key string) string {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), "POST", base+"/identity/token",
+		strings.NewReader("grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey="+key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	res, err := h.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	var tok struct {
+		AccessToken string `json:"access_token"`
+	}
+	if err := json.NewDecoder(res.Body).Decode(&tok); err != nil || tok.AccessToken == "" {
+		t.Fatalf("%d %v", res.StatusCode, err)
+	}
+	return tok.AccessToken
+}
+
+// TestAWrongPasswordIsTriedOnce counts by the token's own flag and by the
+// ledger's words: a restart does not try again.
+func TestAWrongPasswordIsTriedOnce(t *testing.T) {
+	data := t.TempDir()
+	serve(t, data).stop()
+	secret, values := files(t, "a-wrong-phrase")
+	for i, want := range []string{"CKR_PIN_INCORRECT", "refused before", "refused before"} {
+		errs := &buffer{}
+		code, _ := kmsctl(t, t.Context(), errs, "serve", "--data", data, "--listen", "127.0.0.1:0", "--secret", secret, "--values", values)
+		if code != 4 || !strings.Contains(errs.String(), want) || (i > 0 && strings.Contains(errs.String(), "CKR_PIN")) {
+			t.Errorf("start %d: %d\n%s", i+1, code, errs)
+		}
+		if i > 0 && !strings.Contains(errs.String(), "1 refused so far") {
+			t.Errorf("start %d tried again:\n%s", i+1, errs)
+		}
+	}
+	serve(t, data).stop() // the right one is not spoiled
+}
+
+// TestCommandsStartTheKMSForOneCall: two at the same time wait for each other.
+func TestCommandsStartTheKMSForOneCall(t *testing.T) {
+	data := t.TempDir()
+	serve(t, data).stop()
+	r := &running{data: data}
+	r.run(t, nil, "instances", "create", "shop")
+	var wg sync.WaitGroup
+	for i := range 3 {
+		wg.Go(func() { r.run(t, nil, "keys", "create", fmt.Sprint("key-", i), "--instance", "shop") })
+	}
+	wg.Wait()
+	var l struct{ Keys []struct{ ID string } }
+	r.run(t, &l, "keys", "list", "--instance", "shop")
+	if len(l.Keys) != 3 {
+		t.Errorf("%+v", l)
+	}
+	r.run(t, nil, "audit", "verify")
+}
