@@ -152,7 +152,7 @@ type insideHook struct{}
 // HSM or the ledger nothing gets better by itself quickly.
 const (
 	firstPause  = 100 * time.Millisecond
-	longPause   = 2 * time.Second
+	longPause   = 500 * time.Millisecond // an HSM that is back is used within 2 s
 	deniedPause = 15 * time.Second
 )
 

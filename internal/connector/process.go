@@ -30,7 +30,9 @@ type Options struct {
 	TokenLabel  string
 	TokenSerial string
 	Slot        *uint64
-	SoftHSMDir  string // make the token here when there is none
+	SoftHSMDir  string        // make the token here when there is none
+	Sessions    int           // calls that the token works on at once; 0 leaves it to the connector
+	CallTimeout time.Duration // a call of the library that takes longer ends the connector; 0 leaves it there too
 	PIN         secret.Value
 	Stderr      io.Writer // the connector's log
 	Env         []string  // added to the environment
@@ -121,6 +123,12 @@ func newStarter(o Options) *starter {
 	if o.Slot != nil {
 		add("--slot", strconv.FormatUint(*o.Slot, 10))
 	}
+	if o.Sessions > 0 {
+		add("--sessions", strconv.Itoa(o.Sessions))
+	}
+	if o.CallTimeout > 0 {
+		add("--call-timeout", o.CallTimeout.String())
+	}
 	return s
 }
 
@@ -150,9 +158,9 @@ func (c *Client) supervise() {
 }
 
 const (
-	stable      = 10 * time.Second // a connector that lived so long is no crash loop
-	startPause  = 50 * time.Millisecond
-	maxStartGap = 5 * time.Second
+	stable      = 5 * time.Second // a connector that lived so long is no crash loop
+	startPause  = 20 * time.Millisecond
+	maxStartGap = time.Second // back within 2 s, crash loop or not
 )
 
 // startAgain starts until one starts, or the client is closed.

@@ -29,7 +29,7 @@ type device struct {
 // Pauses between attempts to open a token that is away.
 const (
 	firstPause = 100 * time.Millisecond
-	maxPause   = time.Second
+	maxPause   = 500 * time.Millisecond // an HSM that is back is used within 2 s
 )
 
 // take gives the open token; give it back by done.

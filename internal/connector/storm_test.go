@@ -1,0 +1,263 @@
+package connector_test
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/kmsctl/kmsctl/internal/connector"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/secret"
+	"github.com/kmsctl/kmsctl/internal/testkit"
+)
+
+// network is a connector whose HSM is SoftHSM behind the quirk library.
+func network(t *testing.T, modes ...string) (*connector.Client, *testkit.Quirk, *atomic.Int32) {
+	t.Helper()
+	o := options(t, "password")
+	c, err := connector.Start(t.Context(), o) // makes the token
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	q := testkit.NewQuirk(t, modes...)
+	o.Env = []string{"SOFTHSM2_CONF=" + filepath.Join(o.SoftHSMDir, "softhsm2.conf")}
+	o.SoftHSMDir, o.TokenLabel, o.Module, o.CallTimeout = "", "kms", q.Module, time.Second
+	c, logins := opened(t, o)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the connector's log:\n%s", o.Stderr)
+		}
+		q.Set(t)
+	})
+	return c, q, logins
+}
+
+// load wraps and unwraps until it is stopped, and counts.
+type load struct {
+	stop         context.CancelFunc
+	done         sync.WaitGroup
+	good, failed atomic.Int64
+	wrong        atomic.Int64 // an answer that is not true: must never be
+	kinds        sync.Map
+	last         atomic.Int64 // nanoseconds since 1970 of the last good answer
+	firstAfter   atomic.Int64 // of the first good answer after it was set to 0
+}
+
+func startLoad(t *testing.T, c *connector.Client) *load {
+	t.Helper()
+	k, err := c.CreateRootKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, err := c.Wrap(t.Context(), k.Blob, []byte("kept"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	l := &load{stop: cancel}
+	for g := range 6 {
+		l.done.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				l.once(ctx, c, k.Blob, kept, fmt.Sprint(g, i))
+			}
+		})
+	}
+	return l
+}
+
+func (l *load) once(ctx context.Context, c *connector.Client, blob []byte, kept hsm.Sealed, text string) {
+	s, err := c.Wrap(ctx, blob, []byte(text), nil)
+	if err == nil {
+		var got []byte
+		if got, err = c.Unwrap(ctx, blob, s, nil); err == nil && string(got) != text {
+			l.wrong.Add(1)
+		}
+	}
+	if err == nil {
+		var got []byte
+		if got, err = c.Unwrap(ctx, blob, kept, nil); err == nil && string(got) != "kept" {
+			l.wrong.Add(1)
+		}
+	}
+	switch {
+	case ctx.Err() != nil:
+	case err != nil:
+		l.failed.Add(1)
+		l.kinds.Store(fault.KindOf(err), err.Error())
+		select {
+		case <-time.After(5 * time.Millisecond): // a caller that was refused takes a breath
+		case <-ctx.Done():
+		}
+	default:
+		l.good.Add(1)
+		now := time.Now().UnixNano()
+		l.last.Store(now)
+		l.firstAfter.CompareAndSwap(0, now)
+	}
+}
+
+// recovered waits for the first good answer after since.
+func (l *load) recovered(t *testing.T, since time.Time) time.Duration {
+	t.Helper()
+	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if at := l.firstAfter.Load(); at > since.UnixNano() {
+			return time.Duration(at - since.UnixNano())
+		}
+		if l.firstAfter.Load() != 0 { // an answer from before
+			l.firstAfter.Store(0)
+		}
+	}
+	t.Fatal("no good answer for 15 s")
+	return 0
+}
+
+func (l *load) end(t *testing.T) {
+	t.Helper()
+	l.stop()
+	l.done.Wait()
+	if n := l.wrong.Load(); n > 0 {
+		t.Errorf("%d wrong answers", n)
+	}
+	l.kinds.Range(func(k, v any) bool {
+		if k.(fault.Kind) != fault.Unreachable {
+			t.Errorf("a fault of another kind: %v: %v", k, v)
+		}
+		return true
+	})
+}
+
+// strikes is how often each fault strikes: a few times, or as KMSCTL_STRIKES says.
+func strikes(t *testing.T) int {
+	t.Helper()
+	n, err := strconv.Atoi(cmp.Or(os.Getenv("KMSCTL_STRIKES"), "4"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// TestFaultsUnderLoad kills and hangs the connector, crashes the library and
+// takes the HSM away, each many times under load. Requests may fail meanwhile
+// as unreachable; no answer is wrong, nothing is lost, each login is one that
+// had to be, and it is back within 2 s.
+func TestFaultsUnderLoad(t *testing.T) {
+	for _, f := range []struct {
+		name   string
+		strike func(t *testing.T, c *connector.Client, q *testkit.Quirk) (back time.Time)
+		limit  time.Duration // from the moment that all is well again
+	}{
+		{"connector killed", func(t *testing.T, c *connector.Client, _ *testkit.Quirk) time.Time {
+			t.Helper()
+			return now(syscall.Kill(c.Pid(), syscall.SIGKILL))
+		}, 2 * time.Second},
+		{"library crashes", func(t *testing.T, c *connector.Client, q *testkit.Quirk) time.Time {
+			t.Helper()
+			old := c.Pid()
+			q.Set(t, "die")
+			for c.Pid() == old {
+				time.Sleep(time.Millisecond)
+			}
+			q.Set(t)
+			return time.Now()
+		}, 2 * time.Second},
+		{"library hangs", func(t *testing.T, c *connector.Client, q *testkit.Quirk) time.Time {
+			t.Helper()
+			old, began := c.Pid(), time.Now()
+			q.Set(t, "hang")
+			for c.Pid() == old && time.Since(began) < 5*time.Second {
+				time.Sleep(time.Millisecond)
+			}
+			if c.Pid() == old {
+				t.Error("a hung connector is not replaced")
+			}
+			q.Set(t)
+			return time.Now()
+		}, 2 * time.Second},
+		{"HSM away and back", func(t *testing.T, _ *connector.Client, q *testkit.Quirk) time.Time {
+			t.Helper()
+			q.Set(t, "gone")
+			time.Sleep(300 * time.Millisecond) // as long as it is away
+			q.Set(t)
+			return time.Now()
+		}, 2 * time.Second},
+	} {
+		t.Run(f.name, func(t *testing.T) {
+			c, q, logins := network(t)
+			l := startLoad(t, c)
+			var took []time.Duration
+			times := strikes(t)
+			for range times {
+				before := l.good.Load()
+				for l.good.Load() < before+20 {
+					time.Sleep(time.Millisecond)
+				}
+				took = append(took, l.recovered(t, f.strike(t, c, q)))
+			}
+			l.end(t)
+			slices.Sort(took)
+			if m := took[len(took)-1]; m > f.limit {
+				t.Errorf("back after %s", m)
+			}
+			got := q.Logins()
+			if slices.ContainsFunc(got, func(s string) bool { return s != "good" }) || len(got) > 1+2*times {
+				t.Errorf("%d logins: %v", len(got), got)
+			}
+			t.Logf("%d strikes: %d good, %d failed, back after %s (median) to %s, %d logins of the token, %d runs of the hook",
+				times, l.good.Load(), l.failed.Load(), took[len(took)/2].Round(time.Millisecond), took[len(took)-1].Round(time.Millisecond), len(got), logins.Load())
+		})
+	}
+}
+
+func now(err error) time.Time {
+	if err != nil {
+		panic(err) // no such process: the test cannot go on
+	}
+	return time.Now()
+}
+
+// TestAWrongPINAfterARestartIsTriedOnce: the secret is wrong from now on, the
+// connector dies again and again, and the token sees one wrong PIN.
+func TestAWrongPINAfterARestartIsTriedOnce(t *testing.T) {
+	c, q, _ := network(t)
+	ledger := &atomic.Bool{}
+	var tries atomic.Int32
+	c.Reopen(func(ctx context.Context) error { // kms.Unlock's ledger, in short
+		if ledger.Load() {
+			return fault.Newf(fault.Denied, "log in", "", "this password was refused before")
+		}
+		tries.Add(1)
+		err := c.Login(ctx)
+		if fault.KindOf(err) == fault.Denied {
+			ledger.Store(true)
+		}
+		return err
+	})
+	connector.SetTestPIN(c, secret.New([]byte("wrongpin")))
+	for range 3 {
+		pid := c.Pid()
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+		for c.Pid() == pid || c.Pid() == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		if _, err := c.Random(t.Context(), 8); err != nil && fault.KindOf(err) == fault.Other {
+			t.Errorf("%v", err)
+		}
+		if _, err := c.CreateRootKey(t.Context()); fault.KindOf(err) != fault.Denied && fault.KindOf(err) != fault.Unreachable {
+			t.Errorf("%v", err)
+		}
+	}
+	if got := q.Logins(); !slices.Equal(got, []string{"good", "wrong"}) || tries.Load() != 1 {
+		t.Errorf("logins %v, %d tries", got, tries.Load())
+	}
+}
