@@ -5,7 +5,12 @@
 //
 // A line is one JSON object. Kinds: "open" begins a process's part and names
 // the public key, "event" is a call, "head" signs everything before it,
-// "recovery" says that a torn last line was closed.
+// "recovery" says that a torn last line was closed, "gap" that calls went by
+// unwritten while the disk was full, "missing" that the log ended earlier than
+// the store's head when it was opened.
+//
+// The chain goes on over files: audit.log is written, and when it is large it
+// becomes audit-<number of its first line>.log. Nothing here deletes one.
 package audit
 
 import (
@@ -21,7 +26,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
@@ -31,6 +38,20 @@ import (
 const (
 	FileName = "audit.log"
 	KeyName  = "public-key.pem"
+)
+
+// DefaultMaxBytes is the size at which a file is closed and the next begun.
+const DefaultMaxBytes = 64 << 20
+
+// Policy says what happens to calls that cannot be written down.
+type Policy string
+
+// Refuse: a call that cannot be written down is not answered, and none is
+// begun while the log knows that it cannot write. GoOn: it is answered, and
+// the log says later how many went by.
+const (
+	Refuse Policy = "refuse"
+	GoOn   Policy = "go-on"
 )
 
 // Event is what happened. No field ever holds a secret.
@@ -65,38 +86,62 @@ type line struct {
 	PublicKey []byte    `json:"publicKey,omitempty"` // PKIX DER
 	Signature []byte    `json:"signature,omitempty"` // ECDSA-P256-SHA-256 in ASN.1 DER, or RSA PKCS #1 v1.5 with SHA-256
 	Torn      int       `json:"torn,omitempty"`      // bytes of the torn line that was closed
+	Lost      uint64    `json:"lost,omitempty"`      // calls that went by unwritten
+	Missing   *Head     `json:"missing,omitempty"`   // what the store knew and the files had not
 }
 
 // Config of a Log. Sign signs with the HSM's key of which PublicKey is the
-// PKIX DER. SaveHead, when given, keeps each signed head elsewhere too.
+// PKIX DER. SaveHead, when given, keeps each signed head elsewhere too, and
+// Known is the one that was kept last.
 type Config struct {
 	Sign      func(ctx context.Context, message []byte) ([]byte, error)
 	PublicKey []byte
 	SaveHead  func(ctx context.Context, h Head) error
+	Known     *Head
 	Now       func() time.Time
+	MaxBytes  int64     // 0: DefaultMaxBytes
+	WhenFull  Policy    // empty: Refuse
+	Mirror    io.Writer // gets every line that was written, too
 }
 
-// signEvery is how often the head is signed while events flow.
+// signEvery is how often the head is signed while events flow, and how soon a
+// log that could not write tries again.
 const signEvery = time.Second
 
 // Log writes one chain. Safe for concurrent use.
 type Log struct {
 	cfg   Config
+	dir   string
 	chain string
+
+	// Only the writer (run, and Open and Close around it) uses these.
 	file  *os.File
+	size  int64  // of file; every byte of it is on disk
+	first uint64 // number of the file's first line
+	lost  uint64 // calls that went by since the last line
 
 	mu      sync.Mutex
 	pending []*request
 	seq     uint64
 	prev    string
 	signed  uint64 // seq of the last signed head
-	broken  error
+	failed  error  // why the last write failed; nil when it did not
 
 	wake   chan struct{}
 	stop   chan struct{}
 	done   chan struct{}
 	closed bool
+
+	stats Stats
 }
+
+// Stats counts what a log did since it was opened.
+type Stats struct {
+	Lines, Lost, Failures, Files atomic.Uint64
+}
+
+// Stats gives the log's own counters.
+func (l *Log) Stats() *Stats { return &l.stats }
 
 type request struct {
 	event Event
@@ -110,12 +155,15 @@ func Open(dir string, cfg Config) (*Log, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fault.New(fault.Other, "make folder", dir, err)
 	}
+	if cfg.MaxBytes <= 0 {
+		cfg.MaxBytes = DefaultMaxBytes
+	}
 	path := filepath.Join(dir, FileName)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, fault.New(fault.Other, "open audit log", path, err)
 	}
-	l, err := begin(f, cfg)
+	l, err := begin(dir, f, cfg)
 	if err != nil {
 		f.Close()
 		return nil, err
@@ -129,8 +177,8 @@ func Open(dir string, cfg Config) (*Log, error) {
 	return l, nil
 }
 
-func begin(f *os.File, cfg Config) (*Log, error) {
-	end, torn, err := tail(f)
+func begin(dir string, f *os.File, cfg Config) (*Log, error) {
+	end, torn, err := lastLine(dir, f)
 	if err != nil {
 		return nil, fault.New(fault.BadContent, "read audit log", f.Name(), err).WithHint("see `kmsctl audit verify`; move the file away to begin a new one, and keep it")
 	}
@@ -138,8 +186,14 @@ func begin(f *os.File, cfg Config) (*Log, error) {
 	if _, err := rand.Read(id); err != nil {
 		return nil, err
 	}
-	l := &Log{cfg: cfg, chain: hex.EncodeToString(id), file: f, seq: end.seq, prev: end.hash,
+	l := &Log{cfg: cfg, dir: dir, chain: hex.EncodeToString(id), file: f, seq: end.seq, prev: end.hash, first: end.seq + 1,
 		wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{})}
+	if l.size, err = f.Seek(0, io.SeekEnd); err != nil {
+		return nil, fault.New(fault.Other, "read audit log", f.Name(), err)
+	}
+	if n, ok := firstNumber(f); ok {
+		l.first = n
+	}
 	var b bytes.Buffer
 	switch {
 	case torn > 0:
@@ -149,10 +203,73 @@ func begin(f *os.File, cfg Config) (*Log, error) {
 		b.WriteByte('\n') // only the line break was lost
 	}
 	l.add(&b, line{Kind: "open", PublicKey: cfg.PublicKey})
+	if cfg.Known != nil && cfg.Known.Seq > end.seq {
+		l.add(&b, line{Kind: "missing", Missing: cfg.Known})
+	}
 	if err := l.write(&b); err != nil {
 		return nil, err
 	}
-	return l, l.signHead(context.Background())
+	return l, l.signHead(context.Background(), false)
+}
+
+// lastLine finds the end of the log: in f, or where f is empty in the file
+// that was closed last.
+func lastLine(dir string, f *os.File) (endpoint, int, error) {
+	end, torn, err := tail(f)
+	if err != nil || end.seq > 0 || torn != 0 {
+		return end, torn, err
+	}
+	closed, err := closedFiles(dir)
+	if err != nil || len(closed) == 0 {
+		return end, 0, err
+	}
+	last, err := os.Open(closed[len(closed)-1])
+	if err != nil {
+		return end, 0, err
+	}
+	defer last.Close()
+	end, torn, err = tail(last)
+	if err == nil && torn != 0 {
+		err = fmt.Errorf("%q is torn", last.Name())
+	}
+	return end, 0, err
+}
+
+// closedFiles lists the files that are not written any more, in their order.
+func closedFiles(dir string) ([]string, error) {
+	found, err := filepath.Glob(filepath.Join(dir, "audit-*.log"))
+	slices.Sort(found) // the numbers have as many digits each
+	return found, err
+}
+
+// Files lists the files of the log at path in their order: of a folder every
+// file of its log, else path itself.
+func Files(path string) ([]string, error) {
+	st, err := os.Stat(path)
+	if err != nil || !st.IsDir() {
+		return []string{path}, err
+	}
+	all, err := closedFiles(path)
+	current := filepath.Join(path, FileName)
+	if _, serr := os.Stat(current); serr == nil || len(all) == 0 {
+		all = append(all, current)
+	}
+	return all, err
+}
+
+// firstNumber reads the number of a file's first line.
+func firstNumber(f io.ReaderAt) (uint64, bool) {
+	b := make([]byte, 64<<10)
+	n, err := f.ReadAt(b, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return 0, false
+	}
+	text, _, whole := bytes.Cut(b[:n], []byte{'\n'})
+	var ln line
+	if !whole || json.Unmarshal(text, &ln) != nil {
+		return 0, false
+	}
+	return ln.Seq, true
 }
 
 type endpoint struct {
@@ -214,29 +331,79 @@ func (l *Log) append(b *bytes.Buffer, ln line) {
 	b.WriteByte('\n')
 }
 
+// write puts b on disk, or leaves the file as it was.
 func (l *Log) write(b *bytes.Buffer) error {
-	if _, err := l.file.Write(b.Bytes()); err != nil {
-		return fault.New(fault.Other, "write audit log", l.file.Name(), err)
+	_, err := l.file.Write(b.Bytes())
+	if err == nil {
+		err = l.file.Sync()
 	}
-	if err := l.file.Sync(); err != nil {
-		return fault.New(fault.Other, "sync audit log", l.file.Name(), err)
+	if err != nil {
+		l.stats.Failures.Add(1)
+		// What was half-written must not stay: a later line would follow it.
+		if terr := l.file.Truncate(l.size); terr != nil {
+			err = errors.Join(err, terr)
+		}
+		return fault.New(fault.Other, "write audit log", l.file.Name(), err).WithHint("is the disk full? The log goes on by itself when it can write again")
+	}
+	l.size += int64(b.Len())
+	l.stats.Lines.Add(uint64(bytes.Count(b.Bytes(), []byte{'\n'})))
+	if l.cfg.Mirror != nil {
+		_, _ = l.cfg.Mirror.Write(b.Bytes()) // the file is the log; its copy is a convenience
 	}
 	return nil
 }
 
+// rotate closes a file that is large, with a signed head at its end where the
+// HSM answers, and begins the next one. When it cannot, the file grows on.
+func (l *Log) rotate() {
+	if l.size < l.cfg.MaxBytes {
+		return
+	}
+	_ = l.signHead(context.Background(), false) // the next head covers these lines too
+	next, err := os.OpenFile(filepath.Join(l.dir, FileName+".new"), os.O_RDWR|os.O_CREATE|os.O_TRUNC|os.O_APPEND, 0o600)
+	if err != nil {
+		l.stats.Failures.Add(1)
+		return
+	}
+	current, closed := filepath.Join(l.dir, FileName), filepath.Join(l.dir, fmt.Sprintf("audit-%020d.log", l.first))
+	if err := os.Rename(current, closed); err != nil {
+		l.stats.Failures.Add(1)
+		_ = errors.Join(next.Close(), os.Remove(next.Name())) // an empty file
+		return
+	}
+	// Killed here, Open finds no audit.log and goes on from the closed file.
+	if err := os.Rename(next.Name(), current); err != nil {
+		l.stats.Failures.Add(1)
+		_ = errors.Join(next.Close(), os.Rename(closed, current)) // the open file is written on, whatever its name
+		return
+	}
+	_ = l.file.Close() // every byte is synced
+	l.file, l.size, l.first = next, 0, l.seq+1
+	l.stats.Files.Add(1)
+	if d, err := os.Open(l.dir); err == nil {
+		_ = d.Sync() // a lost rename is what Open expects anyway
+		_ = d.Close()
+	}
+}
+
+// Ready is nil when the next call can be written down, as far as is known.
+func (l *Log) Ready() error {
+	if l.cfg.WhenFull == GoOn {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.failed
+}
+
 // Append writes e and returns when it is on disk. Calls that come together
-// share one fsync. After a failed write every call fails: a chain with a hole
-// is none.
+// share one fsync. When the disk is full, Config.WhenFull decides.
 func (l *Log) Append(ctx context.Context, e Event) error {
 	r := &request{event: e, done: make(chan error, 1)}
 	l.mu.Lock()
-	if l.closed || l.broken != nil {
-		err := l.broken
+	if l.closed {
 		l.mu.Unlock()
-		if err == nil {
-			err = errors.New("audit log is closed")
-		}
-		return err
+		return errors.New("audit log is closed")
 	}
 	l.pending = append(l.pending, r)
 	l.mu.Unlock()
@@ -262,7 +429,10 @@ func (l *Log) run() {
 		case <-l.wake:
 			l.flush()
 		case <-tick.C:
-			_ = l.signHead(context.Background()) // tried again at the next tick; Verify reports how far signatures reach
+			l.mu.Lock()
+			failed := l.failed != nil
+			l.mu.Unlock()
+			_ = l.signHead(context.Background(), failed) // tried again at the next tick; Verify reports how far signatures reach
 		case <-l.stop:
 			l.flush()
 			return
@@ -271,6 +441,7 @@ func (l *Log) run() {
 }
 
 func (l *Log) flush() {
+	l.rotate()
 	l.mu.Lock()
 	batch := l.pending
 	l.pending = nil
@@ -278,20 +449,43 @@ func (l *Log) flush() {
 		l.mu.Unlock()
 		return
 	}
+	seq, prev := l.seq, l.prev
 	var b bytes.Buffer
+	l.gap(&b)
 	for _, r := range batch {
 		l.add(&b, line{Kind: "event", Event: &r.event})
 	}
 	l.mu.Unlock()
 	err := l.write(&b)
-	if err != nil {
-		l.mu.Lock()
-		l.broken = err
-		l.mu.Unlock()
+	l.settle(err, seq, prev)
+	if err != nil && l.cfg.WhenFull == GoOn {
+		l.lost += uint64(len(batch))
+		l.stats.Lost.Add(uint64(len(batch)))
+		err = nil
 	}
 	for _, r := range batch {
 		r.done <- err
 	}
+}
+
+// gap says how many calls went by unwritten. The lock is held.
+func (l *Log) gap(b *bytes.Buffer) {
+	if l.lost > 0 {
+		l.add(b, line{Kind: "gap", Lost: l.lost})
+	}
+}
+
+// settle notes a write's outcome; after a failure the chain stands where it
+// stood before.
+func (l *Log) settle(err error, seq uint64, prev string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.failed = err
+	if err != nil {
+		l.seq, l.prev = seq, prev
+		return
+	}
+	l.lost = 0
 }
 
 // headMessage is what a signature covers: the signing line itself without its
@@ -305,31 +499,41 @@ func headMessage(ln line) []byte {
 	return append([]byte("kmsctl audit head\x00"), text...)
 }
 
-// signHead writes a head line when there is anything new. Only run and begin
-// and Close call it, so that nothing is written between signing and writing.
-func (l *Log) signHead(ctx context.Context) error {
+// signHead writes a head line when there is anything new, or when it must.
+// Only the writer calls it, so that nothing is written between signing and
+// writing.
+func (l *Log) signHead(ctx context.Context, must bool) error {
 	l.mu.Lock()
-	head := line{Seq: l.seq + 1, Time: l.cfg.Now().UTC(), Chain: l.chain, Prev: l.prev, Kind: "head"}
-	fresh := l.seq != l.signed
-	l.mu.Unlock()
-	if !fresh {
+	seq, prev := l.seq, l.prev
+	if seq == l.signed && !must {
+		l.mu.Unlock()
 		return nil
 	}
+	var b bytes.Buffer
+	l.gap(&b)
+	head := line{Seq: l.seq + 1, Time: l.cfg.Now().UTC(), Chain: l.chain, Prev: l.prev, Kind: "head"}
+	l.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	sig, err := l.cfg.Sign(ctx, headMessage(head))
 	if err != nil {
+		l.mu.Lock()
+		l.seq, l.prev = seq, prev
+		l.mu.Unlock()
 		return fmt.Errorf("sign the audit log's head: %w", err)
 	}
-	var b bytes.Buffer
 	l.mu.Lock()
 	head.Signature = sig
 	l.append(&b, head)
-	l.signed = l.seq
 	l.mu.Unlock()
-	if err := l.write(&b); err != nil {
+	err = l.write(&b)
+	l.settle(err, seq, prev)
+	if err != nil {
 		return err
 	}
+	l.mu.Lock()
+	l.signed = l.seq
+	l.mu.Unlock()
 	if l.cfg.SaveHead == nil {
 		return nil
 	}
@@ -347,5 +551,5 @@ func (l *Log) Close() error {
 	l.mu.Unlock()
 	close(l.stop)
 	<-l.done
-	return errors.Join(l.signHead(context.Background()), l.file.Close())
+	return errors.Join(l.signHead(context.Background(), false), l.file.Close())
 }

@@ -83,6 +83,11 @@ func write(t *testing.T, dir string, s *signer, n int) []byte {
 	return read(t, dir)
 }
 
+// verify checks a log of one file.
+func verify(b, pub []byte, want *audit.Head) (audit.Report, error) {
+	return audit.Verify([]audit.File{{Name: audit.FileName, Reader: bytes.NewReader(b)}}, pub, want, false)
+}
+
 func read(t *testing.T, dir string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join(dir, audit.FileName))
@@ -96,11 +101,11 @@ func TestWholeLogOverSeveralRuns(t *testing.T) {
 	dir, s := t.TempDir(), newSigner(t)
 	write(t, dir, s, 3)
 	b := write(t, dir, s, 2)
-	r, err := audit.Verify(bytes.NewReader(b), s.pub, s.head)
+	r, err := verify(b, s.pub, s.head)
 	if err != nil || r.Events != 5 || r.Tail != audit.TailProven || r.SignedUpTo != r.Lines {
 		t.Errorf("%+v %v", r, err)
 	}
-	if r, err := audit.Verify(bytes.NewReader(b), s.pub, nil); err != nil || r.Tail != audit.TailSigned {
+	if r, err := verify(b, s.pub, nil); err != nil || r.Tail != audit.TailSigned {
 		t.Errorf("%+v %v", r, err)
 	}
 	pemKey, err := os.ReadFile(filepath.Join(dir, audit.KeyName))
@@ -117,7 +122,7 @@ func TestEveryChangeIsSeen(t *testing.T) {
 	good := write(t, t.TempDir(), s, 4)
 	refused := func(what string, b []byte) {
 		t.Helper()
-		if _, err := audit.Verify(bytes.NewReader(b), s.pub, s.head); fault.KindOf(err) != fault.BadContent {
+		if _, err := verify(b, s.pub, s.head); fault.KindOf(err) != fault.BadContent {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -139,7 +144,7 @@ func TestEveryChangeIsSeen(t *testing.T) {
 		}
 	}
 	other := newSigner(t)
-	if _, err := audit.Verify(bytes.NewReader(good), other.pub, nil); err == nil {
+	if _, err := verify(good, other.pub, nil); err == nil {
 		t.Error("another key's log was believed")
 	}
 }
@@ -154,11 +159,11 @@ func TestTornTailIsClosedAndCounted(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, audit.FileName), whole[:cut], 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := audit.Verify(bytes.NewReader(whole[:cut]), s.pub, nil); fault.KindOf(err) != fault.BadContent {
+		if _, err := verify(whole[:cut], s.pub, nil); fault.KindOf(err) != fault.BadContent {
 			t.Errorf("cut at %d before recovery: %v", cut, err)
 		}
 		b := write(t, dir, s, 1)
-		r, err := audit.Verify(bytes.NewReader(b), s.pub, s.head)
+		r, err := verify(b, s.pub, s.head)
 		want := 1
 		if cut == len(whole)-1 {
 			want = 0 // nothing but the line break was lost
@@ -192,7 +197,7 @@ func TestConcurrentAppends(t *testing.T) {
 	if err := l.Append(t.Context(), event(0)); err == nil {
 		t.Error("append after close")
 	}
-	r, err := audit.Verify(bytes.NewReader(read(t, dir)), s.pub, s.head)
+	r, err := verify(read(t, dir), s.pub, s.head)
 	if err != nil || r.Events != 200 {
 		t.Errorf("%+v %v", r, err)
 	}

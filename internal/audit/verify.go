@@ -19,10 +19,13 @@ import (
 
 // Report is what Verify found in a log that is whole.
 type Report struct {
+	Files      int    `json:"files"`
+	First      uint64 `json:"first"` // number of the first line; above 1 the files before it were not given
 	Lines      uint64 `json:"lines"`
 	Events     uint64 `json:"events"`
-	SignedUpTo uint64 `json:"signedUpTo"` // line number of the last valid signature
+	SignedUpTo uint64 `json:"signedUpTo"` // number of the line with the last valid signature
 	Recoveries int    `json:"recoveries"` // crashes whose torn line was closed
+	Lost       uint64 `json:"lost"`       // calls that went by unwritten while the disk was full
 	// Tail says what is known of the end: nobody can have removed signed
 	// lines and left a valid head of later ones, but the last lines may be
 	// missing unless a head kept elsewhere is given.
@@ -31,10 +34,17 @@ type Report struct {
 
 // Words for Report.Tail.
 const (
-	TailProven   = "proven: the head that was kept elsewhere is in the file"
+	TailProven   = "proven: the head that was kept elsewhere is in the log"
 	TailSigned   = "signed to the end; that later lines were cut off cannot be excluded without a head kept elsewhere"
 	TailUnsigned = "the last lines are chained and not signed yet"
+	TailGrowing  = "proven up to the last signature; the lines after it are chained and not signed yet"
 )
+
+// File is one file of a log.
+type File struct {
+	Name string
+	io.Reader
+}
 
 // ParsePublicKey reads a PEM public key into PKIX DER.
 func ParsePublicKey(b []byte) ([]byte, error) {
@@ -45,29 +55,25 @@ func ParsePublicKey(b []byte) ([]byte, error) {
 	return p.Bytes, nil
 }
 
-// Verify reads a log and checks every line and signature. pub is the PKIX DER
-// of the key that must have signed. want, when given, is a head kept
-// elsewhere that the log must contain. The error names the first bad line.
-func Verify(r io.Reader, pub []byte, want *Head) (Report, error) {
+// Verify reads the files of a log in their order, and checks every line and
+// signature. pub is the PKIX DER of the key that must have signed. want, when
+// given, is a head kept elsewhere that the log must contain. With partial the
+// first files may be missing. The error names the first bad line and its
+// file.
+func Verify(files []File, pub []byte, want *Head, partial bool) (Report, error) {
 	key, err := x509.ParsePKIXPublicKey(pub)
 	if err != nil || !fits(key) {
 		return Report{}, fault.Usagef("the public key is no ECDSA or RSA key in PKIX form")
 	}
-	v := verifier{key: key, pub: pub, want: want}
-	br := bufio.NewReaderSize(r, 1<<16)
-	for n := uint64(1); ; n++ {
-		text, err := br.ReadBytes('\n')
-		if errors.Is(err, io.EOF) && len(text) == 0 {
-			break
-		}
-		if err != nil && !errors.Is(err, io.EOF) {
+	v := verifier{key: key, pub: pub, want: want, partial: partial}
+	for _, f := range files {
+		v.report.Files++
+		v.file, v.n = f.Name, 0
+		if err := v.read(f); err != nil {
 			return v.report, err
 		}
-		if errors.Is(err, io.EOF) {
-			return v.report, bad(n, "it is torn: the program that wrote it was killed, or the file was cut")
-		}
-		if err := v.line(n, text[:len(text)-1]); err != nil {
-			return v.report, err
+		if v.torn > 0 {
+			return v.report, v.bad(v.n, "it is no line of a log")
 		}
 	}
 	return v.end()
@@ -94,92 +100,132 @@ func signed(key any, message, signature []byte) bool {
 	return false
 }
 
-func bad(n uint64, format string, a ...any) error {
-	return fault.Newf(fault.BadContent, "verify audit log, line", fmt.Sprint(n), format, a...).
+func (v *verifier) read(r io.Reader) error {
+	br := bufio.NewReaderSize(r, 1<<16)
+	for {
+		text, err := br.ReadBytes('\n')
+		if errors.Is(err, io.EOF) && len(text) == 0 {
+			return nil
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		v.n++
+		if errors.Is(err, io.EOF) {
+			return v.bad(v.n, "it is torn: the program that wrote it was killed, or the file was cut")
+		}
+		if err := v.line(text[:len(text)-1]); err != nil {
+			return err
+		}
+	}
+}
+
+// bad names a line of the present file.
+func (v *verifier) bad(n uint64, format string, a ...any) error {
+	return fault.Newf(fault.BadContent, fmt.Sprintf("verify audit log %q, line", v.file), fmt.Sprint(n), format, a...).
 		WithHint("the log was changed, or the disk lost data: compare with a copy; lines before this one are whole")
 }
 
 type verifier struct {
-	key    any
-	pub    []byte
-	want   *Head
-	report Report
-	seq    uint64
-	prev   string
-	torn   int // length of a torn line that the next line must account for
-	found  bool
-	last   string // kind of the last line
+	key     any
+	pub     []byte
+	want    *Head
+	partial bool
+	file    string
+	n       uint64 // line of the file
+	report  Report
+	seq     uint64
+	prev    string
+	torn    int // length of a torn line that the next line must account for
+	found   bool
+	last    string // kind of the last line
 }
 
-func (v *verifier) line(n uint64, text []byte) error {
+func (v *verifier) line(text []byte) error {
 	var ln line
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&ln); err != nil || d.More() {
 		if v.torn > 0 || len(text) == 0 {
-			return bad(n, "it is no line of a log")
+			return v.bad(v.n, "it is no line of a log")
 		}
 		v.torn = len(text) // good only if a recovery line follows and says so
 		return nil
 	}
 	if again, err := json.Marshal(ln); err != nil || !bytes.Equal(again, text) {
-		return bad(n, "its form is not the one that is written")
+		return v.bad(v.n, "its form is not the one that is written")
+	}
+	if v.seq == 0 && v.torn == 0 && ln.Seq > 1 {
+		if !v.partial {
+			return v.bad(v.n, "it is number %d, and the files before it are missing", ln.Seq)
+		}
+		v.seq, v.prev = ln.Seq-1, ln.Prev
 	}
 	switch {
 	case v.torn > 0 && (ln.Kind != "recovery" || ln.Torn != v.torn):
-		return bad(n-1, "it is no line of a log, and no recovery line follows")
+		return v.bad(v.n-1, "it is no line of a log, and no recovery line follows")
 	case v.torn == 0 && ln.Kind == "recovery":
-		return bad(n, "a recovery without a torn line before it")
+		return v.bad(v.n, "a recovery without a torn line before it")
 	case ln.Seq != v.seq+1:
-		return bad(n, "its number is %d, want %d: lines are missing, added or moved", ln.Seq, v.seq+1)
+		return v.bad(v.n, "its number is %d, want %d: lines are missing, added or moved", ln.Seq, v.seq+1)
 	case ln.Prev != v.prev:
-		return bad(n, "it does not continue the line before it")
+		return v.bad(v.n, "it does not continue the line before it")
 	}
 	if ln.Kind == "recovery" {
 		v.report.Recoveries++
 	}
 	v.torn = 0
-	if err := v.kind(n, ln); err != nil {
+	if err := v.kind(ln); err != nil {
 		return err
 	}
 	v.seq, v.prev, v.last = ln.Seq, hashOf(text), ln.Kind
-	v.report.Lines = n
+	if v.report.First == 0 {
+		v.report.First = ln.Seq
+	}
+	v.report.Lines++
 	return nil
 }
 
-func (v *verifier) kind(n uint64, ln line) error {
+func (v *verifier) kind(ln line) error {
 	switch ln.Kind {
 	case "event":
 		v.report.Events++
 	case "open":
 		if !bytes.Equal(ln.PublicKey, v.pub) {
-			return bad(n, "it names another public key")
+			return v.bad(v.n, "it names another public key")
 		}
 	case "recovery":
+	case "gap":
+		v.report.Lost += ln.Lost
+	case "missing":
+		if ln.Missing == nil {
+			return v.bad(v.n, "it does not say what was missing")
+		}
+		return v.bad(v.n, "when the log was opened here, lines up to number %d of chain %s were missing: the store's head is of that line", ln.Missing.Seq, ln.Missing.Chain)
 	case "head":
 		if !signed(v.key, headMessage(ln), ln.Signature) {
-			return bad(n, "its signature does not fit")
+			return v.bad(v.n, "its signature does not fit")
 		}
-		v.report.SignedUpTo = n
+		v.report.SignedUpTo = ln.Seq
 		if v.want != nil && v.want.Chain == ln.Chain && v.want.Seq == ln.Seq && v.want.Prev == ln.Prev {
 			v.found = true
 		}
 	default:
-		return bad(n, "its kind %q is unknown", ln.Kind)
+		return v.bad(v.n, "its kind %q is unknown", ln.Kind)
 	}
 	return nil
 }
 
 func (v *verifier) end() (Report, error) {
 	switch {
-	case v.torn > 0:
-		return v.report, bad(v.report.Lines+1, "it is no line of a log")
 	case v.want != nil && !v.found:
-		return v.report, bad(v.report.Lines+1, "the head that was kept elsewhere (line %d of chain %s) is not in the file: its end is missing", v.want.Seq, v.want.Chain)
+		return v.report, v.bad(v.n+1, "the head that was kept elsewhere (line number %d of chain %s) is not in the log: its end is missing", v.want.Seq, v.want.Chain)
 	case v.last == "head" && v.found:
 		v.report.Tail = TailProven
 	case v.last == "head":
 		v.report.Tail = TailSigned
+	case v.found:
+		v.report.Tail = TailGrowing
 	default:
 		v.report.Tail = TailUnsigned
 	}

@@ -33,9 +33,11 @@ import (
 // might still be honoured, so requests are refused.
 const maxLag = time.Second
 
-// Auditor writes a line down for good before it returns.
+// Auditor writes a line down for good before it returns. Ready says beforehand
+// that it could not.
 type Auditor interface {
 	Append(ctx context.Context, e audit.Event) error
+	Ready() error
 }
 
 // Config joins the parts.
@@ -134,6 +136,9 @@ func (s *Server) readyz(w http.ResponseWriter, r *http.Request) {
 
 func (s *Server) reasons(ctx context.Context) []string {
 	out := s.Healthy(ctx)
+	if err := s.Audit.Ready(); err != nil {
+		out = append(out, "audit: "+err.Error())
+	}
 	if lag := s.Lag(); lag > maxLag {
 		out = append(out, fmt.Sprintf("storage: silent for %s", lag.Round(100*time.Millisecond)))
 	}
@@ -259,6 +264,9 @@ func (s *Server) handler(rt route) http.Handler {
 func (s *Server) do(ctx context.Context, rt route, c *call) (any, error) {
 	if lag := s.Lag(); lag > maxLag {
 		return nil, fault.Newf(fault.Unreachable, "", "", "the view of the store is %s old", lag).WithReason(kmsapi.Unavailable)
+	}
+	if err := s.Audit.Ready(); err != nil { // nothing is begun that could not be written down
+		return nil, fault.New(fault.Unreachable, "", "", err).WithReason(kmsapi.Unavailable)
 	}
 	var err error
 	if c.who, err = s.authenticate(ctx, c.r); err != nil {

@@ -34,6 +34,7 @@ type auditor struct {
 	mu     sync.Mutex
 	events []audit.Event
 	err    error
+	full   error
 }
 
 func (a *auditor) Append(_ context.Context, e audit.Event) error {
@@ -44,6 +45,12 @@ func (a *auditor) Append(_ context.Context, e audit.Event) error {
 	}
 	a.events = append(a.events, e)
 	return nil
+}
+
+func (a *auditor) Ready() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.full
 }
 
 func (a *auditor) last() audit.Event {

@@ -38,7 +38,8 @@ type Embedded struct {
 	Slot       string      `json:"slot,omitempty"`
 	Windows    WindowFlags `json:"windows,omitzero"`
 
-	Pass PassphraseFlags `json:"-"`
+	Pass  PassphraseFlags `json:"-"`
+	Audit AuditFlags      `json:"-"`
 }
 
 const (
@@ -95,7 +96,7 @@ func (e *Embedded) Start(ctx context.Context, a *App, log *slog.Logger, connecto
 		return nil, err
 	}
 	r.stop = append(r.stop, token.Close)
-	r.KMS, err = OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Name: embeddedName,
+	r.KMS, err = OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Audit: e.Audit.Config(a.Out), Name: embeddedName,
 		Now: a.Now, Log: log, Windows: windows})
 	if err != nil {
 		return nil, err

@@ -30,7 +30,8 @@ type KMSConfig struct {
 	Etcd     store.EtcdClient
 	Token    *connector.Client
 	AuditDir string
-	Name     string // of this process, for the audit log's heads
+	Audit    audit.Config // size, policy and copy of its files
+	Name     string       // of this process, for the audit log's heads
 	Now      func() time.Time
 	Log      *slog.Logger
 	Windows  kms.Windows
@@ -80,7 +81,13 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	}
 	k := &KMS{KMSConfig: c, Opened: opened, store: st, plain: plain, codec: codec}
 	k.IAM = iam.New(st, iam.Config{SigningKey: key, Now: c.Now})
-	k.audit, err = audit.Open(c.AuditDir, audit.Config{Sign: c.Token.Sign, PublicKey: opened.Master.PublicKey, Now: c.Now, SaveHead: k.saveHead})
+	ac := c.Audit
+	ac.Sign, ac.PublicKey, ac.Now, ac.SaveHead = c.Token.Sign, opened.Master.PublicKey, c.Now, k.saveHead
+	if ac.Known, err = k.knownHead(ctx); err != nil {
+		st.Close()
+		return nil, err
+	}
+	k.audit, err = audit.Open(c.AuditDir, ac)
 	if err != nil {
 		st.Close()
 		return nil, err
@@ -150,6 +157,17 @@ func (k *KMS) saveHead(ctx context.Context, h audit.Head) error {
 	}
 	v := kmsapi.AuditHead{Log: k.Name, Chain: h.Chain, Seq: h.Seq, Prev: h.Prev, Signature: h.Signature}
 	return k.store.Commit(ctx, record.Change{Path: path, Value: v, Rev: rev})
+}
+
+// knownHead is the head that this process, or one of the same name before it,
+// kept in the store last.
+func (k *KMS) knownHead(ctx context.Context) (*audit.Head, error) {
+	var h kmsapi.AuditHead
+	_, err := k.store.Get(ctx, "audit/"+k.Name, &h)
+	if errors.Is(err, record.ErrNotFound) {
+		return nil, nil
+	}
+	return &audit.Head{Chain: h.Chain, Seq: h.Seq, Prev: h.Prev, Signature: h.Signature}, err
 }
 
 func (k *KMS) heads(ctx context.Context) (kmsapi.AuditHeads, error) {

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -32,7 +33,8 @@ func New(a *app.App) []*cobra.Command {
 type verifyOptions struct {
 	*app.App
 	data      string
-	logFile   string
+	logs      []string
+	partial   bool
 	publicKey string
 	headFile  string
 }
@@ -44,18 +46,22 @@ func newVerifyCmd(a *app.App, run func(context.Context, *verifyOptions) error) *
 	}
 	cmd := &cobra.Command{
 		Use: "verify", Short: "Check that no line of the audit log was changed, added or removed", Args: cobra.NoArgs,
-		Long: `Check every line and every signature of an audit log. It works offline.
+		Long: `Check every line and every signature of an audit log, over all its files. It works offline.
 
 Give --public-key a copy that was kept elsewhere: whoever can write the log can also
 replace the key that lies beside it. When the embedded KMS of --data is running, its
 store's copy of the key and of the last signed head is used, so that a missing tail is
-found too; for a log without its KMS, --head gives a head that was kept elsewhere.`,
-		Example: "  kmsctl audit verify --data ./kms\n  kmsctl audit verify --log audit.log --public-key kept-elsewhere.pem -o json",
+found too; for a log without its KMS, --head gives a head that was kept elsewhere.
+
+A log whose first files were moved away does not verify by itself: name them too, in
+their order, or say --partial.`,
+		Example: "  kmsctl audit verify --data ./kms\n  kmsctl audit verify --log audit.log --public-key kept-elsewhere.pem -o json\n  kmsctl audit verify --log old/audit-00000000000000000001.log --log ./kms/audit",
 		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
 	fs := cmd.Flags()
 	app.DataFlag(fs, a, &o.data)
-	fs.StringVar(&o.logFile, "log", "", "the log; without it, the one in --data")
+	fs.StringArrayVar(&o.logs, "log", nil, "file or folder of the log; repeatable, in their order; without it, the one in --data")
+	fs.BoolVar(&o.partial, "partial", false, "the first files of the log may be missing")
 	fs.StringVar(&o.publicKey, "public-key", "", "PEM file of the public key that signed; without it, the running KMS's, else the one beside the log")
 	fs.StringVar(&o.headFile, "head", "", "JSON file with a signed head that the log must contain")
 	return cmd
@@ -73,25 +79,25 @@ type verifyResult struct {
 
 // Table is one line a field.
 func (r verifyResult) Table() ([]string, [][]string) {
-	return nil, [][]string{{"log", r.Log}, {"public key", r.PublicKey}, {"lines", fmt.Sprint(r.Lines)}, {"events", fmt.Sprint(r.Events)},
-		{"signed up to line", fmt.Sprint(r.SignedUpTo)}, {"recoveries", fmt.Sprint(r.Recoveries)}, {"tail", r.Tail}}
+	return nil, [][]string{{"log", r.Log}, {"public key", r.PublicKey}, {"files", fmt.Sprint(r.Files)}, {"first line", fmt.Sprint(r.First)}, {"lines", fmt.Sprint(r.Lines)}, {"events", fmt.Sprint(r.Events)},
+		{"signed up to line", fmt.Sprint(r.SignedUpTo)}, {"recoveries", fmt.Sprint(r.Recoveries)}, {"calls lost on a full disk", fmt.Sprint(r.Lost)}, {"tail", r.Tail}}
 }
 
 func runVerify(ctx context.Context, o *verifyOptions) error {
-	path := o.logFile
-	if path == "" {
-		path = filepath.Join(o.data, "audit", audit.FileName)
+	logs := o.logs
+	if len(logs) == 0 {
+		logs = []string{filepath.Join(o.data, "audit")}
 	}
 	// The head is asked for before the log is read: what is signed by now must
-	// be in the file.
+	// be in the files.
 	var live *kmsapi.AuditHeads
-	if o.logFile == "" {
+	if len(o.logs) == 0 {
 		var err error
 		if live, err = o.askRunning(ctx); err != nil {
 			return err
 		}
 	}
-	pub, from, err := o.key(path, live)
+	pub, from, err := o.key(logs[len(logs)-1], live)
 	if err != nil {
 		return err
 	}
@@ -99,22 +105,68 @@ func runVerify(ctx context.Context, o *verifyOptions) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.Open(path)
-	if err != nil {
-		return fault.New(fault.NotFound, "read audit log", path, err).WithHint("give --data the folder of `kmsctl serve`, or --log the file")
-	}
-	defer f.Close()
-	var r io.Reader = f
-	if live != nil { // the last line may be half-written at this moment
-		if r, err = wholeLines(f); err != nil {
-			return fault.New(fault.Other, "read audit log", path, err)
-		}
-	}
-	rep, err := audit.Verify(r, pub, head)
+	files, done, err := openLogs(logs, live != nil)
 	if err != nil {
 		return err
 	}
-	return o.Print(verifyResult{path, from, rep})
+	defer done()
+	rep, err := audit.Verify(files, pub, head, o.partial)
+	if err != nil {
+		return err
+	}
+	return o.Print(verifyResult{logs[len(logs)-1], from, rep})
+}
+
+// openLogs opens every file of the logs. Of a live log the last line may be
+// half-written at this moment, and is left out.
+func openLogs(logs []string, live bool) (files []audit.File, done func(), err error) {
+	var open []*os.File
+	done = func() {
+		for _, f := range open {
+			f.Close()
+		}
+	}
+	defer func() {
+		if err != nil {
+			done()
+		}
+	}()
+	names, err := fileNames(logs)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, name := range names {
+		f, err := os.Open(name)
+		if err != nil {
+			return nil, nil, fault.New(fault.NotFound, "read audit log", name, err).WithHint("give --data the folder of `kmsctl serve`, or --log the file")
+		}
+		open = append(open, f)
+		files = append(files, audit.File{Name: filepath.Base(name), Reader: f})
+	}
+	if !live {
+		return files, done, nil
+	}
+	last := len(open) - 1
+	if files[last].Reader, err = wholeLines(open[last]); err != nil {
+		return nil, nil, fault.New(fault.Other, "read audit log", open[last].Name(), err)
+	}
+	if now, err := fileNames(logs); err != nil || !slices.Equal(now, names) { // a new file was begun meanwhile
+		done()
+		return openLogs(logs, live)
+	}
+	return files, done, nil
+}
+
+func fileNames(logs []string) ([]string, error) {
+	var all []string
+	for _, log := range logs {
+		names, err := audit.Files(log)
+		if err != nil {
+			return nil, fault.New(fault.NotFound, "read audit log", log, err).WithHint("give --data the folder of `kmsctl serve`, or --log the file")
+		}
+		all = append(all, names...)
+	}
+	return all, nil
 }
 
 // askRunning gives what the running KMS of --data knows; nil when none runs.
@@ -141,7 +193,10 @@ func (o *verifyOptions) key(log string, live *kmsapi.AuditHeads) (der []byte, fr
 	}
 	path := o.publicKey
 	if path == "" {
-		path = filepath.Join(filepath.Dir(log), audit.KeyName)
+		path = filepath.Join(log, audit.KeyName)
+		if st, err := os.Stat(log); err != nil || !st.IsDir() {
+			path = filepath.Join(filepath.Dir(log), audit.KeyName)
+		}
 	}
 	b, err := o.ReadInput("--public-key", path, 64<<10)
 	if err != nil {

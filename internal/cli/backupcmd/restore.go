@@ -63,7 +63,7 @@ removed since, and everything in the backup comes back.`,
 	fs.StringVar(&o.kms.Serial, "token-serial", "", "serial number of the token")
 	fs.StringVar(&o.kms.Slot, "slot", "", "slot id")
 	fs.StringVar(&o.identity, "backup-identity-file", "", "age identity that opens the backup")
-	fs.StringArrayVar(&o.auditLog, "audit-log", nil, "audit log that goes on after the backup was made; repeatable")
+	fs.StringArrayVar(&o.auditLog, "audit-log", nil, "file or folder of an audit log that goes on after the backup was made; repeatable")
 	fs.BoolVar(&o.revive, "revive", false, "bring back what was removed after the backup was made, too")
 	fs.BoolVar(&o.leaveOut, "leave-out", false, "do not bring back what was removed after the backup was made")
 	o.pass.Add(fs)
@@ -162,7 +162,7 @@ func runRestore(ctx context.Context, o *restoreOptions) error {
 	if err != nil {
 		return err
 	}
-	res := restoreResult{Data: o.kms.Data, Revision: plan.Header.Revision, Written: n, Revived: []backup.Removed{}, LeftOut: []backup.Removed{}, Kept: plan.Kept, GoneOn: plan.Begun, Summary: plan.Summary}
+	res := restoreResult{Data: o.kms.Data, Revision: plan.Header.Revision, Written: n, Revived: []backup.Removed{}, LeftOut: []backup.Removed{}, Kept: append([]string{}, plan.Kept...), GoneOn: plan.Begun, Summary: plan.Summary}
 	if o.revive = o.revive || plan.Revive; o.revive {
 		res.Revived = append(res.Revived, plan.Removed...)
 	} else {
@@ -203,14 +203,20 @@ func (o *restoreOptions) decide(p *backup.Plan) error {
 // later reads from audit logs what was removed after the backup was made.
 func (o *restoreOptions) later(h backup.Header) (map[string]string, error) {
 	all := map[string]string{}
-	for _, path := range o.auditLog {
-		f, err := os.Open(path)
+	for _, log := range o.auditLog {
+		files, err := audit.Files(log)
 		if err != nil {
-			return nil, fault.New(fault.NotFound, "read audit log", path, err).WithHint("check --audit-log")
+			return nil, fault.New(fault.NotFound, "read audit log", log, err).WithHint("check --audit-log")
 		}
-		err = audit.Removals(f, h.CreatedAt, func(id, why string) { all[id] = why })
-		if err := errors.Join(err, f.Close()); err != nil {
-			return nil, fault.New(fault.BadContent, "read audit log", path, err).WithHint("see `kmsctl audit verify --log %s`", path)
+		for _, path := range files {
+			f, err := os.Open(path)
+			if err != nil {
+				return nil, fault.New(fault.NotFound, "read audit log", path, err).WithHint("check --audit-log")
+			}
+			err = audit.Removals(f, h.CreatedAt, func(id, why string) { all[id] = why })
+			if err := errors.Join(err, f.Close()); err != nil {
+				return nil, fault.New(fault.BadContent, "read audit log", path, err).WithHint("see `kmsctl audit verify --log %s`", log)
+			}
 		}
 	}
 	return all, nil

@@ -28,6 +28,7 @@ type apiOptions struct {
 	adminHashes []string
 	auditDir    string
 	windows     app.WindowFlags
+	audit       app.AuditFlags
 }
 
 func newRunAPICmd(a *app.App, run func(context.Context, *apiOptions) error) *cobra.Command {
@@ -55,12 +56,13 @@ refused is not tried again until the secret changes.`,
 	fs.StringArrayVar(&o.adminHashes, "admin-key-hash-file", nil, "JSON with id and hash of an administrator's API key; repeatable")
 	fs.StringVar(&o.auditDir, "audit-dir", "", "folder of the audit log")
 	o.windows.Add(fs)
+	o.audit.Add(cmd)
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *apiOptions) Check() error {
-	var errs []error
+	errs := []error{o.audit.Check()}
 	for name, v := range map[string]string{"connector-socket": o.socket, "etcd-ca-file": o.etcd.CAFile, "etcd-cert-file": o.etcd.CertFile,
 		"etcd-key-file": o.etcd.KeyFile, "tls-cert-file": o.cert, "tls-key-file": o.key, "audit-dir": o.auditDir} {
 		if v == "" {
@@ -147,7 +149,7 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 	if err != nil {
 		return err
 	}
-	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Name: name, Now: o.Now, Log: log, Windows: windows})
+	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Name: name, Now: o.Now, Log: log, Windows: windows})
 	if err != nil {
 		return err
 	}

@@ -68,12 +68,13 @@ is not running: the folder remembers where the two files are (and nothing that i
 	fs.StringSliceVar(&o.san, "san", nil, "further DNS names or addresses in the API's certificate")
 	o.kms.Pass.Add(fs)
 	o.kms.Windows.Add(fs)
+	o.kms.Audit.Add(cmd)
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *serveOptions) Check() error {
-	errs := []error{o.kms.Pass.Check(), checkListen(o.listen, o.plainHTTP)}
+	errs := []error{o.kms.Pass.Check(), o.kms.Audit.Check(), checkListen(o.listen, o.plainHTTP)}
 	for name, v := range map[string]string{"secret": o.kms.SecretFile, "values": o.kms.ValuesFile} {
 		if v == "" {
 			errs = append(errs, fault.Usagef("--%s: missing", name).WithHint("make the two files with `kmsctl render secret` and `kmsctl render overrides`"))
