@@ -409,6 +409,31 @@ func (s *Service) newAPIKey(who Principal, name, service string) (APIKey, secret
 	return APIKey{ID: id, Name: name, ServiceID: service, Hash: hash, CreatedAt: s.stamp(), CreatedBy: who.String()}, key, err
 }
 
+// APIKeys lists API keys, of one service ID when it is named; administrators'
+// keys have none. Hashes are left out.
+func (s *Service) APIKeys(ctx context.Context, service string) ([]APIKey, error) {
+	id := ""
+	if service != "" {
+		sid, _, err := s.Find(ctx, service)
+		if err != nil {
+			return nil, err
+		}
+		id = sid.ID
+	}
+	out := []APIKey{}
+	err := s.store.List(ctx, apiKeys, func(_ record.Meta, decode func(any) error) error {
+		var k APIKey
+		if err := decode(&k); err != nil {
+			return err
+		}
+		if k.Hash = ""; id == "" || k.ServiceID == id {
+			out = append(out, k)
+		}
+		return nil
+	})
+	return out, err
+}
+
 // DeleteAPIKey revokes an API key, and with it every token that it gave.
 func (s *Service) DeleteAPIKey(ctx context.Context, id string) error {
 	if strings.Contains(id, "/") {

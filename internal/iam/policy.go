@@ -249,6 +249,33 @@ func (s *Service) CreatePolicy(ctx context.Context, who Principal, service strin
 	return p.ID, s.store.Commit(ctx, record.Change{Path: policies + sid.ID + "/" + p.ID, Value: p})
 }
 
+// Policies lists the policies of a service ID.
+func (s *Service) Policies(ctx context.Context, service string) (ServiceID, []Policy, error) {
+	sid, _, err := s.Find(ctx, service)
+	if err != nil {
+		return sid, nil, err
+	}
+	out := []Policy{}
+	err = s.store.List(ctx, policies+sid.ID+"/", func(_ record.Meta, decode func(any) error) error {
+		var p Policy
+		if err := decode(&p); err != nil {
+			return err
+		}
+		out = append(out, p)
+		return nil
+	})
+	return sid, out, err
+}
+
+// RoleNames are the names of a policy's roles.
+func (p Policy) RoleNames() []string {
+	var out []string
+	for _, r := range p.Roles {
+		out = append(out, strings.TrimPrefix(r.ID, roleCRN))
+	}
+	return out
+}
+
 // DeletePolicy takes a policy from a service ID.
 func (s *Service) DeletePolicy(ctx context.Context, service, id string) error {
 	sid, _, err := s.Find(ctx, service)

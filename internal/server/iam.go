@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"slices"
 
 	"github.com/kmsctl/kmsctl/internal/audit"
 	"github.com/kmsctl/kmsctl/internal/fault"
@@ -61,8 +62,10 @@ func onboard(ctx context.Context, c *call) (any, error) {
 	}
 	// The service ID's name is looked at first: a name that is taken must not
 	// leave an instance and a key behind.
-	if _, _, err := c.IAM.Find(ctx, in.Name); err == nil {
-		return nil, fault.Newf(fault.Conflict, "onboard", in.Name, "a service ID of this name exists").WithReason(kmsapi.Conflict)
+	if sid, ps, err := c.IAM.Policies(ctx, in.Name); err == nil {
+		return c.onboardAgain(ctx, in, sid, ps)
+	} else if fault.KindOf(err) != fault.NotFound {
+		return nil, err
 	}
 	if in.Instance == "" {
 		inst, err := c.instanceNamed(ctx, in.Name)
@@ -72,13 +75,7 @@ func onboard(ctx context.Context, c *call) (any, error) {
 		in.Instance = inst
 	}
 	c.instance = in.Instance
-	if in.Key == "" {
-		k, err := c.KMS.CreateKey(ctx, in.Instance, kmsapi.DefaultKeyRing, c.who.String(), kmsapi.CreateKey{Name: in.Name + " root key"})
-		if err != nil {
-			return nil, err
-		}
-		in.Key = k.ID
-	} else if _, err := c.KMS.Key(ctx, in.Instance, in.Key, false); err != nil {
+	if err := c.onboardKey(ctx, &in); err != nil {
 		return nil, err
 	}
 	c.id = in.Key
@@ -87,6 +84,64 @@ func onboard(ctx context.Context, c *call) (any, error) {
 		return nil, err
 	}
 	return kmsapi.Onboarded{InstanceID: in.Instance, ServiceID: o.ServiceID.ID, APIKey: string(o.APIKey.Reveal()), PolicyID: o.PolicyID, KeyID: in.Key}, nil
+}
+
+// onboardKey finds the key that was named, or makes one.
+func (c *call) onboardKey(ctx context.Context, in *kmsapi.OnboardRequest) error {
+	if in.Key != "" {
+		id, _, err := c.KMS.Resolve(ctx, in.Instance, in.Key)
+		in.Key = id
+		return err
+	}
+	k, err := c.KMS.CreateKey(ctx, in.Instance, kmsapi.DefaultKeyRing, c.who.String(), kmsapi.CreateKey{Name: in.Name + " root key"})
+	in.Key = k.ID
+	return err
+}
+
+// onboardAgain gives what the first onboarding made; what was asked for must
+// be that.
+func (c *call) onboardAgain(ctx context.Context, in kmsapi.OnboardRequest, sid iam.ServiceID, ps []iam.Policy) (any, error) {
+	differs := fault.Newf(fault.Conflict, "", in.Name, "a service ID of this name exists and is for something else").WithReason(kmsapi.Conflict)
+	if len(ps) != 1 || len(ps[0].Resources) != 1 || !slices.Equal(ps[0].RoleNames(), []string{in.Role}) {
+		return nil, differs
+	}
+	r := ps[0].Resources[0]
+	if in.Key != "" {
+		if err := c.onboardKey(ctx, &in); err != nil {
+			return nil, err
+		}
+	}
+	if r.Key == "" || in.Instance != "" && in.Instance != r.Instance || in.Key != "" && in.Key != r.Key {
+		return nil, differs
+	}
+	c.instance, c.id = r.Instance, r.Key
+	out := kmsapi.Onboarded{InstanceID: r.Instance, ServiceID: sid.ID, PolicyID: ps[0].ID, KeyID: r.Key, Existing: true}
+	if !in.NewAPIKey {
+		return out, nil
+	}
+	_, value, err := c.IAM.CreateAPIKey(ctx, c.who, in.Name, sid.ID)
+	out.APIKey = string(value.Reveal())
+	return out, err
+}
+
+func listAPIKeys(ctx context.Context, c *call) (any, error) {
+	all, err := c.IAM.APIKeys(ctx, c.r.URL.Query().Get("serviceId"))
+	out := kmsapi.APIKeys{APIKeys: []kmsapi.APIKey{}}
+	for _, k := range all {
+		out.APIKeys = append(out.APIKeys, kmsapi.APIKey{ID: k.ID, Name: k.Name, ServiceID: k.ServiceID, CreatedAt: k.CreatedAt})
+	}
+	return out, err
+}
+
+func listPolicies(ctx context.Context, c *call) (any, error) {
+	sid, all, err := c.IAM.Policies(ctx, c.r.PathValue("service"))
+	out := kmsapi.Policies{Policies: []kmsapi.Policy{}}
+	for _, p := range all {
+		for _, r := range p.Resources {
+			out.Policies = append(out.Policies, kmsapi.Policy{ID: p.ID, ServiceID: sid.ID, Instance: r.Instance, Key: r.Key, KeyRing: r.KeyRing, Roles: p.RoleNames()})
+		}
+	}
+	return out, err
 }
 
 // instanceNamed makes the instance of this name, or takes the one that a run

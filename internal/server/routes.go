@@ -79,8 +79,10 @@ func ownRoutes() []route {
 		{"GET", own("/iam/service-ids"), "iam.service-ids.list", "Service IDs could not be retrieved", iam.IAMManage, everywhere, http.StatusOK, listServiceIDs},
 		{"DELETE", own("/iam/service-ids/{id}"), "iam.service-ids.delete", "Service ID could not be deleted", iam.IAMManage, everywhere, http.StatusNoContent, deleteServiceID},
 		{"POST", own("/iam/api-keys"), "iam.api-keys.create", "API key could not be created", iam.IAMManage, everywhere, http.StatusCreated, createAPIKey},
+		{"GET", own("/iam/api-keys"), "iam.api-keys.list", "API keys could not be retrieved", iam.IAMManage, everywhere, http.StatusOK, listAPIKeys},
 		{"DELETE", own("/iam/api-keys/{id}"), "iam.api-keys.delete", "API key could not be deleted", iam.IAMManage, everywhere, http.StatusNoContent, deleteAPIKey},
 		{"POST", own("/iam/policies"), "iam.policies.create", "Policy could not be created", iam.IAMManage, everywhere, http.StatusCreated, createPolicy},
+		{"GET", own("/iam/policies/{service}"), "iam.policies.list", "Policies could not be retrieved", iam.IAMManage, everywhere, http.StatusOK, listPolicies},
 		{"DELETE", own("/iam/policies/{service}/{id}"), "iam.policies.delete", "Policy could not be deleted", iam.IAMManage, everywhere, http.StatusNoContent, deletePolicy},
 	}
 }

@@ -144,18 +144,18 @@ type CreateKeys struct {
 type CreateKey struct {
 	Type                string     `json:"type"`
 	Name                string     `json:"name"`
-	Description         string     `json:"description"`
-	ExpirationDate      *time.Time `json:"expirationDate"`
+	Description         string     `json:"description,omitempty"`
+	ExpirationDate      *time.Time `json:"expirationDate,omitempty"`
 	Extractable         bool       `json:"extractable"`
-	Payload             string     `json:"payload"`
-	Aliases             []string   `json:"aliases"`
-	Tags                []string   `json:"tags"`
-	EncryptedNonce      string     `json:"encryptedNonce"`
-	IV                  string     `json:"iv"`
-	EncryptionAlgorithm string     `json:"encryptionAlgorithm"`
+	Payload             string     `json:"payload,omitempty"`
+	Aliases             []string   `json:"aliases,omitempty"`
+	Tags                []string   `json:"tags,omitempty"`
+	EncryptedNonce      string     `json:"encryptedNonce,omitempty"`
+	IV                  string     `json:"iv,omitempty"`
+	EncryptionAlgorithm string     `json:"encryptionAlgorithm,omitempty"`
 	// With policy overrides only:
-	Rotation       *Rotation       `json:"rotation"`
-	DualAuthDelete *DualAuthDelete `json:"dualAuthDelete"`
+	Rotation       *Rotation       `json:"rotation,omitempty"`
+	DualAuthDelete *DualAuthDelete `json:"dualAuthDelete,omitempty"`
 }
 
 // Ways to encrypt material for import, under an import token's public key.
@@ -347,21 +347,24 @@ type Instances struct {
 }
 
 // OnboardRequest is the body of POST /kmsctl/v1/onboard. Instance and Key are
-// ids; without them new ones are made.
+// ids; without them new ones are made. For a service that is there already
+// nothing is made, but a further API key when NewAPIKey is set.
 type OnboardRequest struct {
-	Name     string `json:"name"`
-	Instance string `json:"instance,omitempty"`
-	Key      string `json:"key,omitempty"`
-	Role     string `json:"role,omitempty"` // Viewer unless given: wrap and unwrap
+	Name      string `json:"name"`
+	Instance  string `json:"instance,omitempty"`
+	Key       string `json:"key,omitempty"`
+	Role      string `json:"role,omitempty"` // Viewer unless given: wrap and unwrap
+	NewAPIKey bool   `json:"newApiKey,omitempty"`
 }
 
-// Onboarded is its answer. APIKey is shown this once.
+// Onboarded is its answer. APIKey is shown once, when it is made.
 type Onboarded struct {
 	InstanceID string `json:"instanceId"`
 	ServiceID  string `json:"serviceId"`
 	APIKey     string `json:"apiKey"`
 	PolicyID   string `json:"policyId"`
 	KeyID      string `json:"keyId"`
+	Existing   bool   `json:"existing,omitempty"` // the service was there already
 }
 
 // Token is the answer of the token endpoints.
@@ -430,6 +433,26 @@ type CreatePolicy struct {
 	Instance  string `json:"instance"`
 	Key       string `json:"key,omitempty"`
 	KeyRing   string `json:"keyRing,omitempty"`
+}
+
+// APIKeys is the answer of GET /kmsctl/v1/iam/api-keys.
+type APIKeys struct {
+	APIKeys []APIKey `json:"apiKeys"`
+}
+
+// Policy is what a service ID may do where.
+type Policy struct {
+	ID        string   `json:"id"`
+	ServiceID string   `json:"serviceId"`
+	Instance  string   `json:"instance"`
+	Key       string   `json:"key,omitempty"`
+	KeyRing   string   `json:"keyRing,omitempty"`
+	Roles     []string `json:"roles"`
+}
+
+// Policies is the answer of GET /kmsctl/v1/iam/policies/{service}.
+type Policies struct {
+	Policies []Policy `json:"policies"`
 }
 
 // PolicyID is the answer to its creation.

@@ -17,7 +17,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -40,6 +39,7 @@ type Config struct {
 type Client struct {
 	base     string
 	instance string
+	ring     string
 	apiKey   []byte
 	http     *http.Client
 
@@ -101,6 +101,9 @@ func (c *Client) Instance() string { return c.instance }
 // SetInstance chooses the instance of the calls that follow.
 func (c *Client) SetInstance(id string) { c.instance = id }
 
+// SetKeyRing narrows the calls that follow to one key ring; "" is any.
+func (c *Client) SetKeyRing(ring string) { c.ring = ring }
+
 // Do sends in as JSON (nil: no body) and reads the answer into out (nil:
 // dropped). path is below the server's root. A refusal is *Error.
 func (c *Client) Do(ctx context.Context, method, path string, in, out any) error {
@@ -156,6 +159,9 @@ func (c *Client) request(ctx context.Context, method, path string, body io.Reade
 	}
 	if c.instance != "" {
 		req.Header.Set(kmsapi.HeaderInstance, c.instance)
+	}
+	if c.ring != "" {
+		req.Header.Set(kmsapi.HeaderKeyRing, c.ring)
 	}
 	if len(c.apiKey) > 0 {
 		token, err := c.token(ctx)
@@ -242,26 +248,23 @@ func one(ks kmsapi.Keys) (kmsapi.Key, error) {
 	return ks.Resources[0], nil
 }
 
-// CreateKey makes or imports a key.
+// CreateKey makes or imports a key. With a rotation policy or dual
+// authorization, it uses the call that takes them.
 func (c *Client) CreateKey(ctx context.Context, k kmsapi.CreateKey) (kmsapi.Key, error) {
 	k.Type = kmsapi.TypeKey
-	// Only what is set is sent: other servers of this API refuse unknown fields.
-	res := map[string]any{"type": k.Type, "name": k.Name, "extractable": k.Extractable}
-	if k.Description != "" {
-		res["description"] = k.Description
+	path := "/api/v2/keys"
+	if k.Rotation != nil || k.DualAuthDelete != nil {
+		path = "/api/v2/keys_with_policy_overrides"
 	}
-	if k.ExpirationDate != nil {
-		res["expirationDate"] = k.ExpirationDate
-	}
-	if k.Payload != "" {
-		res["payload"] = k.Payload
-	}
-	in := map[string]any{"metadata": kmsapi.Metadata{CollectionType: kmsapi.TypeKey, CollectionTotal: 1}, "resources": []any{res}}
 	var out kmsapi.Keys
-	if err := c.Do(ctx, http.MethodPost, "/api/v2/keys", in, &out); err != nil {
+	if err := c.Do(ctx, http.MethodPost, path, collection(k), &out); err != nil {
 		return kmsapi.Key{}, err
 	}
 	return one(out)
+}
+
+func collection(v any) any {
+	return map[string]any{"metadata": kmsapi.Metadata{CollectionType: kmsapi.TypeKey, CollectionTotal: 1}, "resources": []any{v}}
 }
 
 // Key gives a key by id, a standard key with its payload; metadata leaves
@@ -278,12 +281,12 @@ func (c *Client) Key(ctx context.Context, id string, metadata bool) (kmsapi.Key,
 	return one(out)
 }
 
-// Keys lists up to limit keys from offset on.
-func (c *Client) Keys(ctx context.Context, limit, offset int) ([]kmsapi.Key, error) {
-	q := url.Values{"limit": {strconv.Itoa(limit)}, "offset": {strconv.Itoa(offset)}}
+// Keys lists keys; the query has the parameters of the API's list, such as
+// limit, offset, search and sort.
+func (c *Client) Keys(ctx context.Context, query url.Values) (kmsapi.Keys, error) {
 	var out kmsapi.Keys
-	err := c.Do(ctx, http.MethodGet, "/api/v2/keys?"+q.Encode(), nil, &out)
-	return out.Resources, err
+	err := c.Do(ctx, http.MethodGet, "/api/v2/keys?"+query.Encode(), nil, &out)
+	return out, err
 }
 
 // Wrap and Unwrap call the actions of a root key.
@@ -295,6 +298,13 @@ func (c *Client) Wrap(ctx context.Context, id string, in kmsapi.WrapRequest) (ou
 // Unwrap opens what Wrap made.
 func (c *Client) Unwrap(ctx context.Context, id string, in kmsapi.UnwrapRequest) (out kmsapi.ActionAnswer, err error) {
 	err = c.Do(ctx, http.MethodPost, "/api/v2/keys/"+url.PathEscape(id)+"/actions/unwrap", in, &out)
+	return out, err
+}
+
+// Rewrap wraps anew, by the newest version of the key, what any version had
+// wrapped.
+func (c *Client) Rewrap(ctx context.Context, id string, in kmsapi.UnwrapRequest) (out kmsapi.ActionAnswer, err error) {
+	err = c.Do(ctx, http.MethodPost, "/api/v2/keys/"+url.PathEscape(id)+"/actions/rewrap", in, &out)
 	return out, err
 }
 

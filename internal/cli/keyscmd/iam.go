@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -99,14 +100,19 @@ func newIAMCmd(a *app.App) *cobra.Command {
 		iamVerb(a, "list", "List the service IDs", "  kmsctl iam service-ids list", cobra.NoArgs, runServiceIDList, nil),
 		iamVerb(a, "delete NAME", "Delete a service ID with its API keys and policies, at once", "  kmsctl iam service-ids delete orders", cobra.ExactArgs(1), runServiceIDDelete, nil),
 	)
-	keys := &cobra.Command{Use: "api-keys", Short: "Create and delete API keys"}
+	keys := &cobra.Command{Use: "api-keys", Short: "Create, list and delete API keys"}
 	keys.AddCommand(
+		iamVerb(a, "list", "List the API keys, of one service ID when it is named", "  kmsctl iam api-keys list --service-id orders", cobra.NoArgs, runAPIKeyList,
+			func(c *cobra.Command, o *iamOptions) {
+				c.Flags().StringVar(&o.serviceID, "service-id", "", "name or id of the service ID")
+			}),
 		iamVerb(a, "create NAME", "Create an API key for a service ID; it is shown this once", "  kmsctl iam api-keys create laptop --service-id orders -o json",
 			cobra.ExactArgs(1), runAPIKeyCreate, serviceFlag),
 		iamVerb(a, "delete ID", "Delete an API key: it stops working at once", "  kmsctl iam api-keys delete 5f0c…", cobra.ExactArgs(1), runAPIKeyDelete, nil),
 	)
-	policies := &cobra.Command{Use: "policies", Short: "Create and delete access policies"}
+	policies := &cobra.Command{Use: "policies", Short: "Create, list and delete access policies"}
 	policies.AddCommand(
+		iamVerb(a, "list", "List the policies of a service ID", "  kmsctl iam policies list --service-id orders", cobra.NoArgs, runPolicyList, serviceFlag),
 		iamVerb(a, "create", "Let a service ID act in an instance, or on one key or key ring of it",
 			"  kmsctl iam policies create --service-id orders --instance shop --role Viewer --key 02fd6835-6001-4482-a892-13bd2085f75d",
 			cobra.NoArgs, runPolicyCreate, func(c *cobra.Command, o *iamOptions) {
@@ -119,7 +125,7 @@ func newIAMCmd(a *app.App) *cobra.Command {
 			}),
 		iamVerb(a, "delete ID", "Delete a policy of a service ID", "  kmsctl iam policies delete 1f… --service-id orders", cobra.ExactArgs(1), runPolicyDelete, serviceFlag),
 	)
-	iam.AddCommand(ids, keys, policies)
+	iam.AddCommand(ids, keys, policies, iamVerb(a, "token", "Exchange an API key for an access token", "  KMSCTL_API_KEY=… kmsctl iam token --server https://kms-api:28674 -o json", cobra.NoArgs, runToken, nil))
 	return iam
 }
 
@@ -165,6 +171,77 @@ func runAPIKeyCreate(ctx context.Context, o *iamOptions) error {
 		return err
 	}
 	return o.Print(apiKeyResult(out))
+}
+
+// apiKeyList shows API keys.
+type apiKeyList struct {
+	APIKeys []kmsapi.APIKey `json:"apiKeys"`
+}
+
+// Table is one line an API key.
+func (l apiKeyList) Table() ([]string, [][]string) {
+	var rows [][]string
+	for _, k := range l.APIKeys {
+		rows = append(rows, []string{k.ID, k.Name, k.ServiceID, k.CreatedAt.UTC().Format(time.RFC3339)})
+	}
+	return []string{"ID", "NAME", "SERVICE ID", "CREATED"}, rows
+}
+
+func runAPIKeyList(ctx context.Context, o *iamOptions) error {
+	var out kmsapi.APIKeys
+	if err := o.call(ctx, "list API keys", o.serviceID, http.MethodGet, "/kmsctl/v1/iam/api-keys?serviceId="+url.QueryEscape(o.serviceID), nil, &out); err != nil {
+		return err
+	}
+	return o.Print(apiKeyList{out.APIKeys})
+}
+
+// policyTable shows policies of a service ID.
+type policyTable struct {
+	Policies []kmsapi.Policy `json:"policies"`
+}
+
+// Table is one line a resource of a policy.
+func (l policyTable) Table() ([]string, [][]string) {
+	var rows [][]string
+	for _, p := range l.Policies {
+		on := "the instance"
+		if p.Key != "" {
+			on = "key " + p.Key
+		} else if p.KeyRing != "" {
+			on = "key ring " + p.KeyRing
+		}
+		rows = append(rows, []string{p.ID, strings.Join(p.Roles, ","), p.Instance, on})
+	}
+	return []string{"ID", "ROLES", "INSTANCE", "ON"}, rows
+}
+
+func runPolicyList(ctx context.Context, o *iamOptions) error {
+	var out kmsapi.Policies
+	if err := o.call(ctx, "list policies of", o.serviceID, http.MethodGet, "/kmsctl/v1/iam/policies/"+url.PathEscape(o.serviceID), nil, &out); err != nil {
+		return err
+	}
+	return o.Print(policyTable{out.Policies})
+}
+
+// tokenResult shows an access token.
+type tokenResult kmsapi.Token
+
+// Table is the token alone, for scripts.
+func (r tokenResult) Table() ([]string, [][]string) { return nil, [][]string{{r.AccessToken}} }
+
+func runToken(ctx context.Context, o *iamOptions) error {
+	if o.client.Server == "" {
+		return fault.Usagef("--server: missing").WithHint("the local administrator needs no token; name a server")
+	}
+	c, err := o.Client(ctx, &o.client)
+	if err != nil {
+		return err
+	}
+	t, err := c.Token(ctx)
+	if err != nil {
+		return o.ClientError("get a token from", o.client.Server, err)
+	}
+	return o.Print(tokenResult(t))
 }
 
 func runAPIKeyDelete(ctx context.Context, o *iamOptions) error {

@@ -9,7 +9,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
-	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -125,68 +124,4 @@ func runInstanceDelete(ctx context.Context, o *instanceOptions) error {
 		return o.ClientError("delete instance", o.client.Instance, err)
 	}
 	return nil
-}
-
-// onboardResult shows what onboarding made; the API key is shown this once.
-type onboardResult kmsapi.Onboarded
-
-// Table is one line a field.
-func (r onboardResult) Table() ([]string, [][]string) {
-	return nil, [][]string{{"instance", r.InstanceID}, {"service id", r.ServiceID}, {"key", r.KeyID}, {"policy", r.PolicyID},
-		{"api key", r.APIKey}, {"", "preserve the API key: it cannot be shown again"}}
-}
-
-type onboardOptions struct {
-	*app.App
-	client app.ClientFlags
-	name   string
-	key    string
-	role   string
-}
-
-func newOnboardCmd(a *app.App, run func(context.Context, *onboardOptions) error) *cobra.Command {
-	o := &onboardOptions{App: a}
-	if run == nil {
-		run = runOnboard
-	}
-	cmd := &cobra.Command{
-		Use: "onboard NAME", Short: "Give a service an instance, a key, and an API key that may use that key alone", Args: cobra.ExactArgs(1),
-		Long: `Onboard a service in one go: an instance and a root key (unless --instance and --key name
-existing ones), a service ID, an API key, and an access policy that lets the service use that key and no other.`,
-		Example: "  kmsctl onboard orders -o json\n  kmsctl onboard orders --instance shop --key 02fd6835-6001-4482-a892-13bd2085f75d --role Viewer",
-		RunE: func(cmd *cobra.Command, args []string) error {
-			o.name = args[0]
-			return app.Run(cmd.Context(), o, run)
-		},
-	}
-	o.client.Add(cmd.Flags(), a)
-	o.client.AddInstance(cmd.Flags())
-	cmd.Flags().StringVar(&o.key, "key", "", "id of an existing key of the instance")
-	cmd.Flags().StringVar(&o.role, "role", "Viewer", "role on the key: Viewer wraps and unwraps")
-	return cmd
-}
-
-// Check holds the rules of the flags.
-func (o *onboardOptions) Check() error {
-	if o.key != "" && o.client.Instance == "" {
-		return fault.Usagef("--key: needs --instance").WithHint("a key belongs to an instance")
-	}
-	return o.client.Check(false)
-}
-
-func runOnboard(ctx context.Context, o *onboardOptions) error {
-	name := o.client.Instance
-	c, err := o.Client(ctx, &o.client)
-	if err != nil {
-		return err
-	}
-	in := kmsapi.OnboardRequest{Name: o.name, Key: o.key, Role: o.role}
-	if name != "" {
-		in.Instance = c.Instance()
-	}
-	var out kmsapi.Onboarded
-	if err := c.Do(ctx, http.MethodPost, "/kmsctl/v1/onboard", in, &out); err != nil {
-		return o.ClientError("onboard", o.name, err)
-	}
-	return o.Print(onboardResult(out))
 }

@@ -7,7 +7,11 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"maps"
+	"net/url"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -23,7 +27,12 @@ func New(a *app.App) []*cobra.Command {
 
 A root key never leaves the HSM: it wraps and unwraps data encryption keys (DEKs).
 A standard key holds material that its owner can read.`}
-	keys.AddCommand(newCreateCmd(a, nil), newListCmd(a, nil), newGetCmd(a, nil), newWrapCmd(a, nil), newUnwrapCmd(a, nil))
+	keys.AddCommand(newCreateCmd(a, nil), newImportCmd(a, nil), newListCmd(a, nil), newGetCmd(a, nil), newWrapCmd(a, nil), newUnwrapCmd(a, nil))
+	for _, v := range lifeVerbs() {
+		keys.AddCommand(v.command(a))
+	}
+	keys.AddCommand(group(a, "alias", "Add and remove further names of a key", aliasVerbs()), group(a, "policy", "Show and set a key's policies", policyVerbs()),
+		group(a, "rings", "Make, list and delete key rings", ringVerbs()))
 	return []*cobra.Command{keys, newInstancesCmd(a), newOnboardCmd(a, nil), newIAMCmd(a)}
 }
 
@@ -66,7 +75,28 @@ type createOptions struct {
 	standard    bool
 	description string
 	expires     string
-	payloadFile string
+	material    materialFlags
+	imports     bool
+	aliases     []string
+	tags        []string
+	ring        string
+	months      int
+	dualAuth    bool
+}
+
+func (o *createOptions) add(cmd *cobra.Command) {
+	fs := cmd.Flags()
+	o.client.Add(fs, o.App)
+	o.client.AddInstance(fs)
+	fs.BoolVar(&o.standard, "standard", false, "make a standard key, whose material can be read")
+	fs.StringVar(&o.description, "description", "", "what the key is for")
+	fs.StringVar(&o.expires, "expires", "", "end of the key's use for wrapping, RFC 3339, as in 2030-01-02T15:04:05Z")
+	fs.StringSliceVar(&o.aliases, "alias", nil, "further names of the key, up to 5")
+	fs.StringSliceVar(&o.tags, "tag", nil, "tags, up to 30")
+	fs.StringVar(&o.ring, "key-ring", "", "key ring that it is made in; without it, the default one")
+	fs.IntVar(&o.months, "rotation-months", 0, "rotate every so many months (30 days each), 1 to 12")
+	fs.BoolVar(&o.dualAuth, "dual-auth", false, "two people must agree to a deletion")
+	o.material.add(cmd)
 }
 
 func newCreateCmd(a *app.App, run func(context.Context, *createOptions) error) *cobra.Command {
@@ -85,29 +115,48 @@ With --payload-file, the material is imported instead.`,
 			return app.Run(cmd.Context(), o, run)
 		},
 	}
-	fs := cmd.Flags()
-	o.client.Add(fs, a)
-	o.client.AddInstance(fs)
-	fs.BoolVar(&o.standard, "standard", false, "make a standard key, whose material can be read")
-	fs.StringVar(&o.description, "description", "", "what the key is for")
-	fs.StringVar(&o.expires, "expires", "", "end of the key's use for wrapping, RFC 3339, as in 2030-01-02T15:04:05Z")
-	fs.StringVar(&o.payloadFile, "payload-file", "", "file with the raw material to import, - for standard input")
+	o.add(cmd)
+	return cmd
+}
+
+func newImportCmd(a *app.App, run func(context.Context, *createOptions) error) *cobra.Command {
+	o := &createOptions{App: a, imports: true}
+	if run == nil {
+		run = runCreate
+	}
+	cmd := &cobra.Command{
+		Use: "import NAME", Short: "Import material of your own as a root or standard key", Args: cobra.ExactArgs(1),
+		Long: `Import material as a key: 16, 24 or 32 bytes as a root key, up to 7500 as a standard key.
+With --import-token, the material is encrypted on this machine and opened by the KMS alone.`,
+		Example: "  kmsctl keys import orders --payload-file key.bin --import-token --instance shop\n  head -c 32 /dev/urandom | kmsctl keys import orders --payload-file - --instance shop",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			o.name = args[0]
+			return app.Run(cmd.Context(), o, run)
+		},
+	}
+	o.add(cmd)
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *createOptions) Check() error {
-	errs := []error{o.client.Check(true)}
+	errs := []error{o.client.Check(true), o.material.check(&keyOptions{client: o.client})()}
 	if o.expires != "" {
 		if _, err := time.Parse(time.RFC3339, o.expires); err != nil {
 			errs = append(errs, fault.Usagef("--expires: %q is not a time as in 2030-01-02T15:04:05Z", o.expires))
 		}
 	}
+	if o.imports && o.material.file == "" {
+		errs = append(errs, fault.Usagef("--payload-file: missing").WithHint("give the file with the raw material, or - for standard input"))
+	}
+	if o.standard && o.material.token {
+		errs = append(errs, fault.Usagef("--import-token, --standard: only one of them").WithHint("an import token is for root keys; a standard key travels by TLS"))
+	}
 	return errors.Join(errs...)
 }
 
 func runCreate(ctx context.Context, o *createOptions) error {
-	in := kmsapi.CreateKey{Name: o.name, Description: o.description, Extractable: o.standard}
+	in := kmsapi.CreateKey{Name: o.name, Description: o.description, Extractable: o.standard, Aliases: o.aliases, Tags: o.tags}
 	if o.expires != "" {
 		t, err := time.Parse(time.RFC3339, o.expires)
 		if err != nil {
@@ -115,17 +164,21 @@ func runCreate(ctx context.Context, o *createOptions) error {
 		}
 		in.ExpirationDate = &t
 	}
-	if o.payloadFile != "" {
-		b, err := o.ReadInput("--payload-file", o.payloadFile, kmsapi.MaxStandard)
-		if err != nil {
-			return err
-		}
-		in.Payload = base64.StdEncoding.EncodeToString(b)
-		clear(b)
+	if o.months != 0 {
+		in.Rotation = &kmsapi.Rotation{IntervalMonth: o.months}
+	}
+	if o.dualAuth {
+		in.DualAuthDelete = &kmsapi.DualAuthDelete{Enabled: true}
 	}
 	c, err := o.Client(ctx, &o.client)
 	if err != nil {
 		return err
+	}
+	c.SetKeyRing(o.ring)
+	if o.material.file != "" {
+		if err := o.material.fill(ctx, o.App, c, &in); err != nil {
+			return o.ClientError("import key", o.name, err)
+		}
 	}
 	k, err := c.CreateKey(ctx, in)
 	if err != nil {
@@ -136,8 +189,11 @@ func runCreate(ctx context.Context, o *createOptions) error {
 
 type listOptions struct {
 	*app.App
-	client        app.ClientFlags
-	limit, offset int
+	client               app.ClientFlags
+	limit, offset        int
+	search, sort, filter string
+	states               []string
+	ring                 string
 }
 
 func newListCmd(a *app.App, run func(context.Context, *listOptions) error) *cobra.Command {
@@ -146,13 +202,20 @@ func newListCmd(a *app.App, run func(context.Context, *listOptions) error) *cobr
 		run = runList
 	}
 	cmd := &cobra.Command{
-		Use: "list", Short: "List the keys of an instance", Args: cobra.NoArgs, Example: "  kmsctl keys list --instance shop -o json",
-		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
+		Use: "list", Short: "List the keys of an instance", Args: cobra.NoArgs,
+		Example: "  kmsctl keys list --instance shop -o json\n  kmsctl keys list --instance shop --search orders --sort -creationDate",
+		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
 	o.client.Add(cmd.Flags(), a)
 	o.client.AddInstance(cmd.Flags())
 	cmd.Flags().IntVar(&o.limit, "limit", kmsapi.DefaultLimit, "keys at most, up to 5000")
 	cmd.Flags().IntVar(&o.offset, "offset", 0, "keys to leave out at the start")
+	cmd.Flags().StringVar(&o.search, "search", "", "part of the name or of an alias; prefixes not:, exact:, name:, alias:, escape:")
+	cmd.Flags().StringVar(&o.sort, "sort", "", "comma separated fields, - before one for descending, as in -creationDate")
+	cmd.Flags().StringVar(&o.filter, "filter", "", `terms with blanks between, as in creationDate=gt:"2026-01-02T03:04:05Z"`)
+	cmd.Flags().StringSliceVar(&o.states, "state", nil, "states: pre-active, active, suspended, deactivated, destroyed; without it, all but the first and the last")
+	cmd.Flags().StringVar(&o.ring, "key-ring", "", "only keys of this ring")
+	_ = cmd.RegisterFlagCompletionFunc("state", cobra.FixedCompletions(slices.Sorted(maps.Values(states)), cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 
@@ -165,7 +228,27 @@ func (o *listOptions) Check() error {
 	if o.offset < 0 {
 		errs = append(errs, fault.Usagef("--offset: %d is negative", o.offset))
 	}
+	if _, err := stateNumbers(o.states); err != nil {
+		errs = append(errs, err)
+	}
 	return errors.Join(errs...)
+}
+
+// stateNumbers are the API's numbers of states, comma separated.
+func stateNumbers(names []string) (string, error) {
+	var out []string
+	for _, name := range names {
+		found := false
+		for n, s := range states {
+			if s == name {
+				out, found = append(out, strconv.Itoa(n)), true
+			}
+		}
+		if !found {
+			return "", fault.Usagef("--state: unknown state %q", name).WithHint("use: %s", strings.Join(slices.Sorted(maps.Values(states)), ", "))
+		}
+	}
+	return strings.Join(out, ","), nil
 }
 
 func runList(ctx context.Context, o *listOptions) error {
@@ -173,14 +256,22 @@ func runList(ctx context.Context, o *listOptions) error {
 	if err != nil {
 		return err
 	}
-	keys, err := c.Keys(ctx, o.limit, o.offset)
+	numbers, err := stateNumbers(o.states)
+	if err != nil {
+		return err
+	}
+	q := url.Values{"limit": {strconv.Itoa(o.limit)}, "offset": {strconv.Itoa(o.offset)}}
+	for name, v := range map[string]string{"search": o.search, "sort": o.sort, "filter": o.filter, "state": numbers} {
+		if v != "" {
+			q.Set(name, v)
+		}
+	}
+	c.SetKeyRing(o.ring)
+	keys, err := c.Keys(ctx, q)
 	if err != nil {
 		return o.ClientError("list keys of instance", o.client.Instance, err)
 	}
-	if keys == nil {
-		keys = []kmsapi.Key{}
-	}
-	return o.Print(keyList{keys})
+	return o.Print(keyList{keys.Resources})
 }
 
 type getOptions struct {
