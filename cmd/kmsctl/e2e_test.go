@@ -31,7 +31,7 @@ func TestE2E(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	env := map[string]string{"BIN": bin, "KMSCTL_CONNECTOR": filepath.Join(bin, "kms-connector")}
+	env := map[string]string{"BIN": bin, "PATH": bin + string(os.PathListSeparator) + os.Getenv("PATH")}
 	for _, k := range []string{"KUBECONFIG", "REGISTRY", "CLUSTER_SH", "KMSCTL_CACHE", "KMSCTL_CLUSTER"} {
 		if env[k] = os.Getenv(k); env[k] == "" {
 			t.Fatalf("%s is not set: run this by `make e2e`", k)

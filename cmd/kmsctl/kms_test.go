@@ -5,7 +5,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"strings"
 	"syscall"
 	"time"
 
@@ -13,7 +12,12 @@ import (
 )
 
 // servers are the `kmsctl serve` processes of one script, by name.
-type servers map[string]*exec.Cmd
+type servers map[string]server
+
+type server struct {
+	*exec.Cmd
+	ended <-chan error // Wait's word
+}
 
 var readyLine = regexp.MustCompile(`(?m)^ready +(\S+)`)
 
@@ -36,46 +40,42 @@ func kms(ts *testscript.TestScript, neg bool, args []string) {
 		all[name] = startKMS(ts, name, args[2:])
 	case "stop":
 		ts.Check(all[name].Process.Signal(syscall.SIGTERM))
-		ts.Check(all[name].Wait())
+		ts.Check(<-all[name].ended)
 		delete(all, name)
 	case "kill":
 		ts.Check(all[name].Process.Kill())
-		_ = all[name].Wait() // it was killed
+		<-all[name].ended // it was killed
 		delete(all, name)
 	default:
 		ts.Fatalf("unknown verb %q", args[0])
 	}
 }
 
-func startKMS(ts *testscript.TestScript, name string, flags []string) *exec.Cmd {
-	var program string
-	for _, dir := range filepath.SplitList(ts.Getenv("PATH")) {
-		if p := filepath.Join(dir, "kmsctl"); program == "" {
-			if _, err := os.Stat(p); err == nil {
-				program = p
-			}
-		}
-	}
+func startKMS(ts *testscript.TestScript, name string, flags []string) server {
 	logName := ts.MkAbs(name + ".log")
 	log, err := os.Create(logName)
 	ts.Check(err)
 	defer log.Close()
-	cmd := exec.Command(program, append([]string{"serve"}, flags...)...)
+	cmd := exec.Command(filepath.Join(filepath.SplitList(ts.Getenv("PATH"))[0], "kmsctl"), append([]string{"serve"}, flags...)...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = ts.MkAbs("."), log, log
-	for _, v := range []string{"PATH", "HOME", "TMPDIR", "KMSCTL_CONNECTOR", "KMSCTL_PASSPHRASE", "XDG_DATA_HOME"} {
+	for _, v := range []string{"PATH", "HOME", "TMPDIR", "KMSCTL_PASSPHRASE", "XDG_DATA_HOME"} {
 		cmd.Env = append(cmd.Env, v+"="+ts.Getenv(v))
 	}
 	ts.Check(cmd.Start())
 	ts.Defer(func() { _ = cmd.Process.Kill() }) // it has ended already, if the script stopped it
-	for until := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	for { // it gets ready or ends; go test's own limit is the last resort
 		b, err := os.ReadFile(logName)
 		ts.Check(err)
 		if m := readyLine.FindSubmatch(b); m != nil {
 			ts.Setenv(name, string(m[1]))
-			return cmd
+			return server{cmd, ended}
 		}
-		if time.Now().After(until) || strings.Contains(string(b), "kmsctl: error:") {
-			ts.Fatalf("kmsctl serve is not ready:\n%s", b)
+		select {
+		case err := <-ended:
+			ts.Fatalf("kmsctl serve ended (%v) before it was ready:\n%s", err, b)
+		case <-time.After(20 * time.Millisecond):
 		}
 	}
 }

@@ -61,6 +61,9 @@ func parseRecipients(recipients []string, passphrase secret.Value) ([]age.Recipi
 		if err != nil {
 			return nil, fmt.Errorf("encrypt: %w", err)
 		}
+		if testOnlyWorkFactor != 0 {
+			r.SetWorkFactor(testOnlyWorkFactor)
+		}
 		return []age.Recipient{r}, nil
 	}
 	var to []age.Recipient
@@ -73,6 +76,10 @@ func parseRecipients(recipients []string, passphrase secret.Value) ([]age.Recipi
 	}
 	return to, nil
 }
+
+// testOnlyWorkFactor makes scrypt quick: age's own takes seconds under the
+// race detector.
+var testOnlyWorkFactor int
 
 // ByPassphrase says whether the age file b opens by a passphrase (true) or by
 // an identity.
