@@ -59,6 +59,7 @@ var home = map[string][]string{
 	"github.com/spf13/cobra":                 {"internal/cli"},
 	"google.golang.org/grpc":                 {"internal/connector", "internal/plugin"},
 	"github.com/golang-jwt/jwt":              {"internal/iam"},
+	"github.com/prometheus":                  {"internal/server"},
 	"github.com/spf13/viper":                 {},
 	"github.com/pkg/errors":                  {},
 	"github.com/sirupsen/logrus":             {},

@@ -26,6 +26,10 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) {
 	}
 	key := secret.New([]byte(r.PostForm.Get("apikey")))
 	defer key.Zero()
+	if err := s.limits.take("token for " + remote(r)); err != nil {
+		s.tokenLimited(w, err)
+		return
+	}
 	e := audit.Event{Action: "iam.token.issue", Outcome: "success", Status: http.StatusOK, Remote: remote(r)}
 	t, err := s.IAM.Issue(r.Context(), key)
 	if err != nil {
@@ -47,6 +51,14 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Retry-After", "5")
 		writeError(w, kmsapi.Unavailable, "Token could not be issued", "")
 	}
+}
+
+func (s *Server) tokenLimited(w http.ResponseWriter, err error) {
+	var lim *limited
+	errors.As(err, &lim)
+	s.metrics.limited.WithLabelValues(lim.name).Inc()
+	retryAfter(w.Header(), kmsapi.TooManyRequests, lim)
+	writeError(w, kmsapi.TooManyRequests, "Token could not be issued", "")
 }
 
 // onboard makes an instance and a key where none are named, then a service ID,

@@ -54,17 +54,26 @@ type Config struct {
 	Backup func(ctx context.Context, w io.Writer) error
 	// Healthy lists what is wrong with the HSM; empty means ready.
 	Healthy func(ctx context.Context) []string
+	Limits  Limits
+	Now     func() time.Time // nil: the machine's clock
 }
 
 // Server answers the API. Safe for concurrent use.
 type Server struct {
 	Config
-	mux *http.ServeMux
+	mux     *http.ServeMux
+	limits  *limiter
+	metrics *metrics
 }
 
 // New builds the routes.
 func New(c Config) *Server {
-	s := &Server{Config: c, mux: http.NewServeMux()}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	s := &Server{Config: c, mux: http.NewServeMux(), limits: newLimiter(c.Limits, c.Now), metrics: newMetrics(c.Now)}
+	s.metrics.ibm.name = s.instanceName
+	s.Gauge("kmsctl_store_view_age_seconds", "Age of the view of the store; above 1 every request is refused.", func() float64 { return c.Lag().Seconds() })
 	actions := map[string]route{}
 	for _, r := range routes() {
 		for _, p := range r.patterns() {
@@ -79,6 +88,7 @@ func New(c Config) *Server {
 	}
 	s.mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	s.mux.HandleFunc("GET /readyz", s.readyz)
+	s.mux.Handle("GET /metrics", s.metrics.handler())
 	for _, p := range []string{"/identity/token", "/oidc/token", "/iam-token/oidc/token"} {
 		s.mux.HandleFunc("POST "+p, s.token)
 	}
@@ -86,6 +96,17 @@ func New(c Config) *Server {
 		writeError(w, kmsapi.NoSuchPath, "Request could not be served", r.Method+" "+r.URL.Path+" is not served")
 	})
 	return s
+}
+
+// Gauge adds a figure to /metrics.
+func (s *Server) Gauge(name, help string, f func() float64) { s.metrics.gauge(name, help, f) }
+
+func (s *Server) instanceName(ctx context.Context, id string) string {
+	in, err := s.KMS.Instance(ctx, id)
+	if err != nil {
+		return ""
+	}
+	return in.Name
 }
 
 type localKey struct{}
@@ -97,8 +118,16 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.Serve
 // local marks a unix socket whose peers run as the same user: they are
 // administrators. handler is a Server, or the Gate before one.
 func Serve(ctx context.Context, handler http.Handler, log *slog.Logger, l net.Listener, local bool) error {
+	return serve(ctx, handler, log, l, local, patience{header: 10 * time.Second, read: 30 * time.Second, write: time.Minute, finish: 10 * time.Second})
+}
+
+// patience is how long a client may take: for its headers, for the whole
+// request, to take the answer; and how long a stop waits for calls under way.
+type patience struct{ header, read, write, finish time.Duration }
+
+func serve(ctx context.Context, handler http.Handler, log *slog.Logger, l net.Listener, local bool, p patience) error {
 	h := &http.Server{
-		Handler: handler, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 60 * time.Second, IdleTimeout: 2 * time.Minute,
+		Handler: handler, ReadHeaderTimeout: p.header, ReadTimeout: p.read, WriteTimeout: p.write, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
@@ -112,7 +141,7 @@ func Serve(ctx context.Context, handler http.Handler, log *slog.Logger, l net.Li
 		return err
 	case <-ctx.Done():
 	}
-	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), p.finish)
 	defer cancel()
 	err := h.Shutdown(stop)
 	if err != nil {
@@ -213,6 +242,8 @@ func (s *Server) oldActions(actions map[string]route) http.Handler {
 func (s *Server) handler(rt route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
+		s.metrics.running.Inc()
+		defer s.metrics.running.Dec()
 		corr := r.Header.Get(kmsapi.HeaderCorrelation)
 		if len(corr) > 128 || corr == "" {
 			corr = uuid.NewString()
@@ -220,6 +251,8 @@ func (s *Server) handler(rt route) http.Handler {
 		w.Header().Set(kmsapi.HeaderCorrelation, corr)
 		c := &call{Server: s, rt: rt, r: r, id: r.PathValue("id"), status: rt.status, resHeader: w.Header()}
 		body, err := s.do(r.Context(), rt, c)
+		var lim *limited
+		errors.As(err, &lim)
 		status, code, message, what := c.status, "", "", rt.what
 		if err != nil {
 			var lead string
@@ -234,21 +267,22 @@ func (s *Server) handler(rt route) http.Handler {
 		if err != nil {
 			e.Outcome, e.Detail = "failure", code
 		}
-		if aerr := s.Audit.Append(context.WithoutCancel(r.Context()), e); aerr != nil {
+		if lim != nil {
+			s.metrics.limited.WithLabelValues(lim.name).Inc()
+		} else if aerr := s.Audit.Append(context.WithoutCancel(r.Context()), e); aerr != nil {
 			// What is not written down does not happen for the caller.
 			s.Log.Error("audit", "error", aerr)
 			status, code, message, err = http.StatusServiceUnavailable, kmsapi.Unavailable, "", aerr
 		}
 		if err != nil {
-			if code == kmsapi.Unavailable {
-				w.Header().Set("Retry-After", "5")
-			}
+			retryAfter(w.Header(), code, lim)
 			writeError(w, code, what, message)
 		} else if st, ok := body.(stream); ok {
 			s.stream(w, r, rt, corr, st)
 		} else {
 			writeJSON(w, status, body)
 		}
+		s.metrics.done(rt, c.instance, status, time.Since(start))
 		level := slog.LevelInfo
 		attrs := []any{"route", rt.name, "status", status, "ms", float64(time.Since(start).Microseconds()) / 1000, "correlation", corr}
 		if status >= http.StatusInternalServerError {
@@ -270,7 +304,12 @@ func (s *Server) do(ctx context.Context, rt route, c *call) (any, error) {
 	}
 	var err error
 	if c.who, err = s.authenticate(ctx, c.r); err != nil {
-		return nil, err
+		return nil, errors.Join(s.limits.take("from "+remote(c.r)), err)
+	}
+	if c.who != iam.LocalAdmin() {
+		if err := s.limits.take(c.who.String()); err != nil {
+			return nil, err
+		}
 	}
 	if rt.scope != everywhere {
 		if c.instance = instanceOf(c.r); uuid.Validate(c.instance) != nil {
@@ -299,6 +338,11 @@ func (s *Server) do(ctx context.Context, rt route, c *call) (any, error) {
 		return nil, err
 	}
 	defer clear(c.body)
+	leave, err := s.limits.enter(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
 	return rt.handle(ctx, c)
 }
 

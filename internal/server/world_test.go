@@ -101,7 +101,9 @@ func (s *safeBuffer) Write(p []byte) (int, error) {
 	return s.b.Write(p)
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T) *world { return newWorldWith(t, server.Limits{}) }
+
+func newWorldWith(t *testing.T, limits server.Limits) *world {
 	t.Helper()
 	m, err := store.OpenEmbedded(t.Context(), t.TempDir())
 	if err != nil {
@@ -133,6 +135,7 @@ func newWorld(t *testing.T) *world {
 		},
 		Lag:     func() time.Duration { return time.Duration(w.lag.Load()) },
 		Healthy: func(context.Context) []string { return *w.sick.Load() },
+		Limits:  limits, Now: w.now,
 	})
 	w.server = s
 	ctx, cancel := context.WithCancel(t.Context())

@@ -33,6 +33,7 @@ type Token struct {
 	DeviceErr error
 	Masters   map[string]bool // master keys by id
 	Calls     atomic.Int64    // operations on keys
+	Hold      func()          // runs within each operation on keys
 
 	master [32]byte
 	sign   *ecdsa.PrivateKey
@@ -144,6 +145,13 @@ func (t *Token) Unseal(_ context.Context, b, aad []byte) ([]byte, error) {
 	return out, nil
 }
 
+func (t *Token) count() {
+	t.Calls.Add(1)
+	if t.Hold != nil {
+		t.Hold()
+	}
+}
+
 // CreateRootKey makes a key whose blob only this token opens.
 func (t *Token) CreateRootKey(ctx context.Context) (hsm.NewKey, error) {
 	return t.ImportRootKey(ctx, secret.New(random(32)))
@@ -151,14 +159,14 @@ func (t *Token) CreateRootKey(ctx context.Context) (hsm.NewKey, error) {
 
 // ImportRootKey brings material in.
 func (t *Token) ImportRootKey(ctx context.Context, m secret.Value) (hsm.NewKey, error) {
-	t.Calls.Add(1)
+	t.count()
 	b, err := t.Seal(ctx, m.Reveal(), []byte("root"))
 	return hsm.NewKey{Blob: b}, err
 }
 
 // Wrap encrypts under the key of a blob.
 func (t *Token) Wrap(ctx context.Context, blob, plain, aad []byte) (hsm.Sealed, error) {
-	t.Calls.Add(1)
+	t.count()
 	k, err := t.Unseal(ctx, blob, []byte("root"))
 	if err != nil {
 		return hsm.Sealed{}, err
@@ -176,7 +184,7 @@ func (t *Token) WrapNew(ctx context.Context, blob []byte, n int, aad []byte) ([]
 
 // Unwrap decrypts under the key of a blob.
 func (t *Token) Unwrap(ctx context.Context, blob []byte, s hsm.Sealed, aad []byte) ([]byte, error) {
-	t.Calls.Add(1)
+	t.count()
 	if t.DeviceErr != nil {
 		return nil, t.DeviceErr
 	}

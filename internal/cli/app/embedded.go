@@ -40,6 +40,7 @@ type Embedded struct {
 
 	Pass  PassphraseFlags `json:"-"`
 	Audit AuditFlags      `json:"-"`
+	Limit LimitFlags      `json:"-"`
 }
 
 const (
@@ -96,7 +97,7 @@ func (e *Embedded) Start(ctx context.Context, a *App, log *slog.Logger, connecto
 		return nil, err
 	}
 	r.stop = append(r.stop, token.Close)
-	r.KMS, err = OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Audit: e.Audit.Config(a.Out), Name: embeddedName,
+	r.KMS, err = OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Audit: e.Audit.Config(a.Out), Limits: e.Limit.Limits(), Name: embeddedName,
 		Now: a.Now, Log: log, Windows: windows})
 	if err != nil {
 		return nil, err

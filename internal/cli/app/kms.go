@@ -31,7 +31,8 @@ type KMSConfig struct {
 	Token    *connector.Client
 	AuditDir string
 	Audit    audit.Config // size, policy and copy of its files
-	Name     string       // of this process, for the audit log's heads
+	Limits   server.Limits
+	Name     string // of this process, for the audit log's heads
 	Now      func() time.Time
 	Log      *slog.Logger
 	Windows  kms.Windows
@@ -94,8 +95,31 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	}
 	k.kms = kms.New(st, c.Token, c.Token, c.Now, c.Windows)
 	k.Server = server.New(server.Config{KMS: k.kms, IAM: k.IAM, Audit: k.audit, Log: c.Log,
-		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup})
+		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Limits: c.Limits})
+	k.gauges()
 	return k, nil
+}
+
+// gauges shows in the metrics what the parts count.
+func (k *KMS) gauges() {
+	a := k.audit.Stats()
+	for name, g := range map[string]struct {
+		help string
+		f    func() uint64
+	}{
+		"kmsctl_audit_lines":          {"Lines written to the audit log since the start.", a.Lines.Load},
+		"kmsctl_audit_lost":           {"Calls that were answered and not written down, since the start.", a.Lost.Load},
+		"kmsctl_audit_write_failures": {"Failed writes of the audit log since the start.", a.Failures.Load},
+		"kmsctl_audit_files":          {"Files of the audit log that were closed since the start.", a.Files.Load},
+	} {
+		k.Server.Gauge(name, g.help, func() float64 { return float64(g.f()) })
+	}
+	k.Server.Gauge("kmsctl_hsm_ready", "1 when the HSM answers and is logged in.", func() float64 {
+		if len(k.healthy(context.Background())) > 0 {
+			return 0
+		}
+		return 1
+	})
 }
 
 // Close ends the audit log with a signature, then the view of the store.

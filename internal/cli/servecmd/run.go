@@ -29,6 +29,7 @@ type apiOptions struct {
 	auditDir    string
 	windows     app.WindowFlags
 	audit       app.AuditFlags
+	limit       app.LimitFlags
 }
 
 func newRunAPICmd(a *app.App, run func(context.Context, *apiOptions) error) *cobra.Command {
@@ -57,12 +58,13 @@ refused is not tried again until the secret changes.`,
 	fs.StringVar(&o.auditDir, "audit-dir", "", "folder of the audit log")
 	o.windows.Add(fs)
 	o.audit.Add(cmd)
+	o.limit.Add(fs)
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *apiOptions) Check() error {
-	errs := []error{o.audit.Check()}
+	errs := []error{o.audit.Check(), o.limit.Check()}
 	for name, v := range map[string]string{"connector-socket": o.socket, "etcd-ca-file": o.etcd.CAFile, "etcd-cert-file": o.etcd.CertFile,
 		"etcd-key-file": o.etcd.KeyFile, "tls-cert-file": o.cert, "tls-key-file": o.key, "audit-dir": o.auditDir} {
 		if v == "" {
@@ -149,7 +151,7 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 	if err != nil {
 		return err
 	}
-	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Name: name, Now: o.Now, Log: log, Windows: windows})
+	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Name: name, Now: o.Now, Log: log, Windows: windows})
 	if err != nil {
 		return err
 	}
