@@ -71,3 +71,30 @@ type Release struct {
 	Values     map[string]any `json:"-"`              // what the user set
 	Manifest   string         `json:"-"`
 }
+
+// Workload is one Deployment or StatefulSet of a release.
+type Workload struct {
+	Kind    string `json:"kind"`
+	Name    string `json:"name"`
+	Want    int32  `json:"want"`
+	Ready   int32  `json:"ready"`
+	Updated int32  `json:"updated"`
+	Seen    bool   `json:"-"` // its controller has seen the newest version
+}
+
+// Whole says whether every replica runs the newest version and is ready.
+func (w Workload) Whole() bool { return w.Seen && w.Ready == w.Want && w.Updated == w.Want }
+
+// Annotated is a Secret with an annotation that somebody looks for.
+type Annotated struct {
+	Namespace, Name string
+	Value           string // the annotation's
+	Has             bool   // the Secret has a data entry of that name, not empty
+}
+
+// Event tells people about an object of the cluster.
+type Event struct {
+	Namespace, Kind, Name string
+	Warning               bool
+	Reason, Message       string
+}

@@ -1,0 +1,248 @@
+package kube_test
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/kubernetes/fake"
+	ktesting "k8s.io/client-go/testing"
+
+	"github.com/kmsctl/kmsctl/internal/cluster"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/kube"
+)
+
+func secretOf(data ...string) cluster.Secret {
+	s := cluster.Secret{Namespace: "n", Name: "hsm-secret", Data: map[string][]byte{}}
+	for i := 0; i < len(data); i += 2 {
+		s.Data[data[i]] = []byte(data[i+1])
+	}
+	return s
+}
+
+func TestApplySecret(t *testing.T) {
+	client := fake.NewClientset()
+	c := kube.NewFor(client)
+	for _, step := range []struct {
+		s       cluster.Secret
+		changed bool
+	}{
+		{secretOf("hsm-pass", "a"), true},
+		{secretOf("hsm-pass", "a"), false},
+		{secretOf("hsm-pass", "b", "10.0.0.1", "c"), true},
+		{secretOf("hsm-pass", "b"), true}, // an entry goes
+	} {
+		changed, err := c.ApplySecret(t.Context(), step.s)
+		if err != nil || changed != step.changed {
+			t.Errorf("%v: changed %v, %v", step.s.Data, changed, err)
+		}
+		got, err := c.Secret(t.Context(), "n", "hsm-secret")
+		if err != nil || len(got.Data) != len(step.s.Data) || string(got.Data["hsm-pass"]) != string(step.s.Data["hsm-pass"]) || got.Type != "Opaque" {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+	// The type of a Secret cannot change.
+	other := secretOf("a", "b")
+	other.Type = "kubernetes.io/tls"
+	if _, err := c.ApplySecret(t.Context(), other); fault.KindOf(err) != fault.Conflict || !strings.Contains(fault.HintOf(err), "kubectl delete secret") {
+		t.Errorf("%v", err)
+	}
+	if err := c.DeleteSecret(t.Context(), "n", "hsm-secret"); err != nil {
+		t.Error(err)
+	}
+	if err := c.DeleteSecret(t.Context(), "n", "hsm-secret"); err != nil {
+		t.Errorf("the second time: %v", err)
+	}
+	if _, err := c.Secret(t.Context(), "n", "hsm-secret"); fault.KindOf(err) != fault.NotFound {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestApplySecretVerifies: something that changes what we applied is noticed.
+func TestApplySecretVerifies(t *testing.T) {
+	client := fake.NewClientset()
+	reads := 0
+	client.PrependReactor("get", "secrets", func(ktesting.Action) (bool, runtime.Object, error) {
+		if reads++; reads == 1 {
+			return false, nil, nil
+		}
+		return true, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "hsm-secret", Namespace: "n"}, Type: "Opaque", Data: map[string][]byte{"hsm-pass": []byte("other")}}, nil
+	})
+	_, err := kube.NewFor(client).ApplySecret(t.Context(), secretOf("hsm-pass", "a"))
+	if fault.KindOf(err) != fault.Conflict || !strings.Contains(err.Error(), "other data than was applied") {
+		t.Errorf("%v", err)
+	}
+}
+
+func pod(name string, change func(*corev1.Pod)) *corev1.Pod {
+	p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "n", Labels: map[string]string{"app.kubernetes.io/instance": "kms"}}}
+	change(p)
+	return p
+}
+
+func waiting(reason, message string, restarts int32) corev1.ContainerStatus {
+	return corev1.ContainerStatus{Name: "hsm", RestartCount: restarts, State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: reason, Message: message}}}
+}
+
+// TestPods: each way in which a pod is not ready gets its reason and cure.
+func TestPods(t *testing.T) {
+	client := fake.NewClientset(
+		pod("a-ready", func(p *corev1.Pod) {
+			p.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}
+		}),
+		pod("b-unschedulable", func(p *corev1.Pod) {
+			p.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodScheduled, Status: corev1.ConditionFalse, Reason: "Unschedulable",
+				Message: "pod has unbound immediate PersistentVolumeClaims"}}
+		}),
+		pod("c-image", func(p *corev1.Pod) {
+			p.Status.ContainerStatuses = []corev1.ContainerStatus{waiting("ImagePullBackOff", "Back-off pulling image", 0)}
+		}),
+		pod("d-crash", func(p *corev1.Pod) {
+			s := waiting("CrashLoopBackOff", "back-off", 4)
+			s.LastTerminationState.Terminated = &corev1.ContainerStateTerminated{ExitCode: 2, Reason: "Error"}
+			p.Status.ContainerStatuses = []corev1.ContainerStatus{s}
+		}),
+		pod("e-config", func(p *corev1.Pod) {
+			p.Status.ContainerStatuses = []corev1.ContainerStatus{waiting("CreateContainerConfigError", `secret "hsm-secret" not found`, 0)}
+		}),
+		pod("f-mount", func(p *corev1.Pod) {
+			p.Status.ContainerStatuses = []corev1.ContainerStatus{waiting("ContainerCreating", "", 0)}
+		}),
+		pod("g-going", func(p *corev1.Pod) {
+			now := metav1.Now()
+			p.DeletionTimestamp, p.Finalizers = &now, []string{"x"}
+		}),
+		&corev1.Event{ObjectMeta: metav1.ObjectMeta{Name: "e", Namespace: "n"}, InvolvedObject: corev1.ObjectReference{Name: "f-mount"}, Type: "Warning",
+			Reason: "FailedMount", Message: `MountVolume.SetUp failed: secret "kms-ca" not found`},
+	)
+	pods, err := kube.NewFor(client).Pods(t.Context(), "n", "kms")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []struct {
+		name, reason, cure string
+		final              bool
+	}{
+		{"a-ready", "", "", false},
+		{"b-unschedulable", "Unschedulable", "--host-path", false},
+		{"c-image", "ImagePullBackOff", "kmsctl load", true},
+		{"d-crash", "CrashLoopBackOff", "log line", true},
+		{"e-config", "CreateContainerConfigError", "kmsctl install", true},
+		{"f-mount", "FailedMount", "kmsctl install", false},
+	}
+	if len(pods) != len(want) {
+		t.Fatalf("%d pods: %+v", len(pods), pods)
+	}
+	for i, w := range want {
+		p := pods[i]
+		switch {
+		case p.Name != w.name || p.Ready != (w.reason == ""):
+			t.Errorf("%+v", p)
+		case w.reason == "" && p.Trouble != nil:
+			t.Errorf("%s: %+v", p.Name, p.Trouble)
+		case w.reason != "" && (p.Trouble == nil || p.Trouble.Reason != w.reason || !strings.Contains(p.Trouble.Cure, w.cure) || p.Trouble.Final != w.final):
+			t.Errorf("%s: %+v", p.Name, p.Trouble)
+		}
+	}
+	if pods[3].Trouble.Message != "exited with 2 (Error)" || pods[3].Trouble.Log != "fake logs" || pods[3].Restarts != 4 {
+		t.Errorf("%+v", pods[3])
+	}
+}
+
+func TestFillSecret(t *testing.T) {
+	client := fake.NewClientset(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "s", Namespace: "n"}})
+	c := kube.NewFor(client)
+	conflicts := 0
+	client.PrependReactor("update", "secrets", func(ktesting.Action) (bool, runtime.Object, error) {
+		if conflicts++; conflicts == 1 {
+			return true, nil, conflict()
+		}
+		return false, nil, nil
+	})
+	if set, err := c.FillSecret(t.Context(), "n", "s", "kms-instance", []byte("id")); err != nil || !set {
+		t.Errorf("%v, %v", set, err)
+	}
+	if set, err := c.FillSecret(t.Context(), "n", "s", "kms-instance", []byte("other")); err != nil || set {
+		t.Errorf("overwritten: %v, %v", set, err)
+	}
+	if s, err := c.Secret(t.Context(), "n", "s"); err != nil || string(s.Data["kms-instance"]) != "id" {
+		t.Errorf("%+v, %v", s, err)
+	}
+}
+
+// TestWatchAnnotated: a Secret that is there and one that comes later are both
+// found; others are not.
+func TestWatchAnnotated(t *testing.T) {
+	annotated := func(name string) *corev1.Secret {
+		return &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "n", Annotations: map[string]string{"a/b": "entry"}}}
+	}
+	client := fake.NewClientset(annotated("early"), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "plain", Namespace: "n"}})
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	found := make(chan cluster.Annotated, 10)
+	done := make(chan error, 1)
+	go func() {
+		done <- kube.NewFor(client).WatchAnnotated(ctx, []string{"n"}, "a/b", func(a cluster.Annotated) { found <- a })
+	}()
+	if a := <-found; a.Name != "early" || a.Value != "entry" || a.Has {
+		t.Errorf("%+v", a)
+	}
+	late := annotated("late")
+	late.Data = map[string][]byte{"entry": []byte("id")}
+	if _, err := client.CoreV1().Secrets("n").Create(ctx, late, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if a := <-found; a.Name != "late" || !a.Has {
+		t.Errorf("%+v", a)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestLead: one leads, and the next one takes over when it goes.
+func TestLead(t *testing.T) {
+	client := fake.NewClientset()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	led := make(chan string, 2)
+	run := func(ctx context.Context, who string) chan error {
+		done := make(chan error, 1)
+		go func() {
+			done <- kube.NewFor(client).Lead(ctx, "n", "l", who, func(ctx context.Context) {
+				led <- who
+				<-ctx.Done()
+			})
+		}()
+		return done
+	}
+	first, stop := context.WithCancel(ctx)
+	one := run(first, "one")
+	if who := <-led; who != "one" {
+		t.Errorf("%s leads", who)
+	}
+	two := run(ctx, "two")
+	stop()
+	if err := <-one; err != nil {
+		t.Error(err)
+	}
+	if who := <-led; who != "two" {
+		t.Errorf("%s leads", who)
+	}
+	cancel()
+	if err := <-two; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestOpenWithoutKubeconfig(t *testing.T) {
+	if _, err := kube.Open(kube.Config{Kubeconfig: "/nowhere/kubeconfig"}); fault.KindOf(err) != fault.Usage || !strings.Contains(fault.HintOf(err), "KUBECONFIG") {
+		t.Errorf("%v", err)
+	}
+}
