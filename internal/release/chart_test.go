@@ -219,7 +219,6 @@ func TestWatcherRights(t *testing.T) {
 	want := []string{
 		"/key-management-hsm-watcher [secrets] [key-management-hsm-ca] [get]",
 		"/key-management-hsm-watcher [secrets] [key-management-hsm-api-tls key-management-hsm-storage-tls key-management-hsm-storage-client-tls] [get update]",
-		"/key-management-hsm-watcher [statefulsets] [key-management-hsm-oss key-management-hsm-storage] [get patch]",
 		"/key-management-hsm-watcher [leases] [] [create]",
 		"/key-management-hsm-watcher [leases] [key-management-hsm-watcher] [get update]",
 		"/key-management-hsm-watcher [events] [] [create patch]",

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -209,7 +210,7 @@ func (s Source) ociFault(name, version string, err error) error {
 
 func (s Source) registryClient(ref string) (*registry.Client, error) {
 	host, _, _ := strings.Cut(ref, "/")
-	opts := []registry.ClientOption{registry.ClientOptWriter(discard)}
+	opts := []registry.ClientOption{registry.ClientOptWriter(io.Discard)}
 	if s.CAFile == "" && (s.Insecure || loopback(host)) {
 		opts = append(opts, registry.ClientOptPlainHTTP())
 	}

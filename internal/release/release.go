@@ -7,7 +7,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"net"
+	"net/url"
 	"time"
 
 	"helm.sh/helm/v3/pkg/action"
@@ -15,6 +16,7 @@ import (
 	"helm.sh/helm/v3/pkg/chartutil"
 	"helm.sh/helm/v3/pkg/release"
 	"helm.sh/helm/v3/pkg/storage/driver"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/cli-runtime/pkg/genericclioptions"
 
 	"github.com/kmsctl/kmsctl/internal/cluster"
@@ -51,6 +53,9 @@ func New(getter genericclioptions.RESTClientGetter, namespace string, debug func
 	return &Helm{cfg, namespace}, nil
 }
 
+// NewFor runs actions by a configuration that is there already.
+func NewFor(cfg *action.Configuration, namespace string) *Helm { return &Helm{cfg, namespace} }
+
 // Options of a change.
 type Options struct {
 	Wait    bool
@@ -85,7 +90,7 @@ func chartFault(ch *Chart, err error) error {
 // it fails is returned beside the error.
 func (h *Helm) Install(ctx context.Context, name string, ch *Chart, values map[string]any, o Options) (cluster.Release, error) {
 	i := action.NewInstall(h.cfg)
-	i.ReleaseName, i.Namespace = name, h.namespace
+	i.ReleaseName, i.Namespace, i.Replace = name, h.namespace, true // a failed first try is taken up again
 	i.Wait, i.Atomic, i.Timeout = o.Wait, o.Atomic, o.Timeout
 	r, err := i.RunWithContext(ctx, ch.inner, values)
 	return plain(r), h.fault(ctx, "install release", name, err)
@@ -176,6 +181,14 @@ func (h *Helm) fault(ctx context.Context, op, name string, err error) error {
 	case ctx.Err() != nil:
 		return fault.New(fault.NotReady, op, name, context.Cause(ctx))
 	}
+	var ue *url.Error
+	var ne net.Error
+	switch {
+	case apierrors.IsForbidden(err), apierrors.IsUnauthorized(err):
+		return fault.New(fault.Denied, op, name, err).WithHint("the account of the kubeconfig needs more rights; `kmsctl preflight` lists which")
+	case errors.As(err, &ue), errors.As(err, &ne):
+		return fault.New(fault.Unreachable, op, name, err).WithHint("is the cluster of the kubeconfig running, and reachable from here?")
+	}
 	return fault.New(fault.Other, op, name, err)
 }
 
@@ -192,6 +205,3 @@ func plain(r *release.Release) cluster.Release {
 	}
 	return out
 }
-
-// discard is where Helm's own chatter goes.
-var discard io.Writer = io.Discard

@@ -131,3 +131,44 @@ func scalar(s string) (string, error) {
 	b, err := yaml.Marshal(s)
 	return strings.TrimSpace(string(b)), err
 }
+
+// Helm is what Helm gets: the file's other values with the settings and images
+// in them. It holds no secret, and not clear_data, which must never act again
+// on a rollback or a plain upgrade.
+func (o Overrides) Helm() map[string]any {
+	out := map[string]any{}
+	maps.Copy(out, o.Values)
+	block := map[string]any{}
+	if old, ok := out["hsm"].(map[string]any); ok {
+		maps.Copy(block, old)
+	}
+	for k, v := range map[string]string{"hsm_model": o.HSM.Model, "hsm_ip": o.HSM.HSMIP, "rfs_ip": o.HSM.RFSIP, "slotId": o.HSM.SlotID,
+		"esn": o.HSM.ESN, "keyhash": o.HSM.KeyHash, "tokenLabel": o.HSM.TokenLabel} {
+		if v != "" {
+			block[k] = v
+		}
+	}
+	if o.HSM.FIPS {
+		block["fips"] = true
+	}
+	out["hsm"] = block
+	for name, img := range o.Images {
+		b := map[string]any{}
+		if old, ok := out[name].(map[string]any); ok {
+			maps.Copy(b, old)
+		}
+		image := map[string]any{}
+		if old, ok := b["image"].(map[string]any); ok {
+			maps.Copy(image, old)
+		}
+		if img.Repository != "" {
+			image["repository"] = img.Repository
+		}
+		if img.Tag != "" {
+			image["tag"] = img.Tag
+		}
+		b["image"] = image
+		out[name] = b
+	}
+	return out
+}
