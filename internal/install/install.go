@@ -1,0 +1,308 @@
+// Package install brings a release up, changes it and takes it down, as a list
+// of steps that can be run again: namespace, hsm-secret, certificates, API
+// keys, release, wait. It needs a cluster and a releaser and no library of
+// either.
+package install
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"reflect"
+	"time"
+
+	"github.com/kmsctl/kmsctl/internal/cluster"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/secret"
+)
+
+// Cluster is what the steps need of Kubernetes.
+type Cluster interface {
+	EnsureNamespace(ctx context.Context, name string) (made bool, err error)
+	Secret(ctx context.Context, namespace, name string) (cluster.Secret, error)
+	ApplySecret(ctx context.Context, s cluster.Secret) (changed bool, err error)
+	Pods(ctx context.Context, namespace, release string) ([]cluster.Pod, error)
+	Workloads(ctx context.Context, namespace, release string) ([]cluster.Workload, error)
+}
+
+// Releaser changes the release to the chart and values that it holds.
+type Releaser interface {
+	Get(name string) (cluster.Release, error)
+	Install(ctx context.Context, name string) (cluster.Release, error)
+	MarkFailed(name, why string) error
+	// Target is the chart's version and the values that Install sets.
+	Target() (version string, values map[string]any)
+}
+
+// Options of an installation.
+type Options struct {
+	Release, Namespace string
+	Domain             string          // of the cluster's DNS
+	HSMSecret          *cluster.Secret // nil: it is in the cluster already
+	HSMSecretName      string
+	SANs               []string // further names of the API
+	AdminKeyFile       string
+	Repair             bool // end a pending change that nobody works on
+	Wait               bool
+	Timeout            time.Duration
+}
+
+// Job has what the steps work with.
+type Job struct {
+	Cluster  Cluster
+	Releaser Releaser
+	Now      func() time.Time
+	// NewKey makes an API key: its text, its id and its hash.
+	NewKey func() (key secret.Value, id, hash string, err error)
+	// WriteFile writes a file that only its owner may read.
+	WriteFile func(path string, b []byte) error
+	// Line prints one line of progress.
+	Line func(did string, details ...string)
+}
+
+// Result of an installation or a change.
+type Result struct {
+	Release      cluster.Release `json:"release"`
+	Changed      bool            `json:"changed"`
+	Pods         []cluster.Pod   `json:"pods"`
+	AdminKeyFile string          `json:"adminKeyFile,omitempty"`
+}
+
+// Plan lists the steps in words.
+func Plan(o Options, version string) []string {
+	hsm := fmt.Sprintf("check that Secret %s/%s is there", o.Namespace, o.HSMSecretName)
+	if o.HSMSecret != nil {
+		hsm = fmt.Sprintf("apply Secret %s/%s by server-side apply, and read it back", o.Namespace, o.HSMSecretName)
+	}
+	key := "make an administrator's API key unless there is one; only its hash goes to the cluster"
+	if o.AdminKeyFile != "" {
+		key += ", the key to " + o.AdminKeyFile
+	}
+	plan := []string{
+		"make namespace " + o.Namespace + " unless it is there",
+		hsm,
+		fmt.Sprintf("make a CA and the certificates of the API and etcd as Secrets %s-*, or reuse them", o.Release),
+		key,
+		"make the watcher's API key unless there is one",
+		fmt.Sprintf("install release %s from chart %s", o.Release, version),
+	}
+	if o.Wait {
+		plan = append(plan, fmt.Sprintf("wait until all pods are ready, %s at most", o.Timeout))
+	}
+	return plan
+}
+
+// Run installs, and does nothing that is done already.
+func (j Job) Run(ctx context.Context, o Options) (Result, error) {
+	have, err := j.current(o)
+	if err != nil {
+		return Result{}, err
+	}
+	res := Result{AdminKeyFile: o.AdminKeyFile}
+	if err := j.prepare(ctx, o); err != nil {
+		return res, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, o.Timeout)
+	defer cancel()
+	version, values := j.Releaser.Target()
+	if have.Status == cluster.Deployed {
+		if have.Version != version || !same(have.Values, values) {
+			return res, fault.Newf(fault.Conflict, "install release", o.Release, "it is there: chart %s, with other values or another version than asked", have.Version).
+				WithHint("change it with `kmsctl upgrade`, with the same flags")
+		}
+		res.Release = have
+		j.Line("unchanged", fmt.Sprintf("release %s, revision %d, chart %s", have.Name, have.Revision, have.Version))
+		err = j.waitFor(ctx, o)
+	} else {
+		res.Changed = true
+		res.Release, err = j.watched(ctx, o, func(ctx context.Context) (cluster.Release, error) { return j.Releaser.Install(ctx, o.Release) })
+		if err == nil {
+			j.Line("installed", fmt.Sprintf("release %s, revision %d, chart %s", o.Release, res.Release.Revision, res.Release.Version))
+		}
+	}
+	if err != nil {
+		return res, err
+	}
+	res.Pods, err = j.Cluster.Pods(ctx, o.Namespace, o.Release)
+	return res, err
+}
+
+// current finds the release, and stops at one that somebody works on.
+func (j Job) current(o Options) (cluster.Release, error) {
+	have, err := j.Releaser.Get(o.Release)
+	if fault.KindOf(err) == fault.NotFound {
+		return cluster.Release{}, nil
+	}
+	if err != nil || !cluster.Pending(have.Status) {
+		return have, err
+	}
+	age := j.Now().Sub(have.Updated).Round(time.Second)
+	if !o.Repair {
+		return have, fault.Newf(fault.Conflict, "change release", o.Release, "revision %d is %s since %s (%s ago)", have.Revision, have.Status, have.Updated.Format(time.RFC3339), age).
+			WithHint("another kmsctl or helm works on it, or died; when nobody does, run the same command with --repair")
+	}
+	if err := j.Releaser.MarkFailed(o.Release, fmt.Sprintf("was %s; ended by kmsctl --repair", have.Status)); err != nil {
+		return have, err
+	}
+	j.Line("repaired", fmt.Sprintf("release %s, revision %d, was %s", o.Release, have.Revision, have.Status))
+	have.Status = cluster.Failed
+	return have, nil
+}
+
+// prepare does all that comes before the release itself.
+func (j Job) prepare(ctx context.Context, o Options) error {
+	if err := j.checkAdminKey(ctx, o); err != nil {
+		return err
+	}
+	made, err := j.Cluster.EnsureNamespace(ctx, o.Namespace)
+	if err != nil {
+		return err
+	}
+	if made {
+		j.Line("made", "namespace "+o.Namespace)
+	}
+	if err := j.hsmSecret(ctx, o); err != nil {
+		return err
+	}
+	if err := j.certificates(ctx, o); err != nil {
+		return err
+	}
+	return errors.Join(j.adminKey(ctx, o), j.watcherKey(ctx, o))
+}
+
+func (j Job) hsmSecret(ctx context.Context, o Options) error {
+	object := o.Namespace + "/" + o.HSMSecretName
+	if o.HSMSecret == nil {
+		if _, err := j.Cluster.Secret(ctx, o.Namespace, o.HSMSecretName); err != nil {
+			var f *fault.Error
+			if errors.As(err, &f) && f.Kind == fault.NotFound {
+				return f.WithHint("give it with --secret FILE, or the HSM password with --hsm-password-file")
+			}
+			return err
+		}
+		j.Line("found", "Secret "+object)
+		return nil
+	}
+	changed, err := j.Cluster.ApplySecret(ctx, *o.HSMSecret)
+	if err != nil {
+		return err
+	}
+	j.report(changed, "Secret "+object+", verified")
+	return nil
+}
+
+func (j Job) report(changed bool, what string) {
+	if changed {
+		j.Line("applied", what)
+		return
+	}
+	j.Line("unchanged", what)
+}
+
+// Names of the Secrets that stand beside the release.
+func adminSecret(release string) string   { return release + "-admin-key-hash" }
+func watcherSecret(release string) string { return release + "-watcher-key" }
+
+// SecretNames lists all Secrets that stand beside a release.
+func SecretNames(release, hsmSecret string) []string {
+	out := []string{hsmSecret, CASecret(release), adminSecret(release), watcherSecret(release)}
+	for _, l := range Leaves(release, "", "", nil) {
+		out = append(out, l.Secret)
+	}
+	return out
+}
+
+// checkAdminKey stops before anything is done when the first administrator's
+// key would be lost.
+func (j Job) checkAdminKey(ctx context.Context, o Options) error {
+	_, err := j.Cluster.Secret(ctx, o.Namespace, adminSecret(o.Release))
+	switch {
+	case err == nil:
+		return nil
+	case fault.KindOf(err) != fault.NotFound:
+		return err
+	case o.AdminKeyFile == "":
+		return fault.Usagef("--admin-key-file: missing: the first installation makes an administrator's API key, and only its hash is kept").
+			WithHint("name a file that does not exist yet; it is written with mode 0600")
+	}
+	if _, err := os.Stat(o.AdminKeyFile); err == nil {
+		return fault.Newf(fault.Conflict, "write the administrator's API key to", o.AdminKeyFile, "the file is there already").
+			WithHint("name another file, or move this one away if its key is of no use any more")
+	}
+	return nil
+}
+
+func (j Job) adminKey(ctx context.Context, o Options) error {
+	name := adminSecret(o.Release)
+	if _, err := j.Cluster.Secret(ctx, o.Namespace, name); fault.KindOf(err) != fault.NotFound {
+		return err // there already, or a fault
+	}
+	key, hash, err := j.newKey()
+	if err != nil {
+		return err
+	}
+	defer key.Zero()
+	// The file first: a key whose hash is registered and whose text is lost
+	// would lock everybody out.
+	if err := j.WriteFile(o.AdminKeyFile, key.Reveal()); err != nil {
+		return err
+	}
+	if _, err := j.Cluster.ApplySecret(ctx, cluster.Secret{Namespace: o.Namespace, Name: name, Labels: labels(o), Data: map[string][]byte{"admin.json": hash}}); err != nil {
+		return errors.Join(err, os.Remove(o.AdminKeyFile))
+	}
+	j.Line("written", "the administrator's API key to "+o.AdminKeyFile)
+	return nil
+}
+
+func (j Job) watcherKey(ctx context.Context, o Options) error {
+	name := watcherSecret(o.Release)
+	if _, err := j.Cluster.Secret(ctx, o.Namespace, name); fault.KindOf(err) != fault.NotFound {
+		return err // there already, or a fault
+	}
+	key, hash, err := j.newKey()
+	if err != nil {
+		return err
+	}
+	defer key.Zero()
+	_, err = j.Cluster.ApplySecret(ctx, cluster.Secret{Namespace: o.Namespace, Name: name, Labels: labels(o),
+		Data: map[string][]byte{"api-key": key.Reveal(), "hash.json": hash}})
+	return err
+}
+
+// newKey makes an API key and what the API is told of it.
+func (j Job) newKey() (secret.Value, []byte, error) {
+	key, id, hash, err := j.NewKey()
+	if err != nil {
+		return key, nil, err
+	}
+	b, err := json.Marshal(struct{ ID, Hash string }{id, hash})
+	return key, b, err
+}
+
+func labels(o Options) map[string]string {
+	return map[string]string{"app.kubernetes.io/name": "key-management-hsm", "app.kubernetes.io/instance": o.Release, "app.kubernetes.io/managed-by": "kmsctl"}
+}
+
+// same compares values as Helm keeps them, in JSON.
+func same(a, b map[string]any) bool {
+	x, err1 := normal(a)
+	y, err2 := normal(b)
+	return err1 == nil && err2 == nil && reflect.DeepEqual(x, y)
+}
+
+func normal(v map[string]any) (any, error) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	var out map[string]any
+	if err := json.Unmarshal(b, &out); err != nil {
+		return nil, err
+	}
+	if out == nil {
+		out = map[string]any{}
+	}
+	return out, nil
+}

@@ -1,0 +1,330 @@
+package install_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/kmsctl/kmsctl/internal/cluster"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/iam"
+	"github.com/kmsctl/kmsctl/internal/install"
+	"github.com/kmsctl/kmsctl/internal/pki"
+)
+
+// world is a cluster and a releaser in memory. internal/kube and
+// internal/release have their own tests on the real libraries, and make e2e
+// runs this job on a real cluster; here are the rules of the job alone.
+type world struct {
+	namespaces map[string]bool
+	secrets    map[string]cluster.Secret
+	pods       []cluster.Pod
+	workloads  []cluster.Workload
+	release    cluster.Release
+	version    string
+	values     map[string]any
+	install    func(ctx context.Context) error
+	applied    []string
+	lines      []string
+}
+
+func newWorld() *world {
+	return &world{namespaces: map[string]bool{}, secrets: map[string]cluster.Secret{}, version: "1.0.0", values: map[string]any{"hsm": map[string]any{"hsm_model": "softhsm"}},
+		workloads: []cluster.Workload{{Name: "oss", Want: 1, Ready: 1, Updated: 1, Seen: true}}, pods: []cluster.Pod{{Name: "oss-0", Ready: true}}}
+}
+
+func (w *world) EnsureNamespace(_ context.Context, name string) (bool, error) {
+	made := !w.namespaces[name]
+	w.namespaces[name] = true
+	return made, nil
+}
+
+func (w *world) Secret(_ context.Context, namespace, name string) (cluster.Secret, error) {
+	s, ok := w.secrets[namespace+"/"+name]
+	if !ok {
+		return s, fault.Newf(fault.NotFound, "read Secret", name, "it is not there")
+	}
+	return s, nil
+}
+
+func (w *world) ApplySecret(_ context.Context, s cluster.Secret) (bool, error) {
+	w.applied = append(w.applied, s.Name)
+	w.secrets[s.Namespace+"/"+s.Name] = s
+	return true, nil
+}
+
+func (w *world) Pods(context.Context, string, string) ([]cluster.Pod, error) { return w.pods, nil }
+
+func (w *world) Workloads(context.Context, string, string) ([]cluster.Workload, error) {
+	return w.workloads, nil
+}
+
+func (w *world) Get(name string) (cluster.Release, error) {
+	if w.release.Name == "" {
+		return w.release, fault.Newf(fault.NotFound, "find release", name, "there is none")
+	}
+	return w.release, nil
+}
+
+func (w *world) Install(ctx context.Context, name string) (cluster.Release, error) {
+	if w.install != nil {
+		if err := w.install(ctx); err != nil {
+			return cluster.Release{}, err
+		}
+	}
+	w.release = cluster.Release{Name: name, Revision: w.release.Revision + 1, Status: cluster.Deployed, Version: w.version, Values: w.values, Updated: time.Now()}
+	return w.release, nil
+}
+
+func (w *world) MarkFailed(_, why string) error {
+	w.release.Status, w.release.Note = cluster.Failed, why
+	return nil
+}
+
+func (w *world) Target() (string, map[string]any) { return w.version, w.values }
+
+func (w *world) job() install.Job {
+	return install.Job{Cluster: w, Releaser: w, Now: time.Now, NewKey: iam.NewAPIKey,
+		WriteFile: func(p string, b []byte) error { return os.WriteFile(p, b, 0o600) },
+		Line:      func(did string, more ...string) { w.lines = append(w.lines, did+" "+strings.Join(more, " ")) }}
+}
+
+func options(t *testing.T) install.Options {
+	t.Helper()
+	return install.Options{Release: "kms", Namespace: "site", Domain: "cluster.local", HSMSecretName: "hsm-secret", SANs: []string{"kms.example"},
+		HSMSecret:    &cluster.Secret{Namespace: "site", Name: "hsm-secret", Data: map[string][]byte{"hsm-pass": []byte("canary-pin")}},
+		AdminKeyFile: filepath.Join(t.TempDir(), "admin.key"), Wait: true, Timeout: time.Minute}
+}
+
+func TestInstall(t *testing.T) {
+	w, o := newWorld(), options(t)
+	res, err := w.job().Run(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !res.Changed || res.Release.Status != cluster.Deployed || !w.namespaces["site"] {
+		t.Errorf("%+v", res)
+	}
+	// The administrator's key is in the file alone; the cluster has its hash.
+	key, err := os.ReadFile(o.AdminKeyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var h struct{ ID, Hash string }
+	if err := json.Unmarshal(w.secrets["site/kms-admin-key-hash"].Data["admin.json"], &h); err != nil {
+		t.Fatal(err)
+	}
+	if sum := sha256.Sum256(key); hex.EncodeToString(sum[:]) != h.Hash || len(h.ID) != 32 {
+		t.Errorf("hash %q is not the key's", h.Hash)
+	}
+	for name, s := range w.secrets {
+		for k, v := range s.Data {
+			if strings.Contains(string(v), string(key)) {
+				t.Errorf("%s %s has the administrator's key", name, k)
+			}
+		}
+	}
+	// The certificates serve the names that clients use, and no others do.
+	ca := w.secrets["site/kms-ca"]
+	api := w.secrets["site/kms-api-tls"]
+	hosts := []string{"kms-api", "kms-api.site", "kms-api.site.svc", "kms-api.site.svc.cluster.local", "localhost", "127.0.0.1", "kms.example"}
+	if err := pki.Valid(ca.Data["ca.crt"], pki.Pair{Cert: api.Data["tls.crt"], Key: api.Data["tls.key"]}, hosts, time.Now(), 300*24*time.Hour); err != nil {
+		t.Error(err)
+	}
+	if api.Type != "kubernetes.io/tls" || len(api.Data["ca.key"]) > 0 {
+		t.Errorf("type %q, or the CA's key is in it", api.Type)
+	}
+	storage := w.secrets["site/kms-storage-tls"]
+	if err := pki.Valid(ca.Data["ca.crt"], pki.Pair{Cert: storage.Data["tls.crt"], Key: storage.Data["tls.key"]}, []string{"kms-storage-0.kms-storage.site.svc.cluster.local"}, time.Now(), 0); err != nil {
+		t.Error(err)
+	}
+	for _, n := range install.SecretNames("kms", "hsm-secret") {
+		if _, ok := w.secrets["site/"+n]; !ok {
+			t.Errorf("no Secret %s", n)
+		}
+	}
+	if all := strings.Join(w.lines, "\n"); strings.Contains(all, "canary") || strings.Contains(all, string(key)) {
+		t.Errorf("progress shows a secret:\n%s", all)
+	}
+}
+
+// TestInstallAgain: a second run changes nothing.
+func TestInstallAgain(t *testing.T) {
+	w, o := newWorld(), options(t)
+	if _, err := w.job().Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	w.applied = nil
+	o.HSMSecret = nil // it is in the cluster now
+	o.AdminKeyFile = ""
+	res, err := w.job().Run(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Changed || res.Release.Revision != 1 || len(w.applied) > 0 {
+		t.Errorf("changed %v, revision %d, applied %q", res.Changed, res.Release.Revision, w.applied)
+	}
+	// Another version or other values are upgrade's affair.
+	w.version = "1.1.0"
+	_, err = w.job().Run(t.Context(), o)
+	if fault.KindOf(err) != fault.Conflict || !strings.Contains(fault.HintOf(err), "kmsctl upgrade") {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestRenewal: a broken, foreign or old certificate is made anew, others stay.
+func TestRenewal(t *testing.T) {
+	w, o := newWorld(), options(t)
+	if _, err := w.job().Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	before := w.secrets["site/kms-storage-tls"]
+	broken := w.secrets["site/kms-api-tls"]
+	broken.Data = map[string][]byte{"tls.crt": []byte("x"), "tls.key": []byte("y")}
+	w.secrets["site/kms-api-tls"] = broken
+	w.applied = nil
+	if _, err := w.job().Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(w.applied, "kms-api-tls") || slices.Contains(w.applied, "kms-storage-tls") || slices.Contains(w.applied, "kms-ca") {
+		t.Errorf("applied %q", w.applied)
+	}
+	if string(before.Data["tls.crt"]) != string(w.secrets["site/kms-storage-tls"].Data["tls.crt"]) {
+		t.Error("a good certificate was made anew")
+	}
+	// A new name needs a new certificate.
+	o.SANs = []string{"other.example"}
+	w.applied = nil
+	if _, err := w.job().Run(t.Context(), o); err != nil || !slices.Contains(w.applied, "kms-api-tls") {
+		t.Errorf("applied %q, %v", w.applied, err)
+	}
+}
+
+// TestRefusals: what would fail half-way is said before anything is done.
+func TestRefusals(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(*world, *install.Options)
+		kind   fault.Kind
+		want   string
+	}{
+		"no file for the key": {func(_ *world, o *install.Options) { o.AdminKeyFile = "" }, fault.Usage, "--admin-key-file: missing"},
+		"file is there": {func(_ *world, o *install.Options) {
+			if err := os.WriteFile(o.AdminKeyFile, []byte("old"), 0o600); err != nil {
+				panic(err)
+			}
+		}, fault.Conflict, "the file is there already"},
+		"no hsm-secret": {func(_ *world, o *install.Options) { o.HSMSecret = nil }, fault.NotFound, "hsm-secret"},
+		"pending": {func(w *world, _ *install.Options) {
+			w.release = cluster.Release{Name: "kms", Revision: 1, Status: cluster.PendingInstall, Updated: time.Now()}
+		}, fault.Conflict, "is pending-install"},
+	} {
+		w, o := newWorld(), options(t)
+		c.change(w, &o)
+		_, err := w.job().Run(t.Context(), o)
+		if fault.KindOf(err) != c.kind || !strings.Contains(err.Error(), c.want) || fault.HintOf(err) == "" {
+			t.Errorf("%s: %v (%v), hint %q", name, err, fault.KindOf(err), fault.HintOf(err))
+		}
+		if len(w.applied) > 0 || (w.release.Status == cluster.Deployed) {
+			t.Errorf("%s: something was done: %q", name, w.applied)
+		}
+	}
+}
+
+func TestRepair(t *testing.T) {
+	w, o := newWorld(), options(t)
+	w.release = cluster.Release{Name: "kms", Revision: 1, Status: cluster.PendingInstall, Updated: time.Now().Add(-time.Hour)}
+	o.Repair = true
+	res, err := w.job().Run(t.Context(), o)
+	if err != nil || res.Release.Status != cluster.Deployed {
+		t.Errorf("%+v, %v", res, err)
+	}
+}
+
+// TestHopelessPod: a pod that never will be ready ends the wait early, and the
+// fault names pod, container, reason, message, log line and cure.
+func TestHopelessPod(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, o := newWorld(), options(t)
+		o.Timeout = 10 * time.Minute
+		w.pods = []cluster.Pod{{Name: "kms-oss-0", Trouble: &cluster.Trouble{Pod: "kms-oss-0", Container: "hsm", Reason: "CrashLoopBackOff", Message: "exited with 1",
+			Log: "no such library", Cure: "the log line tells", Final: true}}}
+		w.install = func(ctx context.Context) error {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		start := time.Now()
+		_, err := w.job().Run(t.Context(), o)
+		if fault.KindOf(err) != fault.NotReady || fault.HintOf(err) != "the log line tells" {
+			t.Errorf("%v (%v), hint %q", err, fault.KindOf(err), fault.HintOf(err))
+		}
+		for _, want := range []string{"kms-oss-0", "container hsm", "CrashLoopBackOff", "exited with 1", "no such library"} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%v lacks %q", err, want)
+			}
+		}
+		if d := time.Since(start); d > time.Minute {
+			t.Errorf("it waited %s", d)
+		}
+	})
+}
+
+// TestTimeout: what is merely slow gets the whole time, and then the same words.
+func TestTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, o := newWorld(), options(t)
+		w.pods = []cluster.Pod{{Name: "kms-oss-0", Trouble: &cluster.Trouble{Pod: "kms-oss-0", Reason: "Unschedulable", Message: "no volume", Cure: "give --host-path"}}}
+		w.install = func(ctx context.Context) error {
+			<-ctx.Done()
+			return fault.New(fault.NotReady, "install release", "kms", ctx.Err())
+		}
+		start := time.Now()
+		_, err := w.job().Run(t.Context(), o)
+		if d := time.Since(start); d < o.Timeout {
+			t.Errorf("gave up after %s", d)
+		}
+		if fault.KindOf(err) != fault.NotReady || !strings.Contains(fmt.Sprint(err), "Unschedulable") || fault.HintOf(err) != "give --host-path" {
+			t.Errorf("%v, hint %q", err, fault.HintOf(err))
+		}
+	})
+}
+
+// TestStopped: Ctrl-C is not a trouble of a pod.
+func TestStopped(t *testing.T) {
+	w, o := newWorld(), options(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	w.install = func(ctx context.Context) error {
+		cancel()
+		<-ctx.Done()
+		return fault.New(fault.NotReady, "install release", "kms", ctx.Err())
+	}
+	if _, err := w.job().Run(ctx, o); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestLook(t *testing.T) {
+	w, o := newWorld(), options(t)
+	if _, err := w.job().Look(t.Context(), o); fault.KindOf(err) != fault.NotFound {
+		t.Errorf("%v", err)
+	}
+	if _, err := w.job().Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := w.job().Look(t.Context(), o); err != nil || !s.Healthy {
+		t.Errorf("%+v, %v", s, err)
+	}
+	w.workloads[0].Ready = 0
+	if s, err := w.job().Look(t.Context(), o); err != nil || s.Healthy {
+		t.Errorf("%+v, %v", s, err)
+	}
+}
