@@ -35,6 +35,7 @@ func TestScripts(t *testing.T) {
 		Setup: func(e *testscript.Env) error {
 			e.Values["servers"] = servers{}
 			e.Setenv("PATH", bin+string(os.PathListSeparator)+e.Getenv("PATH"))
+			e.Setenv("CHART", filepath.Join(filepath.Dir(bin), "templates", "key-management-hsm"))
 			e.Setenv("KMSCTL_NO_INPUT", "1") // never a question, whoever runs the tests
 			e.Setenv("XDG_DATA_HOME", filepath.Join(e.WorkDir, "xdg-data"))
 			e.Setenv("XDG_STATE_HOME", filepath.Join(e.WorkDir, "xdg-state"))

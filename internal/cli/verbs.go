@@ -10,6 +10,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cli/hsmcmd"
 	"github.com/kmsctl/kmsctl/internal/cli/keyscmd"
 	"github.com/kmsctl/kmsctl/internal/cli/loadcmd"
+	"github.com/kmsctl/kmsctl/internal/cli/releasecmd"
 	"github.com/kmsctl/kmsctl/internal/cli/rendercmd"
 	"github.com/kmsctl/kmsctl/internal/cli/servecmd"
 )
@@ -20,6 +21,7 @@ func verbs(a *app.App) []*cobra.Command {
 	all = append(all, servecmd.New(a)...)
 	all = append(all, keyscmd.New(a)...)
 	all = append(all, rendercmd.New(a)...)
+	all = append(all, releasecmd.New(a)...)
 	all = append(all, auditcmd.New(a)...)
 	all = append(all, archivecmd.New(a)...)
 	all = append(all, loadcmd.New(a)...)

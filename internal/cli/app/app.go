@@ -10,7 +10,9 @@ import (
 	"os"
 	"time"
 
+	"github.com/kmsctl/kmsctl/internal/kube"
 	"github.com/kmsctl/kmsctl/internal/output"
+	"github.com/kmsctl/kmsctl/internal/release"
 )
 
 // App is handed to every command. Tests replace its fields.
@@ -22,6 +24,10 @@ type App struct {
 	Version  string
 	Format   string // -o/--output, checked before any command runs
 	Asker    Asker  // nil: the controlling terminal, where there is one
+
+	// How to open the dear things; nil: the real ones.
+	OpenCluster func(*KubeFlags) (*kube.Cluster, error)
+	OpenHelm    func(*KubeFlags) (*release.Helm, error)
 
 	atExit  []func()
 	oneCall string // data folder whose KMS runs for this command

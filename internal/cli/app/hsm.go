@@ -56,6 +56,13 @@ func (f *HSMFlags) AddSecret(fs *pflag.FlagSet) {
 
 // AddValues puts what overrides_hsm.yaml needs into fs.
 func (f *HSMFlags) AddValues(fs *pflag.FlagSet) {
+	f.AddSettings(fs)
+	fs.StringVar(&f.Registry, "registry", "", "site's registry, HOST[:PORT][/PATH]; without a path, images are looked for under "+render.Organisation)
+	fs.StringVar(&f.Version, "version", templates.ChartVersion, "tag of the images")
+}
+
+// AddSettings puts the settings of the HSM into fs.
+func (f *HSMFlags) AddSettings(fs *pflag.FlagSet) {
 	fs.StringVar(&f.HSMIP, "hsm-ip", "", "gemalto, thales: address of the HSM")
 	fs.StringVar(&f.RFSIP, "rfs-ip", "", "thales: address of the remote file system")
 	fs.StringVar(&f.SlotID, "slot-id", "", "thales: slot, in decimal digits")
@@ -64,8 +71,26 @@ func (f *HSMFlags) AddValues(fs *pflag.FlagSet) {
 	fs.StringVar(&f.TokenLabel, "token-label", "", "label of the token, where slots move")
 	fs.BoolVar(&f.FIPS, "fips", false, "the token is in FIPS mode")
 	fs.BoolVar(&f.ClearData, "clear-data", false, "ask `install` to clear the HSM's application data (it asks first, once)")
-	fs.StringVar(&f.Registry, "registry", "", "site's registry, HOST[:PORT][/PATH]; without a path, images are looked for under "+render.Organisation)
-	fs.StringVar(&f.Version, "version", templates.ChartVersion, "tag of the images")
+}
+
+// Beat puts the flags that were given into o, where they win, and what o says
+// into the other flags.
+func (f *HSMFlags) Beat(o *render.Overrides) {
+	for _, p := range []struct{ flag, file *string }{
+		{&f.Model, &o.HSM.Model}, {&f.HSMIP, &o.HSM.HSMIP}, {&f.RFSIP, &o.HSM.RFSIP}, {&f.SlotID, &o.HSM.SlotID}, {&f.ESN, &o.HSM.ESN},
+		{&f.KeyHash, &o.HSM.KeyHash}, {&f.TokenLabel, &o.HSM.TokenLabel},
+	} {
+		if *p.flag == "" {
+			*p.flag = *p.file
+		}
+		*p.file = *p.flag
+	}
+	f.FIPS = f.FIPS || o.HSM.FIPS
+	f.ClearData = f.ClearData || o.HSM.ClearData
+	o.HSM.FIPS, o.HSM.ClearData = f.FIPS, f.ClearData
+	if m, err := hsm.Lookup(f.Model); err == nil && f.Registry != "" {
+		o.Images = render.Images(f.Registry, f.Version, m)
+	}
 }
 
 // CheckModel checks --model alone.

@@ -1,0 +1,137 @@
+package app
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/kmsctl/kmsctl/internal/cluster"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/iam"
+	"github.com/kmsctl/kmsctl/internal/install"
+	"github.com/kmsctl/kmsctl/internal/kube"
+	"github.com/kmsctl/kmsctl/internal/release"
+	"github.com/kmsctl/kmsctl/templates"
+)
+
+// KubeFlags say which cluster, and which release in it.
+type KubeFlags struct {
+	Kubeconfig string
+	Context    string
+	Namespace  string
+	Release    string
+}
+
+// Add puts the flags into fs, but for --namespace, which HSMFlags has where a
+// command takes both.
+func (f *KubeFlags) Add(fs *pflag.FlagSet) {
+	fs.StringVar(&f.Kubeconfig, "kubeconfig", "", "kubeconfig of the cluster; without it, as kubectl finds it")
+	fs.StringVar(&f.Context, "context", "", "context in the kubeconfig")
+	fs.StringVarP(&f.Namespace, "namespace", "n", "kube-system", "namespace of the release")
+	fs.StringVar(&f.Release, "release", templates.ChartName, "name of the release")
+}
+
+// Cluster opens the cluster.
+func (a *App) Cluster(f *KubeFlags) (*kube.Cluster, error) {
+	if a.OpenCluster != nil {
+		return a.OpenCluster(f)
+	}
+	return kube.Open(kube.Config{Kubeconfig: f.Kubeconfig, Context: f.Context, Namespace: f.Namespace})
+}
+
+// ChartFlags say where the chart comes from.
+type ChartFlags struct {
+	Repo         string
+	Chart        string
+	Version      string
+	CAFile       string
+	CertFile     string
+	KeyFile      string
+	User         string
+	PasswordFile string
+	Insecure     bool
+}
+
+// Add puts the flags into fs.
+func (f *ChartFlags) Add(fs *pflag.FlagSet) {
+	fs.StringVar(&f.Repo, "repo", "", "chart repository: a folder with index.yaml, oci://…, https://…, or a name that `kmsctl repo add` gave")
+	fs.StringVar(&f.Chart, "chart", "", "packed chart or its folder, instead of --repo")
+	fs.StringVar(&f.Version, "version", "", "version of the chart; without it, the newest")
+	fs.StringVar(&f.CAFile, "repo-ca-file", "", "PEM file of the CA of the repository")
+	fs.StringVar(&f.CertFile, "repo-cert-file", "", "client certificate for the repository")
+	fs.StringVar(&f.KeyFile, "repo-key-file", "", "its key")
+	fs.StringVar(&f.User, "repo-user", "", "user of the repository")
+	fs.StringVar(&f.PasswordFile, "repo-password-file", "", "file with the user's password")
+	fs.BoolVar(&f.Insecure, "insecure", false, "allow a repository without TLS, or with a certificate of nobody known")
+}
+
+// Check holds the rules of the flags.
+func (f *ChartFlags) Check() error {
+	if (f.Repo == "") == (f.Chart == "") {
+		return fault.Usagef("--repo, --chart: exactly one of them").WithHint("--repo is what `kmsctl load --repo` filled")
+	}
+	return nil
+}
+
+// FindChart gets the chart.
+func (a *App) FindChart(f *ChartFlags) (*release.Chart, error) {
+	if f.Chart != "" {
+		return release.LoadFile(f.Chart)
+	}
+	s := release.Source{Repo: f.Repo, CAFile: f.CAFile, CertFile: f.CertFile, KeyFile: f.KeyFile, User: f.User, Insecure: f.Insecure}
+	if f.PasswordFile != "" {
+		b, err := readFile("--repo-password-file", f.PasswordFile)
+		if err != nil {
+			return nil, err
+		}
+		s.Password = strings.TrimSpace(string(b))
+	}
+	return release.Find(s, templates.ChartName, f.Version)
+}
+
+// Helm opens Helm in the release's namespace.
+func (a *App) Helm(c *kube.Cluster, f *KubeFlags) (*release.Helm, error) {
+	if a.OpenHelm != nil {
+		return a.OpenHelm(f)
+	}
+	return release.New(c.Getter(), f.Namespace, func(format string, args ...any) {
+		slog.Debug("helm", "said", strings.TrimSpace(fmt.Sprintf(format, args...)))
+	})
+}
+
+// releaser joins Helm, the chart and the values to what install wants.
+type releaser struct {
+	*release.Helm
+	chart  *release.Chart
+	values map[string]any
+	opts   release.Options
+}
+
+func (r releaser) Install(ctx context.Context, name string) (cluster.Release, error) {
+	return r.Helm.Install(ctx, name, r.chart, r.values, r.opts)
+}
+
+func (r releaser) Target() (string, map[string]any) {
+	if r.chart == nil {
+		return "", nil
+	}
+	return r.chart.Version(), r.values
+}
+
+// InstallJob is the job of package install for a cluster, a chart and values;
+// without a chart it can only look.
+func (a *App) InstallJob(c *kube.Cluster, f *KubeFlags, chart *release.Chart, values map[string]any, opts release.Options) (install.Job, error) {
+	h, err := a.Helm(c, f)
+	if err != nil {
+		return install.Job{}, err
+	}
+	return install.Job{Cluster: c, Releaser: releaser{h, chart, values, opts}, Now: a.Now, NewKey: iam.NewAPIKey,
+		WriteFile: func(path string, b []byte) error { return WriteFile(path, b, 0o600) }, Line: a.Progress().Line}, nil
+}
+
+// DefaultTimeout is how long a change may take.
+const DefaultTimeout = 10 * time.Minute

@@ -1,0 +1,361 @@
+// Package releasecmd has the verbs on the release in a cluster: install,
+// status, uninstall.
+package releasecmd
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/cluster"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/install"
+	"github.com/kmsctl/kmsctl/internal/release"
+	"github.com/kmsctl/kmsctl/internal/render"
+)
+
+// New gives the commands of this package.
+func New(a *app.App) []*cobra.Command {
+	return []*cobra.Command{newInstallCmd(a, nil), newStatusCmd(a, nil), newUninstallCmd(a, nil)}
+}
+
+// changeOptions are what install and upgrade have in common.
+type changeOptions struct {
+	*app.App
+	kube         app.KubeFlags
+	chart        app.ChartFlags
+	hsm          app.HSMFlags
+	pass         app.PassphraseFlags
+	secretFile   string
+	valuesFile   string
+	storageClass string
+	hostPath     string
+	ephemeral    bool
+	pullSecrets  []string
+	san          []string
+	domain       string
+	adminKeyFile string
+	repair       bool
+	dryRun       bool
+	wait         bool
+	timeout      time.Duration
+}
+
+func (o *changeOptions) add(cmd *cobra.Command) {
+	fs := cmd.Flags()
+	o.kube.Add(fs)
+	o.chart.Add(fs)
+	o.hsm.AddModel(cmd)
+	o.hsm.AddSecret(fs)
+	o.hsm.AddSettings(fs)
+	o.pass.Add(fs)
+	fs.StringVar(&o.secretFile, "secret", "", "hsm-Secret.yaml, plain or encrypted as `kmsctl render secret` writes it")
+	fs.StringVar(&o.valuesFile, "values", "", "overrides_hsm.yaml, plain or encrypted")
+	fs.StringVar(&o.hsm.Registry, "registry", "", "site's registry for all images; without it, the chart's own references hold")
+	fs.StringVar(&o.storageClass, "storage-class", "", "storage class of the volumes; without it, the cluster's default")
+	fs.StringVar(&o.hostPath, "host-path", "", "folder of the node for the volumes, for a one-node site without a provisioner")
+	fs.BoolVar(&o.ephemeral, "ephemeral", false, "keep nothing: all data and SoftHSM's keys die with the pods (trials)")
+	fs.StringSliceVar(&o.pullSecrets, "image-pull-secret", nil, "Secret for the registry; repeatable")
+	fs.StringSliceVar(&o.san, "san", nil, "further DNS names or addresses of the API, for its certificate")
+	fs.StringVar(&o.domain, "cluster-domain", "cluster.local", "domain of the cluster's DNS")
+	fs.StringVar(&o.adminKeyFile, "admin-key-file", "", "where the first administrator's API key is written (mode 0600)")
+	fs.BoolVar(&o.repair, "repair", false, "end a change that is pending although nobody works on it")
+	fs.BoolVar(&o.dryRun, "dry-run", false, "print the plan and the manifests, secrets masked; needs no cluster")
+	addWait(fs, &o.wait, &o.timeout)
+}
+
+func addWait(fs *pflag.FlagSet, wait *bool, timeout *time.Duration) {
+	fs.BoolVar(wait, "wait", true, "wait until all pods are ready")
+	fs.DurationVar(timeout, "timeout", app.DefaultTimeout, "how long to wait at most")
+}
+
+// Check holds the rules of the flags.
+func (o *changeOptions) Check() error {
+	errs := []error{o.chart.Check(), o.pass.Check(), o.hsm.Password.Check()}
+	if o.valuesFile == "" {
+		errs = append(errs, o.hsm.CheckValues())
+	}
+	if o.secretFile != "" && (o.hsm.Password.File != "" || o.hsm.Password.Stdin) {
+		errs = append(errs, fault.Usagef("--secret, --hsm-password-file, --hsm-password-stdin: only one of them"))
+	}
+	if o.hostPath != "" && o.ephemeral {
+		errs = append(errs, fault.Usagef("--host-path, --ephemeral: only one of them"))
+	}
+	if o.hostPath != "" && !strings.HasPrefix(o.hostPath, "/") {
+		errs = append(errs, fault.Usagef("--host-path: %q is not an absolute path", o.hostPath))
+	}
+	if o.timeout <= 0 {
+		errs = append(errs, fault.Usagef("--timeout: %s is not positive", o.timeout))
+	}
+	return errors.Join(errs...)
+}
+
+// inputs are what the flags and files say.
+type inputs struct {
+	values map[string]any
+	hsm    render.Overrides
+	secret *render.Secret // nil: it is in the cluster
+}
+
+// read reads the two files or the flags in their place.
+func (o *changeOptions) read() (inputs, error) {
+	var in inputs
+	var err error
+	if in.hsm, err = o.overrides(); err != nil {
+		return in, err
+	}
+	if err := o.hsm.CheckValues(); err != nil {
+		return in, err
+	}
+	in.values = in.hsm.Helm()
+	o.persistence(in.values)
+	if in.secret, err = o.secret(in.hsm); err != nil {
+		return in, err
+	}
+	for _, w := range in.hsm.Warnings {
+		o.Warn("%s", w)
+	}
+	return in, nil
+}
+
+// overrides reads --values and lets the flags beat it; afterwards the flags
+// hold what is in force, so that one check serves both.
+func (o *changeOptions) overrides() (render.Overrides, error) {
+	if o.valuesFile == "" {
+		return o.hsm.Overrides()
+	}
+	text, err := o.open("--values", o.valuesFile)
+	if err != nil {
+		return render.Overrides{}, err
+	}
+	defer clear(text)
+	ov, err := render.ParseOverrides(text)
+	if err != nil {
+		return ov, fault.New(fault.Usage, "read", o.valuesFile, err).WithHint("%s", hintOr(err, "make it with `kmsctl render overrides`"))
+	}
+	o.hsm.Beat(&ov)
+	return ov, nil
+}
+
+func hintOr(err error, other string) string {
+	if h := fault.HintOf(err); h != "" {
+		return h
+	}
+	return other
+}
+
+func (o *changeOptions) open(flag, path string) ([]byte, error) {
+	raw, err := o.ReadInput(flag, path, 1<<20)
+	if err != nil {
+		return nil, err
+	}
+	return o.pass.Open(o.App, path, raw)
+}
+
+func (o *changeOptions) persistence(values map[string]any) {
+	p, _ := values["persistence"].(map[string]any)
+	if p == nil {
+		p = map[string]any{}
+	}
+	if o.storageClass != "" {
+		p["storageClass"] = o.storageClass
+	}
+	if o.hostPath != "" {
+		p["hostPath"] = o.hostPath
+	}
+	if o.ephemeral {
+		p["emptyDir"] = true
+	}
+	if len(p) > 0 {
+		values["persistence"] = p
+	}
+	if len(o.pullSecrets) > 0 {
+		var list []any
+		for _, s := range o.pullSecrets {
+			list = append(list, map[string]any{"name": s})
+		}
+		values["imagePullSecrets"] = list
+	}
+	if o.domain != "cluster.local" {
+		values["clusterDomain"] = o.domain
+	}
+}
+
+// secret reads --secret or the flags in its place, and takes in what the
+// values file had that belongs there. nil when nothing was given.
+func (o *changeOptions) secret(ov render.Overrides) (*render.Secret, error) {
+	var s render.Secret
+	switch {
+	case o.secretFile != "":
+		text, err := o.open("--secret", o.secretFile)
+		if err != nil {
+			return nil, err
+		}
+		defer clear(text)
+		if s, err = render.ParseSecret(text); err != nil {
+			return nil, fault.New(fault.Usage, "read", o.secretFile, err).WithHint("%s", hintOr(err, "make it with `kmsctl render secret`"))
+		}
+	case o.hsm.Password.Given(o.App):
+		o.hsm.Namespace = o.kube.Namespace
+		if err := o.hsm.CheckSecret(); err != nil {
+			return nil, err
+		}
+		var err error
+		if s, err = o.hsm.Secret(o.App); err != nil {
+			return nil, err
+		}
+	case !ov.Password.Empty():
+		s.Password = ov.Password
+	default:
+		return nil, nil
+	}
+	if s.Namespace != "" && s.Namespace != o.kube.Namespace {
+		return nil, fault.Usagef("%q is for namespace %q, and the release goes to %q", o.secretFile, s.Namespace, o.kube.Namespace).WithHint("give --namespace %s", s.Namespace)
+	}
+	s.Namespace = o.kube.Namespace
+	for ip, p := range ov.Clients {
+		if s.Clients == nil {
+			s.Clients = map[string]render.Pair{}
+		}
+		s.Clients[ip] = p
+	}
+	if err := app.CheckPassword(s.Password, "hsm-pass"); err != nil {
+		return nil, err
+	}
+	if err := o.CheckCertificates(&s); err != nil {
+		return nil, err
+	}
+	for _, w := range s.Warnings {
+		o.Warn("%s", w)
+	}
+	return &s, nil
+}
+
+func (o *changeOptions) job(in inputs) install.Options {
+	out := install.Options{Release: o.kube.Release, Namespace: o.kube.Namespace, Domain: o.domain, HSMSecretName: render.SecretName, SANs: o.san,
+		AdminKeyFile: o.adminKeyFile, Repair: o.repair, Wait: o.wait, Timeout: o.timeout}
+	if in.secret != nil {
+		out.HSMSecret = &cluster.Secret{Namespace: o.kube.Namespace, Name: render.SecretName, Data: in.secret.Data()}
+	}
+	return out
+}
+
+func newInstallCmd(a *app.App, run func(context.Context, *changeOptions) error) *cobra.Command {
+	o := &changeOptions{App: a}
+	if run == nil {
+		run = runInstall
+	}
+	cmd := &cobra.Command{
+		Use: "install", Short: "Install the release key-management-hsm", Args: cobra.NoArgs,
+		Long: `Install the release: apply and verify the Secret hsm-secret, make the certificates and the
+first administrator's API key, install the chart, wait until every pod is ready.
+
+Settings come from the manual's two files (--secret, --values), or from flags in their
+place. Run it again at any time: what is done already is left alone.`,
+		Example: `  kmsctl install --repo ./charts --secret hsm-Secret.yaml --values overrides_hsm.yaml --admin-key-file admin.key
+  kmsctl install --repo mgmt-charts --model softhsm --hsm-password-file pw --admin-key-file admin.key
+  kmsctl install --repo oci://registry.site/charts --model softhsm --dry-run`,
+		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
+	}
+	o.add(cmd)
+	return cmd
+}
+
+func runInstall(ctx context.Context, o *changeOptions) error {
+	in, err := o.read()
+	if err != nil {
+		return err
+	}
+	if in.secret != nil {
+		defer in.secret.Password.Zero()
+	}
+	chart, err := o.FindChart(&o.chart)
+	if err != nil {
+		return err
+	}
+	opts := o.job(in)
+	if o.dryRun {
+		return o.showPlan(chart, in, opts)
+	}
+	c, err := o.Cluster(&o.kube)
+	if err != nil {
+		return err
+	}
+	job, err := o.InstallJob(c, &o.kube, chart, in.values, release.Options{Wait: o.wait, Timeout: o.timeout})
+	if err != nil {
+		return err
+	}
+	res, err := job.Run(ctx, opts)
+	if err != nil {
+		return err
+	}
+	return o.Print(installResult(res))
+}
+
+// planVersion is the Kubernetes that --dry-run renders for.
+const planVersion = "1.30.0"
+
+// dryRun is what --dry-run prints.
+type dryRun struct {
+	Plan     []string `json:"plan"`
+	Manifest string   `json:"manifest"`
+}
+
+// showPlan prints the plan as comments and the manifests as YAML, secrets
+// masked.
+func (o *changeOptions) showPlan(chart *release.Chart, in inputs, opts install.Options) error {
+	m, err := release.Template(chart, opts.Release, opts.Namespace, in.values, planVersion)
+	if err != nil {
+		return err
+	}
+	if in.secret != nil {
+		m = maskedSecret(in.secret) + m
+	}
+	d := dryRun{install.Plan(opts, fmt.Sprintf("%s %s", chart.Name(), chart.Version())), m}
+	if o.Format != "table" {
+		return o.Print(d)
+	}
+	for i, p := range d.Plan {
+		fmt.Fprintf(o.Out, "# %d. %s\n", i+1, p)
+	}
+	_, err = fmt.Fprint(o.Out, d.Manifest)
+	return err
+}
+
+func maskedSecret(s *render.Secret) string {
+	keys := map[string]string{}
+	for k := range s.Data() {
+		keys[k] = "MASKED"
+	}
+	b, err := json.Marshal(map[string]any{"apiVersion": "v1", "kind": "Secret", "type": "Opaque",
+		"metadata": map[string]string{"name": render.SecretName, "namespace": s.Namespace}, "stringData": keys})
+	if err != nil {
+		return ""
+	}
+	return "---\n# applied apart from the release, never by Helm\n" + string(b) + "\n"
+}
+
+// installResult prints a finished installation.
+type installResult install.Result
+
+// Table is one line a field.
+func (r installResult) Table() ([]string, [][]string) {
+	rows := [][]string{{"release", r.Release.Name}, {"namespace", r.Release.Namespace}, {"revision", strconv.Itoa(r.Release.Revision)},
+		{"status", r.Release.Status}, {"chart", r.Release.Version}}
+	ready := 0
+	for _, p := range r.Pods {
+		if p.Ready {
+			ready++
+		}
+	}
+	rows = append(rows, []string{"pods", fmt.Sprintf("%d of %d ready", ready, len(r.Pods))})
+	return nil, rows
+}

@@ -1,0 +1,90 @@
+package releasecmd
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/install"
+	"github.com/kmsctl/kmsctl/internal/release"
+)
+
+type statusOptions struct {
+	*app.App
+	kube app.KubeFlags
+}
+
+func newStatusCmd(a *app.App, run func(context.Context, *statusOptions) error) *cobra.Command {
+	o := &statusOptions{App: a}
+	if run == nil {
+		run = runStatus
+	}
+	cmd := &cobra.Command{
+		Use: "status", Short: "Show how the release stands", Args: cobra.NoArgs,
+		Long:    "Show the release, its workloads and what keeps pods from being ready. Exits 7 when it is not healthy.",
+		Example: "  kmsctl status -o json",
+		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
+	}
+	o.kube.Add(cmd.Flags())
+	return cmd
+}
+
+// Check has nothing to check.
+func (o *statusOptions) Check() error { return nil }
+
+// statusResult prints how a release stands.
+type statusResult install.Status
+
+// Table is the release's line, then one a workload, then one a trouble.
+func (s statusResult) Table() ([]string, [][]string) {
+	rows := [][]string{{"release", s.Release.Name, s.Release.Status, fmt.Sprintf("revision %d, chart %s", s.Release.Revision, s.Release.Version)}}
+	for _, w := range s.Workloads {
+		rows = append(rows, []string{"workload", w.Name, fmt.Sprintf("%d/%d", w.Ready, w.Want), w.Kind})
+	}
+	for _, p := range s.Pods {
+		state, why := p.Phase, ""
+		if p.Ready {
+			state = "Ready"
+		}
+		if t := p.Trouble; t != nil {
+			state = t.Reason
+			why = t.Message
+			if t.Log != "" {
+				why += " log: " + t.Log
+			}
+		}
+		rows = append(rows, []string{"pod", p.Name, state, why})
+	}
+	return []string{"WHAT", "NAME", "STATE", "MORE"}, rows
+}
+
+func runStatus(ctx context.Context, o *statusOptions) error {
+	c, err := o.Cluster(&o.kube)
+	if err != nil {
+		return err
+	}
+	job, err := o.InstallJob(c, &o.kube, nil, nil, release.Options{})
+	if err != nil {
+		return err
+	}
+	s, err := job.Look(ctx, install.Options{Release: o.kube.Release, Namespace: o.kube.Namespace})
+	if err != nil {
+		return err
+	}
+	if err := o.Print(statusResult(s)); err != nil {
+		return err
+	}
+	if s.Healthy {
+		return nil
+	}
+	f := fault.Newf(fault.NotReady, "status of release", o.kube.Release, "it is not healthy")
+	for _, p := range s.Pods {
+		if p.Trouble != nil && p.Trouble.Cure != "" {
+			return f.WithHint("%s: %s", p.Name, p.Trouble.Cure)
+		}
+	}
+	return f
+}
