@@ -59,6 +59,9 @@ type link struct {
 	conn *grpc.ClientConn
 	rpc  wire.ConnectorClient
 	proc *process // nil when dialled
+
+	workMu sync.Mutex
+	work   *work
 }
 
 func newClient(ctx context.Context) *Client {
@@ -235,6 +238,10 @@ func (c *Client) setLink(l *link, err error) {
 // call makes one call. It is made once more when the connector died under it
 // or lost its login; all calls but Login can be repeated without harm.
 func call[R any](ctx context.Context, c *Client, op string, limit time.Duration, f func(context.Context, wire.ConnectorClient) (R, error)) (R, error) {
+	return callOn(ctx, c, op, limit, func(ctx context.Context, l *link) (R, error) { return f(ctx, l.rpc) })
+}
+
+func callOn[R any](ctx context.Context, c *Client, op string, limit time.Duration, f func(context.Context, *link) (R, error)) (R, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	inside, began := ctx.Value(insideHook{}) != nil, time.Now()
@@ -245,7 +252,7 @@ func call[R any](ctx context.Context, c *Client, op string, limit time.Duration,
 		if err != nil {
 			return none, err
 		}
-		r, err := f(ctx, l.rpc)
+		r, err := f(ctx, l)
 		again := try < 2 && op != opLogin && ctx.Err() == nil
 		switch {
 		case err == nil:
@@ -376,11 +383,23 @@ func newKey(k *wire.NewKey, err error) (hsm.NewKey, error) {
 }
 
 func (c *Client) wrap(ctx context.Context, q *wire.WrapRequest) (*wire.WrapReply, hsm.Sealed, error) {
-	w, err := call(ctx, c, "wrap", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.WrapReply, error) { return r.Wrap(ctx, q) })
+	op, err := c.do(ctx, "wrap", func() *wire.Op { return &wire.Op{Body: &wire.Op_Wrap{Wrap: q}} })
 	if err != nil {
 		return nil, hsm.Sealed{}, err
 	}
+	w := op.GetWrapped()
 	return w, hsm.Sealed{Suite: uint8(w.Sealed.GetSuite()), IV: w.Sealed.GetIv(), Ciphertext: w.Sealed.GetCiphertext()}, nil
+}
+
+// do makes one request on the stream of the running connector.
+func (c *Client) do(ctx context.Context, what string, op func() *wire.Op) (*wire.Op, error) {
+	return callOn(ctx, c, what, quickCall, func(ctx context.Context, l *link) (*wire.Op, error) {
+		w, err := l.openWork(c.life)
+		if err != nil {
+			return nil, err
+		}
+		return w.do(ctx, op())
+	})
 }
 
 // Wrap encrypts plaintext under the root key in blob.
@@ -401,7 +420,8 @@ func (c *Client) WrapNew(ctx context.Context, blob []byte, n int, aad []byte) ([
 // Unwrap opens what Wrap made.
 func (c *Client) Unwrap(ctx context.Context, blob []byte, s hsm.Sealed, aad []byte) ([]byte, error) {
 	q := &wire.UnwrapRequest{Blob: blob, Sealed: &wire.Sealed{Suite: uint32(s.Suite), Iv: s.IV, Ciphertext: s.Ciphertext}, Aad: aad}
-	return data(call(ctx, c, "unwrap", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) { return r.Unwrap(ctx, q) }))
+	op, err := c.do(ctx, "unwrap", func() *wire.Op { return &wire.Op{Body: &wire.Op_Unwrap{Unwrap: q}} })
+	return data(op.GetUnwrapped(), err)
 }
 
 // Evict makes the connector forget a root key that it holds in its cache.

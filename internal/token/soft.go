@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/miekg/pkcs11"
 
@@ -24,6 +25,9 @@ func MakeSoftToken(dir, module, name string, pin secret.Value) error {
 		return fault.New(fault.Other, "find folder", dir, err)
 	}
 	tokens := filepath.Join(dir, "tokens")
+	if strings.ContainsAny(tokens, "=#\n") { // its parser splits lines there
+		return fault.Newf(fault.Usage, "make token in", dir, "SoftHSM's configuration bears no '=' and no '#' in a path").WithHint("choose another data folder")
+	}
 	if err := os.MkdirAll(tokens, 0o700); err != nil {
 		return fault.New(fault.Other, "make folder", tokens, err)
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
@@ -183,4 +184,11 @@ func TestCacheUnderPressure(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+func TestAFolderThatSoftHSMCannotRead(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "a=b")
+	if err := token.MakeSoftToken(dir, module, "kms", pin("password")); fault.KindOf(err) != fault.Usage || fault.HintOf(err) == "" {
+		t.Errorf("%v", err)
+	}
 }

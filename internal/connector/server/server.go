@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/crypto/argon2"
@@ -44,6 +45,8 @@ type Server struct {
 	slots chan struct{} // one for each session
 	line  chan struct{} // bounds those that wait
 	dog   *watchdog
+
+	opTime atomic.Int64 // nanoseconds that one operation on the stream takes, a running average
 }
 
 // New makes a server; the token is opened by the first call.
@@ -108,7 +111,7 @@ func use[R any](ctx context.Context, s *Server, f func(t *token.Token) (R, error
 	case s.line <- struct{}{}:
 		defer func() { <-s.line }()
 	default:
-		return none, wireError(fault.Newf(fault.Unreachable, "use the token", "", "too many calls wait for it").WithHint("try again later, or raise --sessions where the token allows"))
+		return none, wireError(errBusy)
 	}
 	select {
 	case s.slots <- struct{}{}:
@@ -244,29 +247,39 @@ func (s *Server) Wrap(ctx context.Context, q *wire.WrapRequest) (*wire.WrapReply
 	if err := checkRandom(q.Random); err != nil {
 		return nil, err
 	}
-	return use(ctx, s, func(t *token.Token) (*wire.WrapReply, error) {
-		out := &wire.WrapReply{}
-		plain := q.Plaintext
-		if len(plain) == 0 && q.Random > 0 {
-			var err error
-			if plain, err = t.Random(int(q.Random)); err != nil {
-				return nil, err
-			}
-			out.Plaintext = plain
+	return use(ctx, s, func(t *token.Token) (*wire.WrapReply, error) { return wrapOn(t, q) })
+}
+
+func wrapOn(t *token.Token, q *wire.WrapRequest) (*wire.WrapReply, error) {
+	out := &wire.WrapReply{}
+	plain := q.Plaintext
+	if len(plain) == 0 && q.Random > 0 {
+		var err error
+		if plain, err = t.Random(int(q.Random)); err != nil {
+			return nil, err
 		}
-		c, err := t.Wrap(q.Blob, plain, q.Aad)
-		out.Sealed = &wire.Sealed{Suite: uint32(c.Suite), Iv: c.IV, Ciphertext: c.Ciphertext}
-		return out, err
-	})
+		out.Plaintext = plain
+	}
+	c, err := t.Wrap(q.Blob, plain, q.Aad)
+	out.Sealed = &wire.Sealed{Suite: uint32(c.Suite), Iv: c.IV, Ciphertext: c.Ciphertext}
+	return out, err
 }
 
 // Unwrap opens what Wrap made.
 func (s *Server) Unwrap(ctx context.Context, q *wire.UnwrapRequest) (*wire.Bytes, error) {
-	c := hsm.Sealed{Suite: uint8(q.Sealed.GetSuite()), IV: q.Sealed.GetIv(), Ciphertext: q.Sealed.GetCiphertext()}
-	if q.Sealed.GetSuite() > 255 || !c.Plausible() {
-		return nil, wireError(fault.Newf(fault.BadContent, "decrypt", "", "no suite makes such a ciphertext"))
+	c, err := sealed(q.Sealed)
+	if err != nil {
+		return nil, wireError(err)
 	}
 	return use(ctx, s, func(t *token.Token) (*wire.Bytes, error) { return asBytes(t.Unwrap(q.Blob, c, q.Aad)) })
+}
+
+func sealed(w *wire.Sealed) (hsm.Sealed, error) {
+	c := hsm.Sealed{Suite: uint8(w.GetSuite()), IV: w.GetIv(), Ciphertext: w.GetCiphertext()}
+	if w.GetSuite() > 255 || !c.Plausible() {
+		return c, fault.Newf(fault.BadContent, "decrypt", "", "no suite makes such a ciphertext")
+	}
+	return c, nil
 }
 
 func asBytes(b []byte, err error) (*wire.Bytes, error) { return &wire.Bytes{Data: b}, err }

@@ -5,7 +5,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: connector.proto
+// source: internal/connector/wire/connector.proto
 
 package wire
 
@@ -33,7 +33,7 @@ type Bytes struct {
 
 func (x *Bytes) Reset() {
 	*x = Bytes{}
-	mi := &file_connector_proto_msgTypes[0]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -45,7 +45,7 @@ func (x *Bytes) String() string {
 func (*Bytes) ProtoMessage() {}
 
 func (x *Bytes) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[0]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -58,7 +58,7 @@ func (x *Bytes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bytes.ProtoReflect.Descriptor instead.
 func (*Bytes) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{0}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *Bytes) GetData() []byte {
@@ -76,7 +76,7 @@ type DescribeRequest struct {
 
 func (x *DescribeRequest) Reset() {
 	*x = DescribeRequest{}
-	mi := &file_connector_proto_msgTypes[1]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -88,7 +88,7 @@ func (x *DescribeRequest) String() string {
 func (*DescribeRequest) ProtoMessage() {}
 
 func (x *DescribeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[1]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -101,7 +101,7 @@ func (x *DescribeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeRequest.ProtoReflect.Descriptor instead.
 func (*DescribeRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{1}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{1}
 }
 
 type DescribeReply struct {
@@ -124,7 +124,7 @@ type DescribeReply struct {
 
 func (x *DescribeReply) Reset() {
 	*x = DescribeReply{}
-	mi := &file_connector_proto_msgTypes[2]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -136,7 +136,7 @@ func (x *DescribeReply) String() string {
 func (*DescribeReply) ProtoMessage() {}
 
 func (x *DescribeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[2]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -149,7 +149,7 @@ func (x *DescribeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeReply.ProtoReflect.Descriptor instead.
 func (*DescribeReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{2}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *DescribeReply) GetModule() string {
@@ -245,7 +245,7 @@ type FingerprintRequest struct {
 
 func (x *FingerprintRequest) Reset() {
 	*x = FingerprintRequest{}
-	mi := &file_connector_proto_msgTypes[3]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -257,7 +257,7 @@ func (x *FingerprintRequest) String() string {
 func (*FingerprintRequest) ProtoMessage() {}
 
 func (x *FingerprintRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[3]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -270,7 +270,7 @@ func (x *FingerprintRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FingerprintRequest.ProtoReflect.Descriptor instead.
 func (*FingerprintRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{3}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *FingerprintRequest) GetSalt() []byte {
@@ -288,7 +288,7 @@ type LoginRequest struct {
 
 func (x *LoginRequest) Reset() {
 	*x = LoginRequest{}
-	mi := &file_connector_proto_msgTypes[4]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -300,7 +300,7 @@ func (x *LoginRequest) String() string {
 func (*LoginRequest) ProtoMessage() {}
 
 func (x *LoginRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[4]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -313,7 +313,7 @@ func (x *LoginRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoginRequest.ProtoReflect.Descriptor instead.
 func (*LoginRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{4}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{4}
 }
 
 type LoginReply struct {
@@ -324,7 +324,7 @@ type LoginReply struct {
 
 func (x *LoginReply) Reset() {
 	*x = LoginReply{}
-	mi := &file_connector_proto_msgTypes[5]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -336,7 +336,7 @@ func (x *LoginReply) String() string {
 func (*LoginReply) ProtoMessage() {}
 
 func (x *LoginReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[5]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -349,7 +349,7 @@ func (x *LoginReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoginReply.ProtoReflect.Descriptor instead.
 func (*LoginReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{5}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{5}
 }
 
 type OpenMasterRequest struct {
@@ -365,7 +365,7 @@ type OpenMasterRequest struct {
 
 func (x *OpenMasterRequest) Reset() {
 	*x = OpenMasterRequest{}
-	mi := &file_connector_proto_msgTypes[6]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -377,7 +377,7 @@ func (x *OpenMasterRequest) String() string {
 func (*OpenMasterRequest) ProtoMessage() {}
 
 func (x *OpenMasterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[6]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -390,7 +390,7 @@ func (x *OpenMasterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenMasterRequest.ProtoReflect.Descriptor instead.
 func (*OpenMasterRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{6}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *OpenMasterRequest) GetInstall() string {
@@ -442,7 +442,7 @@ type OpenMasterReply struct {
 
 func (x *OpenMasterReply) Reset() {
 	*x = OpenMasterReply{}
-	mi := &file_connector_proto_msgTypes[7]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -454,7 +454,7 @@ func (x *OpenMasterReply) String() string {
 func (*OpenMasterReply) ProtoMessage() {}
 
 func (x *OpenMasterReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[7]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -467,7 +467,7 @@ func (x *OpenMasterReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenMasterReply.ProtoReflect.Descriptor instead.
 func (*OpenMasterReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{7}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *OpenMasterReply) GetWrapKcv() []byte {
@@ -520,7 +520,7 @@ type CreateRootKeyRequest struct {
 
 func (x *CreateRootKeyRequest) Reset() {
 	*x = CreateRootKeyRequest{}
-	mi := &file_connector_proto_msgTypes[8]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -532,7 +532,7 @@ func (x *CreateRootKeyRequest) String() string {
 func (*CreateRootKeyRequest) ProtoMessage() {}
 
 func (x *CreateRootKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[8]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -545,7 +545,7 @@ func (x *CreateRootKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRootKeyRequest.ProtoReflect.Descriptor instead.
 func (*CreateRootKeyRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{8}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{8}
 }
 
 type NewKey struct {
@@ -558,7 +558,7 @@ type NewKey struct {
 
 func (x *NewKey) Reset() {
 	*x = NewKey{}
-	mi := &file_connector_proto_msgTypes[9]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -570,7 +570,7 @@ func (x *NewKey) String() string {
 func (*NewKey) ProtoMessage() {}
 
 func (x *NewKey) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[9]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -583,7 +583,7 @@ func (x *NewKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewKey.ProtoReflect.Descriptor instead.
 func (*NewKey) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{9}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *NewKey) GetBlob() []byte {
@@ -611,7 +611,7 @@ type Sealed struct {
 
 func (x *Sealed) Reset() {
 	*x = Sealed{}
-	mi := &file_connector_proto_msgTypes[10]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -623,7 +623,7 @@ func (x *Sealed) String() string {
 func (*Sealed) ProtoMessage() {}
 
 func (x *Sealed) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[10]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -636,7 +636,7 @@ func (x *Sealed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sealed.ProtoReflect.Descriptor instead.
 func (*Sealed) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{10}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Sealed) GetSuite() uint32 {
@@ -674,7 +674,7 @@ type WrapRequest struct {
 
 func (x *WrapRequest) Reset() {
 	*x = WrapRequest{}
-	mi := &file_connector_proto_msgTypes[11]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -686,7 +686,7 @@ func (x *WrapRequest) String() string {
 func (*WrapRequest) ProtoMessage() {}
 
 func (x *WrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[11]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -699,7 +699,7 @@ func (x *WrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrapRequest.ProtoReflect.Descriptor instead.
 func (*WrapRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{11}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WrapRequest) GetBlob() []byte {
@@ -740,7 +740,7 @@ type WrapReply struct {
 
 func (x *WrapReply) Reset() {
 	*x = WrapReply{}
-	mi := &file_connector_proto_msgTypes[12]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -752,7 +752,7 @@ func (x *WrapReply) String() string {
 func (*WrapReply) ProtoMessage() {}
 
 func (x *WrapReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[12]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -765,7 +765,7 @@ func (x *WrapReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrapReply.ProtoReflect.Descriptor instead.
 func (*WrapReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{12}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WrapReply) GetSealed() *Sealed {
@@ -793,7 +793,7 @@ type UnwrapRequest struct {
 
 func (x *UnwrapRequest) Reset() {
 	*x = UnwrapRequest{}
-	mi := &file_connector_proto_msgTypes[13]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -805,7 +805,7 @@ func (x *UnwrapRequest) String() string {
 func (*UnwrapRequest) ProtoMessage() {}
 
 func (x *UnwrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[13]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -818,7 +818,7 @@ func (x *UnwrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnwrapRequest.ProtoReflect.Descriptor instead.
 func (*UnwrapRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{13}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *UnwrapRequest) GetBlob() []byte {
@@ -850,7 +850,7 @@ type EvictReply struct {
 
 func (x *EvictReply) Reset() {
 	*x = EvictReply{}
-	mi := &file_connector_proto_msgTypes[14]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -862,7 +862,7 @@ func (x *EvictReply) String() string {
 func (*EvictReply) ProtoMessage() {}
 
 func (x *EvictReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[14]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -875,7 +875,7 @@ func (x *EvictReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReply.ProtoReflect.Descriptor instead.
 func (*EvictReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{14}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{14}
 }
 
 // random > 0: seal that many random bytes of the token, which do not leave
@@ -891,7 +891,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_connector_proto_msgTypes[15]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -903,7 +903,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[15]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -916,7 +916,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{15}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SealRequest) GetPlaintext() []byte {
@@ -950,7 +950,7 @@ type UnsealRequest struct {
 
 func (x *UnsealRequest) Reset() {
 	*x = UnsealRequest{}
-	mi := &file_connector_proto_msgTypes[16]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -962,7 +962,7 @@ func (x *UnsealRequest) String() string {
 func (*UnsealRequest) ProtoMessage() {}
 
 func (x *UnsealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[16]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -975,7 +975,7 @@ func (x *UnsealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnsealRequest.ProtoReflect.Descriptor instead.
 func (*UnsealRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{16}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *UnsealRequest) GetSealed() []byte {
@@ -1001,7 +1001,7 @@ type RandomRequest struct {
 
 func (x *RandomRequest) Reset() {
 	*x = RandomRequest{}
-	mi := &file_connector_proto_msgTypes[17]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1013,7 +1013,7 @@ func (x *RandomRequest) String() string {
 func (*RandomRequest) ProtoMessage() {}
 
 func (x *RandomRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[17]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1026,7 +1026,7 @@ func (x *RandomRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RandomRequest.ProtoReflect.Descriptor instead.
 func (*RandomRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{17}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RandomRequest) GetN() uint32 {
@@ -1051,7 +1051,7 @@ type Fault struct {
 
 func (x *Fault) Reset() {
 	*x = Fault{}
-	mi := &file_connector_proto_msgTypes[18]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1063,7 +1063,7 @@ func (x *Fault) String() string {
 func (*Fault) ProtoMessage() {}
 
 func (x *Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[18]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1076,7 +1076,7 @@ func (x *Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fault.ProtoReflect.Descriptor instead.
 func (*Fault) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{18}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Fault) GetKind() string {
@@ -1121,11 +1121,210 @@ func (x *Fault) GetCkr() string {
 	return ""
 }
 
-var File_connector_proto protoreflect.FileDescriptor
+type Batch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ops           []*Op                  `protobuf:"bytes,1,rep,name=ops,proto3" json:"ops,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
 
-const file_connector_proto_rawDesc = "" +
+func (x *Batch) Reset() {
+	*x = Batch{}
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Batch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Batch) ProtoMessage() {}
+
+func (x *Batch) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Batch.ProtoReflect.Descriptor instead.
+func (*Batch) Descriptor() ([]byte, []int) {
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Batch) GetOps() []*Op {
+	if x != nil {
+		return x.Ops
+	}
+	return nil
+}
+
+// Op is one request, or its reply with the same id.
+type Op struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Id       uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	WithinMs uint32                 `protobuf:"varint,2,opt,name=within_ms,json=withinMs,proto3" json:"within_ms,omitempty"` // of a request: a reply that comes later is of no use
+	// Types that are valid to be assigned to Body:
+	//
+	//	*Op_Wrap
+	//	*Op_Unwrap
+	//	*Op_Wrapped
+	//	*Op_Unwrapped
+	//	*Op_Fault
+	Body          isOp_Body `protobuf_oneof:"body"`
+	Code          uint32    `protobuf:"varint,8,opt,name=code,proto3" json:"code,omitempty"` // of a fault: the gRPC code that a call would have had
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Op) Reset() {
+	*x = Op{}
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Op) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Op) ProtoMessage() {}
+
+func (x *Op) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Op.ProtoReflect.Descriptor instead.
+func (*Op) Descriptor() ([]byte, []int) {
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Op) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Op) GetWithinMs() uint32 {
+	if x != nil {
+		return x.WithinMs
+	}
+	return 0
+}
+
+func (x *Op) GetBody() isOp_Body {
+	if x != nil {
+		return x.Body
+	}
+	return nil
+}
+
+func (x *Op) GetWrap() *WrapRequest {
+	if x != nil {
+		if x, ok := x.Body.(*Op_Wrap); ok {
+			return x.Wrap
+		}
+	}
+	return nil
+}
+
+func (x *Op) GetUnwrap() *UnwrapRequest {
+	if x != nil {
+		if x, ok := x.Body.(*Op_Unwrap); ok {
+			return x.Unwrap
+		}
+	}
+	return nil
+}
+
+func (x *Op) GetWrapped() *WrapReply {
+	if x != nil {
+		if x, ok := x.Body.(*Op_Wrapped); ok {
+			return x.Wrapped
+		}
+	}
+	return nil
+}
+
+func (x *Op) GetUnwrapped() *Bytes {
+	if x != nil {
+		if x, ok := x.Body.(*Op_Unwrapped); ok {
+			return x.Unwrapped
+		}
+	}
+	return nil
+}
+
+func (x *Op) GetFault() *Fault {
+	if x != nil {
+		if x, ok := x.Body.(*Op_Fault); ok {
+			return x.Fault
+		}
+	}
+	return nil
+}
+
+func (x *Op) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+type isOp_Body interface {
+	isOp_Body()
+}
+
+type Op_Wrap struct {
+	Wrap *WrapRequest `protobuf:"bytes,3,opt,name=wrap,proto3,oneof"`
+}
+
+type Op_Unwrap struct {
+	Unwrap *UnwrapRequest `protobuf:"bytes,4,opt,name=unwrap,proto3,oneof"`
+}
+
+type Op_Wrapped struct {
+	Wrapped *WrapReply `protobuf:"bytes,5,opt,name=wrapped,proto3,oneof"`
+}
+
+type Op_Unwrapped struct {
+	Unwrapped *Bytes `protobuf:"bytes,6,opt,name=unwrapped,proto3,oneof"`
+}
+
+type Op_Fault struct {
+	Fault *Fault `protobuf:"bytes,7,opt,name=fault,proto3,oneof"`
+}
+
+func (*Op_Wrap) isOp_Body() {}
+
+func (*Op_Unwrap) isOp_Body() {}
+
+func (*Op_Wrapped) isOp_Body() {}
+
+func (*Op_Unwrapped) isOp_Body() {}
+
+func (*Op_Fault) isOp_Body() {}
+
+var File_internal_connector_wire_connector_proto protoreflect.FileDescriptor
+
+const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\n" +
-	"\x0fconnector.proto\x12\x13kmsctl.connector.v1\"\x1b\n" +
+	"'internal/connector/wire/connector.proto\x12\x13kmsctl.connector.v1\"\x1b\n" +
 	"\x05Bytes\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x11\n" +
 	"\x0fDescribeRequest\"\xdd\x02\n" +
@@ -1202,7 +1401,19 @@ const file_connector_proto_rawDesc = "" +
 	"\x06object\x18\x03 \x01(\tR\x06object\x12\x14\n" +
 	"\x05cause\x18\x04 \x01(\tR\x05cause\x12\x12\n" +
 	"\x04hint\x18\x05 \x01(\tR\x04hint\x12\x10\n" +
-	"\x03ckr\x18\x06 \x01(\tR\x03ckr2\xf5\a\n" +
+	"\x03ckr\x18\x06 \x01(\tR\x03ckr\"2\n" +
+	"\x05Batch\x12)\n" +
+	"\x03ops\x18\x01 \x03(\v2\x17.kmsctl.connector.v1.OpR\x03ops\"\xef\x02\n" +
+	"\x02Op\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1b\n" +
+	"\twithin_ms\x18\x02 \x01(\rR\bwithinMs\x126\n" +
+	"\x04wrap\x18\x03 \x01(\v2 .kmsctl.connector.v1.WrapRequestH\x00R\x04wrap\x12<\n" +
+	"\x06unwrap\x18\x04 \x01(\v2\".kmsctl.connector.v1.UnwrapRequestH\x00R\x06unwrap\x12:\n" +
+	"\awrapped\x18\x05 \x01(\v2\x1e.kmsctl.connector.v1.WrapReplyH\x00R\awrapped\x12:\n" +
+	"\tunwrapped\x18\x06 \x01(\v2\x1a.kmsctl.connector.v1.BytesH\x00R\tunwrapped\x122\n" +
+	"\x05fault\x18\a \x01(\v2\x1a.kmsctl.connector.v1.FaultH\x00R\x05fault\x12\x12\n" +
+	"\x04code\x18\b \x01(\rR\x04codeB\x06\n" +
+	"\x04body2\xb9\b\n" +
 	"\tConnector\x12T\n" +
 	"\bDescribe\x12$.kmsctl.connector.v1.DescribeRequest\x1a\".kmsctl.connector.v1.DescribeReply\x12R\n" +
 	"\vFingerprint\x12'.kmsctl.connector.v1.FingerprintRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12K\n" +
@@ -1217,22 +1428,23 @@ const file_connector_proto_rawDesc = "" +
 	"\x04Seal\x12 .kmsctl.connector.v1.SealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
 	"\x06Unseal\x12\".kmsctl.connector.v1.UnsealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12>\n" +
 	"\x04Sign\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
-	"\x06Random\x12\".kmsctl.connector.v1.RandomRequest\x1a\x1a.kmsctl.connector.v1.BytesB2Z0github.com/kmsctl/kmsctl/internal/connector/wireb\x06proto3"
+	"\x06Random\x12\".kmsctl.connector.v1.RandomRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12B\n" +
+	"\x04Work\x12\x1a.kmsctl.connector.v1.Batch\x1a\x1a.kmsctl.connector.v1.Batch(\x010\x01B2Z0github.com/kmsctl/kmsctl/internal/connector/wireb\x06proto3"
 
 var (
-	file_connector_proto_rawDescOnce sync.Once
-	file_connector_proto_rawDescData []byte
+	file_internal_connector_wire_connector_proto_rawDescOnce sync.Once
+	file_internal_connector_wire_connector_proto_rawDescData []byte
 )
 
-func file_connector_proto_rawDescGZIP() []byte {
-	file_connector_proto_rawDescOnce.Do(func() {
-		file_connector_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_connector_proto_rawDesc), len(file_connector_proto_rawDesc)))
+func file_internal_connector_wire_connector_proto_rawDescGZIP() []byte {
+	file_internal_connector_wire_connector_proto_rawDescOnce.Do(func() {
+		file_internal_connector_wire_connector_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_internal_connector_wire_connector_proto_rawDesc), len(file_internal_connector_wire_connector_proto_rawDesc)))
 	})
-	return file_connector_proto_rawDescData
+	return file_internal_connector_wire_connector_proto_rawDescData
 }
 
-var file_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
-var file_connector_proto_goTypes = []any{
+var file_internal_connector_wire_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_internal_connector_wire_connector_proto_goTypes = []any{
 	(*Bytes)(nil),                // 0: kmsctl.connector.v1.Bytes
 	(*DescribeRequest)(nil),      // 1: kmsctl.connector.v1.DescribeRequest
 	(*DescribeReply)(nil),        // 2: kmsctl.connector.v1.DescribeReply
@@ -1252,63 +1464,80 @@ var file_connector_proto_goTypes = []any{
 	(*UnsealRequest)(nil),        // 16: kmsctl.connector.v1.UnsealRequest
 	(*RandomRequest)(nil),        // 17: kmsctl.connector.v1.RandomRequest
 	(*Fault)(nil),                // 18: kmsctl.connector.v1.Fault
+	(*Batch)(nil),                // 19: kmsctl.connector.v1.Batch
+	(*Op)(nil),                   // 20: kmsctl.connector.v1.Op
 }
-var file_connector_proto_depIdxs = []int32{
+var file_internal_connector_wire_connector_proto_depIdxs = []int32{
 	10, // 0: kmsctl.connector.v1.WrapReply.sealed:type_name -> kmsctl.connector.v1.Sealed
 	10, // 1: kmsctl.connector.v1.UnwrapRequest.sealed:type_name -> kmsctl.connector.v1.Sealed
-	1,  // 2: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
-	3,  // 3: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
-	4,  // 4: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
-	6,  // 5: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
-	8,  // 6: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
-	0,  // 7: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
-	11, // 8: kmsctl.connector.v1.Connector.Wrap:input_type -> kmsctl.connector.v1.WrapRequest
-	13, // 9: kmsctl.connector.v1.Connector.Unwrap:input_type -> kmsctl.connector.v1.UnwrapRequest
-	0,  // 10: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
-	15, // 11: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
-	16, // 12: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
-	0,  // 13: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
-	17, // 14: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
-	2,  // 15: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
-	0,  // 16: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
-	5,  // 17: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
-	7,  // 18: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
-	9,  // 19: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
-	9,  // 20: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
-	12, // 21: kmsctl.connector.v1.Connector.Wrap:output_type -> kmsctl.connector.v1.WrapReply
-	0,  // 22: kmsctl.connector.v1.Connector.Unwrap:output_type -> kmsctl.connector.v1.Bytes
-	14, // 23: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
-	0,  // 24: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 25: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 26: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 27: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
-	15, // [15:28] is the sub-list for method output_type
-	2,  // [2:15] is the sub-list for method input_type
-	2,  // [2:2] is the sub-list for extension type_name
-	2,  // [2:2] is the sub-list for extension extendee
-	0,  // [0:2] is the sub-list for field type_name
+	20, // 2: kmsctl.connector.v1.Batch.ops:type_name -> kmsctl.connector.v1.Op
+	11, // 3: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
+	13, // 4: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
+	12, // 5: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
+	0,  // 6: kmsctl.connector.v1.Op.unwrapped:type_name -> kmsctl.connector.v1.Bytes
+	18, // 7: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
+	1,  // 8: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
+	3,  // 9: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
+	4,  // 10: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
+	6,  // 11: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
+	8,  // 12: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
+	0,  // 13: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
+	11, // 14: kmsctl.connector.v1.Connector.Wrap:input_type -> kmsctl.connector.v1.WrapRequest
+	13, // 15: kmsctl.connector.v1.Connector.Unwrap:input_type -> kmsctl.connector.v1.UnwrapRequest
+	0,  // 16: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
+	15, // 17: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
+	16, // 18: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
+	0,  // 19: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
+	17, // 20: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
+	19, // 21: kmsctl.connector.v1.Connector.Work:input_type -> kmsctl.connector.v1.Batch
+	2,  // 22: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
+	0,  // 23: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
+	5,  // 24: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
+	7,  // 25: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
+	9,  // 26: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
+	9,  // 27: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
+	12, // 28: kmsctl.connector.v1.Connector.Wrap:output_type -> kmsctl.connector.v1.WrapReply
+	0,  // 29: kmsctl.connector.v1.Connector.Unwrap:output_type -> kmsctl.connector.v1.Bytes
+	14, // 30: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
+	0,  // 31: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 32: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 33: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 34: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
+	19, // 35: kmsctl.connector.v1.Connector.Work:output_type -> kmsctl.connector.v1.Batch
+	22, // [22:36] is the sub-list for method output_type
+	8,  // [8:22] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
-func init() { file_connector_proto_init() }
-func file_connector_proto_init() {
-	if File_connector_proto != nil {
+func init() { file_internal_connector_wire_connector_proto_init() }
+func file_internal_connector_wire_connector_proto_init() {
+	if File_internal_connector_wire_connector_proto != nil {
 		return
+	}
+	file_internal_connector_wire_connector_proto_msgTypes[20].OneofWrappers = []any{
+		(*Op_Wrap)(nil),
+		(*Op_Unwrap)(nil),
+		(*Op_Wrapped)(nil),
+		(*Op_Unwrapped)(nil),
+		(*Op_Fault)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connector_proto_rawDesc), len(file_connector_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_connector_wire_connector_proto_rawDesc), len(file_internal_connector_wire_connector_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
-		GoTypes:           file_connector_proto_goTypes,
-		DependencyIndexes: file_connector_proto_depIdxs,
-		MessageInfos:      file_connector_proto_msgTypes,
+		GoTypes:           file_internal_connector_wire_connector_proto_goTypes,
+		DependencyIndexes: file_internal_connector_wire_connector_proto_depIdxs,
+		MessageInfos:      file_internal_connector_wire_connector_proto_msgTypes,
 	}.Build()
-	File_connector_proto = out.File
-	file_connector_proto_goTypes = nil
-	file_connector_proto_depIdxs = nil
+	File_internal_connector_wire_connector_proto = out.File
+	file_internal_connector_wire_connector_proto_goTypes = nil
+	file_internal_connector_wire_connector_proto_depIdxs = nil
 }

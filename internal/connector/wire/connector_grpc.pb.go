@@ -5,7 +5,7 @@
 // versions:
 // - protoc-gen-go-grpc v1.6.2
 // - protoc             v3.21.12
-// source: connector.proto
+// source: internal/connector/wire/connector.proto
 
 package wire
 
@@ -35,6 +35,7 @@ const (
 	Connector_Unseal_FullMethodName        = "/kmsctl.connector.v1.Connector/Unseal"
 	Connector_Sign_FullMethodName          = "/kmsctl.connector.v1.Connector/Sign"
 	Connector_Random_FullMethodName        = "/kmsctl.connector.v1.Connector/Random"
+	Connector_Work_FullMethodName          = "/kmsctl.connector.v1.Connector/Work"
 )
 
 // ConnectorClient is the client API for Connector service.
@@ -60,6 +61,10 @@ type ConnectorClient interface {
 	Unseal(ctx context.Context, in *UnsealRequest, opts ...grpc.CallOption) (*Bytes, error)
 	Sign(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*Bytes, error)
 	Random(ctx context.Context, in *RandomRequest, opts ...grpc.CallOption) (*Bytes, error)
+	// Work carries many wraps and unwraps in one message: at some ten
+	// thousand a second, a call each would cost more than the token does.
+	// Replies come in any order.
+	Work(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Batch, Batch], error)
 }
 
 type connectorClient struct {
@@ -200,6 +205,19 @@ func (c *connectorClient) Random(ctx context.Context, in *RandomRequest, opts ..
 	return out, nil
 }
 
+func (c *connectorClient) Work(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Batch, Batch], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Connector_ServiceDesc.Streams[0], Connector_Work_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[Batch, Batch]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Connector_WorkClient = grpc.BidiStreamingClient[Batch, Batch]
+
 // ConnectorServer is the server API for Connector service.
 // All implementations must embed UnimplementedConnectorServer
 // for forward compatibility.
@@ -223,6 +241,10 @@ type ConnectorServer interface {
 	Unseal(context.Context, *UnsealRequest) (*Bytes, error)
 	Sign(context.Context, *Bytes) (*Bytes, error)
 	Random(context.Context, *RandomRequest) (*Bytes, error)
+	// Work carries many wraps and unwraps in one message: at some ten
+	// thousand a second, a call each would cost more than the token does.
+	// Replies come in any order.
+	Work(grpc.BidiStreamingServer[Batch, Batch]) error
 	mustEmbedUnimplementedConnectorServer()
 }
 
@@ -271,6 +293,9 @@ func (UnimplementedConnectorServer) Sign(context.Context, *Bytes) (*Bytes, error
 }
 func (UnimplementedConnectorServer) Random(context.Context, *RandomRequest) (*Bytes, error) {
 	return nil, status.Error(codes.Unimplemented, "method Random not implemented")
+}
+func (UnimplementedConnectorServer) Work(grpc.BidiStreamingServer[Batch, Batch]) error {
+	return status.Error(codes.Unimplemented, "method Work not implemented")
 }
 func (UnimplementedConnectorServer) mustEmbedUnimplementedConnectorServer() {}
 func (UnimplementedConnectorServer) testEmbeddedByValue()                   {}
@@ -527,6 +552,13 @@ func _Connector_Random_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Connector_Work_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(ConnectorServer).Work(&grpc.GenericServerStream[Batch, Batch]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Connector_WorkServer = grpc.BidiStreamingServer[Batch, Batch]
+
 // Connector_ServiceDesc is the grpc.ServiceDesc for Connector service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -587,6 +619,13 @@ var Connector_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Connector_Random_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
-	Metadata: "connector.proto",
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Work",
+			Handler:       _Connector_Work_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+	},
+	Metadata: "internal/connector/wire/connector.proto",
 }
