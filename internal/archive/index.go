@@ -130,3 +130,30 @@ func Schema2(config Descriptor, layers []Descriptor) []byte {
 	}
 	return b
 }
+
+// Manifest is the canonical manifest of an image: schema 2, or OCI's where a
+// layer is of a kind that schema 2 does not know.
+func Manifest(config Descriptor, layers []Descriptor) (mediaType string, body []byte) {
+	oci := false
+	for _, l := range layers {
+		oci = oci || l.MediaType == TypeLayerZstd
+	}
+	if !oci {
+		return TypeManifest, Schema2(config, layers)
+	}
+	kinds := map[string]string{TypeLayer: "application/vnd.oci.image.layer.v1.tar+gzip", TypeLayerRaw: "application/vnd.oci.image.layer.v1.tar", TypeLayerZstd: "application/vnd.oci.image.layer.v1.tar+zstd"}
+	config.MediaType = "application/vnd.oci.image.config.v1+json"
+	for n := range layers {
+		layers[n].MediaType = kinds[layers[n].MediaType]
+	}
+	b, err := json.MarshalIndent(struct {
+		SchemaVersion int          `json:"schemaVersion"`
+		MediaType     string       `json:"mediaType"`
+		Config        Descriptor   `json:"config"`
+		Layers        []Descriptor `json:"layers"`
+	}{2, TypeOCI, config, layers}, "", "   ")
+	if err != nil {
+		panic(err) // plain values only
+	}
+	return TypeOCI, b
+}

@@ -7,7 +7,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -353,14 +352,19 @@ func (a *Archive) Walk(ctx context.Context, lim Limits, tap io.Writer, visit fun
 	return named(a.Name, err)
 }
 
-// Digest is the SHA-256 of the whole file.
-func (a *Archive) Digest(ctx context.Context) (string, error) {
+// Fingerprint is the SHA-256 of the whole file, and that of the file with
+// suffix behind it: a value that only who has the file can know.
+func (a *Archive) Fingerprint(ctx context.Context, suffix string) (digest string, key []byte, err error) {
 	h := sha256.New()
-	if _, err := io.CopyBuffer(h, stopped{ctx, io.NewSectionReader(a.in, 0, a.size)}, make([]byte, 1<<20)); err != nil {
-		return "", err
+	if _, err := io.CopyBuffer(onlyWriter{h}, stopped{ctx, io.NewSectionReader(a.in, 0, a.size)}, make([]byte, 1<<20)); err != nil {
+		return "", nil, err
 	}
-	return "sha256:" + hex.EncodeToString(h.Sum(nil)), nil
+	digest = sum(h)
+	h.Write([]byte(suffix)) // a hash never fails
+	return digest, h.Sum(nil), nil
 }
+
+type onlyWriter struct{ io.Writer }
 
 // stopped ends reading when the context does.
 type stopped struct {

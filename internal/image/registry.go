@@ -538,3 +538,15 @@ func (r *Registry) ReadBlob(ctx context.Context, repo, digest string, limit int6
 	}
 	return b, nil
 }
+
+// HasTags says whether a repository is there and has a tag.
+func (r *Registry) HasTags(ctx context.Context, repo string) (bool, error) {
+	resp, err := r.do(ctx, request{method: http.MethodGet, path: "/v2/" + repo + "/tags/list", query: url.Values{"n": {"1"}}, repo: repo, want: []int{200, 404}})
+	if err != nil {
+		return false, err
+	}
+	defer drain(resp)
+	var list struct{ Tags []string }
+	_ = json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&list) // no list is an empty one
+	return resp.StatusCode == http.StatusOK && len(list.Tags) > 0, nil
+}

@@ -1,5 +1,338 @@
 package push
 
-import "context"
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"path"
+	"strings"
+	"sync"
 
-func (l *load) foreign(ctx context.Context) error { return nil }
+	"github.com/kmsctl/kmsctl/internal/archive"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/pkg/ppa"
+)
+
+// stream loads an archive of another maker in one pass: what is unpacked goes
+// by once, is hashed, compressed where it stands raw, and sent, at the same
+// time. Layers that turn out to need another look (a twin that was none, an
+// upload that the registry lost) are read in a pass of their own, when the
+// archive can be read again.
+type stream struct {
+	*load
+	ctx    context.Context //nolint:containedctx // one pass, one context: callbacks of the archive's walk have none
+	cancel context.CancelCauseFunc
+
+	m        ppa.Manifest
+	plan     map[string][]ppa.Image // by member
+	planned  bool
+	found    archive.Manifests
+	members  []archive.IndexMember
+	charts   map[string][]byte
+	pool     *pool
+	workers  chan struct{}
+	twins    map[string]*layerJob // by how they begin
+	layers   map[string]*layerJob // all, by member and path
+	missed   map[string]bool      // layers for the next pass, likewise
+	named    map[string]bool      // images that are done with
+	again    bool                 // this is a later pass
+	waiting  []func()             // images whose repository is not known yet
+	pending  sync.WaitGroup
+	loaded   []markedImage
+	tap      hash.Hash
+	manifest map[string][]byte // the manifests' own bytes
+}
+
+const maxPasses = 4
+
+func (l *load) foreign(ctx context.Context) error {
+	s := &stream{load: l, charts: map[string][]byte{}, twins: map[string]*layerJob{}, layers: map[string]*layerJob{}, named: map[string]bool{}, manifest: map[string][]byte{}}
+	if l.Archive.Seekable() {
+		done, err := s.marked(ctx)
+		if done || err != nil {
+			return err
+		}
+		if err := s.head(ctx); err != nil {
+			return err
+		}
+	}
+	if l.DryRun {
+		return s.dryRun(ctx)
+	}
+	s.pool = newPool(24)
+	s.workers = make(chan struct{}, max(min(l.Jobs, 4), 1))
+	s.tap = sha256.New()
+	for pass := 1; ; pass++ {
+		if err := s.pass(ctx); err != nil {
+			return err
+		}
+		if len(s.missed) == 0 {
+			break
+		}
+		if !l.Archive.Seekable() || pass == maxPasses {
+			return fault.Newf(fault.Other, "load archive", l.Archive.Name, "%d layers have to be read once more", len(s.missed)).
+				WithHint("give the archive as a file instead of standard input, and run the same command again")
+		}
+		s.again = true
+	}
+	return s.finish(ctx)
+}
+
+// head reads the manifests before the images, and where they do not say which
+// member holds which image, looks into the members.
+func (s *stream) head(ctx context.Context) error {
+	m, _, err := s.Archive.Head(ctx, s.Limits)
+	if err != nil {
+		return err
+	}
+	plan := planOf(m)
+	if len(plan) == 0 && len(m.Images) > 0 {
+		c, err := s.Archive.Inspect(ctx, s.Limits)
+		if err != nil {
+			return err
+		}
+		if m, err = assign(m, c); err != nil {
+			return err
+		}
+		plan = planOf(m)
+	}
+	s.take(m, plan)
+	return nil
+}
+
+func (s *stream) take(m ppa.Manifest, plan map[string][]ppa.Image) {
+	s.m, s.plan, s.planned = m, plan, true
+	var repos []string
+	for _, i := range m.Images {
+		s.names = append(s.names, i.Name)
+		repos = append(repos, s.Repository(i.Name))
+	}
+	s.Registry.Scope(repos...)
+}
+
+// planOf says which images each member holds.
+func planOf(m ppa.Manifest) map[string][]ppa.Image {
+	plan := map[string][]ppa.Image{}
+	for _, i := range m.Images {
+		if i.Archive != "" {
+			plan[i.Archive] = append(plan[i.Archive], i)
+		}
+	}
+	return plan
+}
+
+// assign finds the members of images for which a manifest.yaml alone names
+// none: by the names in the members' own tars.
+func assign(m ppa.Manifest, c *archive.Content) (ppa.Manifest, error) {
+	var images []ppa.Image
+	var errs []error
+	for _, i := range m.Images {
+		refs := []ppa.Reference{{Name: i.Name, Tag: i.Tag}}
+		if len(i.References) > 0 {
+			refs = i.References
+		}
+		n := 0
+		for _, r := range refs {
+			for _, held := range c.Images {
+				if names(held.Refs, r.Ref()) || (r.PullRepository != "" && names(held.Refs, r.PullRepository)) {
+					images = append(images, ppa.Image{Name: r.Name, Tag: r.Tag, Archive: held.Member})
+					n++
+					break
+				}
+			}
+		}
+		if n == 0 {
+			errs = append(errs, fmt.Errorf("image %q is in no member", i.Ref()))
+		}
+		if len(i.References) > 0 {
+			images = append(images, i)
+		}
+	}
+	m.Images = images
+	if len(errs) > 0 {
+		return m, fault.New(fault.BadContent, "read archive", "", errors.Join(errs...)).WithHint("the manifest names what the archive does not hold; get the archive again from its maker")
+	}
+	return m, nil
+}
+
+// pass reads the archive once.
+func (s *stream) pass(ctx context.Context) error {
+	var tap io.Writer = s.tap
+	if s.again {
+		tap = nil
+	}
+	wanted := s.missed
+	s.missed, s.members = map[string]bool{}, nil
+	s.ctx, s.cancel = context.WithCancelCause(ctx)
+	defer s.cancel(nil)
+	err := s.Archive.Walk(s.ctx, s.Limits, tap, func(name string, size int64, r io.Reader) error { return s.member(name, size, r, wanted) })
+	s.pending.Wait()
+	if cause := context.Cause(s.ctx); cause != nil && ctx.Err() == nil {
+		return cause // why the pass was given up
+	}
+	return err
+}
+
+func (s *stream) member(name string, size int64, r io.Reader, wanted map[string]bool) error {
+	s.members = append(s.members, archive.IndexMember{Name: name, Size: size})
+	role := archive.RoleOf(name)
+	if _, named := s.plan[name]; named {
+		role = archive.ImageTar
+	}
+	for _, c := range s.m.Charts {
+		if c.Archive == name {
+			role = archive.ChartPackage
+		}
+	}
+	switch role {
+	case archive.ManifestJSON, archive.ManifestYAML:
+		b, err := archive.ReadSmall(name, size, r)
+		if err != nil {
+			return err
+		}
+		s.manifest[name] = b
+		return s.found.Take(role, b)
+	case archive.ChartPackage:
+		b, err := archive.ReadSmall(name, size, r)
+		s.charts[name] = b
+		return err
+	case archive.ImageTar:
+		return s.imageMember(name, r, wanted)
+	case archive.Other:
+	}
+	return nil
+}
+
+// imageMember reads the tar of a member's images.
+func (s *stream) imageMember(name string, r io.Reader, wanted map[string]bool) error {
+	if !s.planned && s.found.Any() {
+		m, err := s.found.Merged()
+		if err != nil {
+			return err
+		}
+		s.take(m, planOf(m))
+	}
+	if !s.planned && s.Staging == "" {
+		return fault.Usagef("standard input has the images before the manifest, so that nobody knows yet where they go").
+			WithHint("give the archive as a file, or --spool-dir to keep it on disk for a while, or --staging-repository to send the layers there first")
+	}
+	entries := s.plan[name]
+	if s.planned && len(entries) == 0 {
+		s.warn("member %s is named by no manifest and was left out", name)
+		return nil
+	}
+	if s.again && !anyOf(wanted, name) {
+		return nil
+	}
+	run := &memberRun{s: s, name: name, repo: s.Staging, wanted: wanted}
+	if s.planned {
+		run.repo = s.Repository(entries[0].Name)
+	}
+	got, err := archive.ReadImages(r, name, s.Limits, run.layer)
+	if err != nil {
+		return err
+	}
+	s.pending.Go(func() {
+		run.wait()
+		if s.planned {
+			run.finish(got, entries)
+			return
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.waiting = append(s.waiting, func() { run.finish(got, s.plan[name]) })
+	})
+	return nil
+}
+
+func anyOf(wanted map[string]bool, member string) bool {
+	for k := range wanted {
+		if strings.HasPrefix(k, member+"\x00") {
+			return true
+		}
+	}
+	return false
+}
+
+// finish does what is left when all layers are there.
+func (s *stream) finish(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	m, err := s.found.Merged()
+	if err != nil {
+		return err
+	}
+	if !s.planned {
+		s.take(m, planOf(m))
+	} else if d := disagree(s.m, m); d != nil {
+		return d
+	}
+	s.ctx, s.cancel = context.WithCancelCause(ctx)
+	defer s.cancel(nil)
+	for _, f := range s.waiting {
+		f()
+	}
+	if err := archive.CheckMembers(s.m, s.members); err != nil {
+		if len(s.report.Objects) == 0 {
+			return err
+		}
+		s.errs = append(s.errs, err) // what is there is loaded all the same
+	}
+	s.lists(ctx, s.m)
+	if s.Charts != nil {
+		for _, c := range s.m.Charts {
+			if pkg, ok := s.charts[c.Archive]; ok {
+				s.chart(ctx, c, pkg)
+			}
+		}
+	}
+	if len(s.errs) == 0 {
+		s.mark(ctx)
+	}
+	return nil
+}
+
+// disagree compares the manifest that the load went by with what the whole
+// archive says.
+func disagree(was, is ppa.Manifest) error {
+	for _, i := range is.Images {
+		for _, w := range was.Images {
+			if w.Ref() == i.Ref() && i.Archive != "" && w.Archive != "" && w.Archive != i.Archive {
+				return fault.Newf(fault.BadContent, "read archive", "", "its manifests disagree: image %q stands in %q and in %q", i.Ref(), w.Archive, i.Archive)
+			}
+		}
+	}
+	return nil
+}
+
+// dryRun says what would be done, from the manifest alone: without reading the
+// layers nobody knows their digests.
+func (s *stream) dryRun(ctx context.Context) error {
+	if !s.planned {
+		return fault.Usagef("--dry-run: needs an archive that can be read twice").WithHint("give a file instead of standard input")
+	}
+	for _, i := range s.m.Images {
+		if i.Archive == "" {
+			continue
+		}
+		repo := s.Repository(i.Name)
+		have, err := s.Registry.ManifestDigest(ctx, repo, i.Tag)
+		o := Object{Kind: "image", Name: i.Ref(), Target: s.target(repo, i.Tag), Status: WouldPush}
+		if have != "" {
+			s.warn("%s is there already; whether it is the same is known when its layers are read", o.Target)
+		}
+		s.done(o, err)
+	}
+	s.lists(ctx, s.m)
+	for _, c := range s.m.Charts {
+		o := Object{Kind: "chart", Name: path.Base(c.Archive), Target: path.Base(c.Archive), Status: WouldPush}
+		if s.Charts != nil {
+			s.done(o, nil)
+		}
+	}
+	return nil
+}

@@ -81,11 +81,13 @@ func (l *load) list(ctx context.Context, repo string, i ppa.Image) ([]byte, erro
 	if len(entries) == 0 {
 		return nil, fault.Newf(fault.BadContent, "make list", i.Ref(), "none of its references is in the archive")
 	}
-	return json.MarshalIndent(struct {
-		SchemaVersion int         `json:"schemaVersion"`
-		MediaType     string      `json:"mediaType"`
-		Manifests     []listEntry `json:"manifests"`
-	}{2, archive.TypeList, entries}, "", "   ")
+	return json.MarshalIndent(manifestList{2, archive.TypeList, entries}, "", "   ")
+}
+
+type manifestList struct {
+	SchemaVersion int         `json:"schemaVersion"`
+	MediaType     string      `json:"mediaType"`
+	Manifests     []listEntry `json:"manifests"`
 }
 
 func (l *load) platformOf(ref string) ppa.Platform {

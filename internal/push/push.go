@@ -46,6 +46,7 @@ type Manifests interface {
 	Manifest(ctx context.Context, repo, ref string) (mediaType string, body []byte, ok bool, err error)
 	ManifestDigest(ctx context.Context, repo, ref string) (string, error)
 	PutManifest(ctx context.Context, repo, ref, mediaType string, body []byte) error
+	HasTags(ctx context.Context, repo string) (bool, error)
 	Scope(repos ...string)
 }
 

@@ -162,7 +162,21 @@ func mapped(template, prefix, namespace, name string) (string, error) {
 type target struct{ *image.Registry }
 
 // Stream starts an upload.
-func (r target) Stream(ctx context.Context, repo string) push.Upload { return r.NewWriter(ctx, repo) }
+func (r target) Stream(ctx context.Context, repo string) push.Upload {
+	return streamed{r.NewWriter(ctx, repo)}
+}
+
+// streamed says a lost upload in push's words.
+type streamed struct{ *image.Writer }
+
+// Write sends one part.
+func (s streamed) Write(p []byte) (int, error) {
+	n, err := s.Writer.Write(p)
+	if errors.Is(err, image.ErrLost) {
+		err = push.ErrLost
+	}
+	return n, err
+}
 
 var _ push.Registry = target{}
 
