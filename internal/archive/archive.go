@@ -86,7 +86,7 @@ func cutOff(err error) error {
 	case errors.Is(err, gzip.ErrChecksum):
 		return damaged("its CRC does not match")
 	case errors.Is(err, gzip.ErrHeader):
-		return badContent(errors.New("there are bytes behind the end of the gzip stream")).WithHint("the file is not the archive alone; copy it again")
+		return damaged("a gzip header in it is not one")
 	}
 	var corrupt flate.CorruptInputError
 	if errors.As(err, &corrupt) || strings.Contains(err.Error(), "corrupt") {

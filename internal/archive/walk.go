@@ -22,8 +22,8 @@ func Unpack(r io.Reader) (io.Reader, error) {
 		br = bufio.NewReaderSize(r, 256<<10)
 	}
 	head, err := br.Peek(4)
-	if err != nil && err != io.EOF {
-		return nil, err
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, cutOff(err)
 	}
 	switch {
 	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
@@ -31,7 +31,8 @@ func Unpack(r io.Reader) (io.Reader, error) {
 		if err != nil {
 			return nil, cutOff(err)
 		}
-		return z, nil
+		z.Multistream(false)
+		return &members{br, z}, nil
 	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
 		z, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(32<<20))
 		if err != nil {
@@ -40,6 +41,39 @@ func Unpack(r io.Reader) (io.Reader, error) {
 		return z.IOReadCloser(), nil
 	}
 	return br, nil
+}
+
+// members reads gzip members up to the end, and tells bytes that are none from
+// a member that is cut off.
+type members struct {
+	in *bufio.Reader
+	z  *gzip.Reader
+}
+
+func (m *members) Read(p []byte) (int, error) {
+	for {
+		n, err := m.z.Read(p)
+		if n > 0 || !errors.Is(err, io.EOF) {
+			if errors.Is(err, io.EOF) {
+				err = nil // asked for again at the next read
+			}
+			return n, err
+		}
+		head, err := m.in.Peek(2)
+		switch {
+		case len(head) == 0 && errors.Is(err, io.EOF):
+			return 0, io.EOF
+		case len(head) == 2 && head[0] == 0x1f && head[1] == 0x8b:
+			if err := m.z.Reset(m.in); err != nil {
+				return 0, cutOff(err)
+			}
+			m.z.Multistream(false)
+		case err != nil && !errors.Is(err, io.EOF):
+			return 0, err
+		default:
+			return 0, badContent(errors.New("there are bytes behind the end of the gzip stream")).WithHint("the file is not the archive alone; copy it again")
+		}
+	}
 }
 
 // tail remembers whether the last bytes that were read are zero, which is how

@@ -94,8 +94,10 @@ func (s *stream) head(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if m, err = assign(m, c); err != nil {
-			return err
+		if m = c.Manifest; len(planOf(m)) == 0 {
+			if m, err = assign(m, c); err != nil {
+				return err
+			}
 		}
 		plan = planOf(m)
 	}

@@ -225,7 +225,7 @@ func (j *layerJob) compress() error {
 		}
 		z = e
 	} else {
-		g := gzipWriters.Get().(*gzip.Writer) //nolint:errcheck,forcetypeassert // the pool holds nothing else
+		g := gzipWriters.Get().(*gzip.Writer) // the pool holds nothing else
 		defer gzipWriters.Put(g)
 		g.Reset(sink)
 		z = g

@@ -55,7 +55,7 @@ func (s *sink) newPart() []byte {
 	if s.j.size < partSize/8 { // compressed it stays under that, or nearly
 		return make([]byte, 0, s.j.size+4<<10)
 	}
-	return *parts.Get().(*[]byte) //nolint:errcheck,forcetypeassert // the pool holds nothing else
+	return *parts.Get().(*[]byte) // the pool holds nothing else
 }
 
 func free(part []byte) {
