@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -165,10 +166,19 @@ func (p *Product) layers(ctx context.Context) (map[string]*image.Layer, string, 
 func readProgram(file, as string) (image.Entry, image.Program, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {
-		return image.Entry{}, image.Program{}, fault.New(fault.NotFound, "read program", file, err)
+		return image.Entry{}, image.Program{}, fault.New(fault.NotFound, "read program", file, reason(err)).WithHint("check --kmsctl and --connector")
 	}
 	prog, err := image.ReadProgram(file, b)
 	return image.Entry{Name: as, Mode: 0o755, Data: b}, prog, err
+}
+
+// reason leaves the path out of an error whose fault names it already.
+func reason(err error) error {
+	var pe *fs.PathError
+	if errors.As(err, &pe) {
+		return pe.Err
+	}
+	return err
 }
 
 // debs unpacks the locked packages of a layer.

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"slices"
 	"strings"
 
@@ -27,6 +29,7 @@ type loadOptions struct {
 	dryRun      bool
 	compression string
 	staging     string
+	spool       string
 	maxUnpacked int64
 }
 
@@ -63,6 +66,7 @@ the registry has it.`,
 	fs.BoolVar(&o.dryRun, "dry-run", false, "say what would be sent, and send nothing")
 	fs.StringVar(&o.compression, "layer-compression", compressions[0], "of layers that stand uncompressed in the archive: "+strings.Join(compressions, ", "))
 	fs.StringVar(&o.staging, "staging-repository", "", "repository for layers whose own is not known yet, when standard input has the manifest behind the images")
+	fs.StringVar(&o.spool, "spool-dir", "", "folder that keeps standard input on disk for the time of the load, so that any archive can be read from there")
 	fs.Int64Var(&o.maxUnpacked, "max-unpacked-size", archive.DefaultLimits.Unpacked, "bytes that the archive may unpack to")
 	_ = cmd.RegisterFlagCompletionFunc("layer-compression", cobra.FixedCompletions(compressions, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
@@ -77,6 +81,9 @@ func (o *loadOptions) Check() error {
 	if !slices.Contains(compressions, o.compression) {
 		errs = append(errs, fault.Usagef("--layer-compression: unknown %q", o.compression).WithHint("use one of: %s", strings.Join(compressions, ", ")))
 	}
+	if o.spool != "" && o.archive != "-" {
+		errs = append(errs, fault.Usagef("--spool-dir: is for standard input (-)"))
+	}
 	if o.maxUnpacked <= 0 {
 		errs = append(errs, fault.Usagef("--max-unpacked-size: %d is not a size", o.maxUnpacked))
 	}
@@ -84,7 +91,7 @@ func (o *loadOptions) Check() error {
 }
 
 func runLoad(ctx context.Context, o *loadOptions) error {
-	a, err := archive.Open(o.archive, o.In)
+	a, err := o.open(ctx)
 	if err != nil {
 		return err
 	}
@@ -102,7 +109,33 @@ func runLoad(ctx context.Context, o *loadOptions) error {
 	report, err := push.Load(ctx, push.Options{Archive: a, Registry: registry, Host: o.delivery.Host(), Repository: o.delivery.Repository,
 		RegistryValue: o.delivery.RegistryValue(), Charts: charts, Jobs: o.jobs, DryRun: o.dryRun, Compression: o.compression,
 		Staging: o.staging, Known: o.Layers(), Limits: limits, Progress: o.Progress()})
+	if err != nil && len(report.Objects) == 0 {
+		return err
+	}
 	return errors.Join(err, o.Print(result{report}))
+}
+
+// open opens the archive; with --spool-dir, standard input becomes a file
+// without a name first, which is gone when it is closed.
+func (o *loadOptions) open(ctx context.Context) (*archive.Archive, error) {
+	if o.spool == "" {
+		return archive.Open(o.archive, o.In)
+	}
+	if err := os.MkdirAll(o.spool, 0o700); err != nil {
+		return nil, fault.New(fault.Other, "make folder", o.spool, err).WithHint("check --spool-dir")
+	}
+	f, err := os.CreateTemp(o.spool, "archive-")
+	if err != nil {
+		return nil, fault.New(fault.Other, "write into", o.spool, err).WithHint("check --spool-dir")
+	}
+	defer func() { _ = os.Remove(f.Name()) }()
+	defer f.Close()
+	stop := context.AfterFunc(ctx, func() { _ = f.Close() }) // ends the copy
+	defer stop()
+	if _, err := io.Copy(f, o.In); err != nil {
+		return nil, fault.New(fault.Other, "write into", o.spool, err).WithHint("is there room for the whole archive?")
+	}
+	return archive.Open(f.Name(), nil)
 }
 
 // result shows a report.
