@@ -6,6 +6,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/json"
 	"io"
 	"net"
 	"os"
@@ -45,6 +46,9 @@ func TestE2E(t *testing.T) {
 			for k, v := range env {
 				e.Setenv(k, v)
 			}
+			// The programs as they are built, not this test.
+			e.Setenv("PATH", bin+string(filepath.ListSeparator)+e.Getenv("PATH"))
+			e.Setenv("XDG_STATE_HOME", filepath.Join(e.WorkDir, "xdg-state"))
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -101,14 +105,24 @@ func resolve(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// setVar keeps a file's first line, or the last command's, in a variable:
-// setvar NAME FILE (stdout for the last command's output).
+// setVar keeps a file's first line, or a field of the JSON object in it, in a
+// variable: setvar NAME FILE [FIELD] (stdout for the last command's output).
 func setVar(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) != 2 {
-		ts.Fatalf("usage: setvar NAME FILE")
+	if neg || len(args) < 2 || len(args) > 3 {
+		ts.Fatalf("usage: setvar NAME FILE [FIELD]")
 	}
-	line, _, _ := strings.Cut(ts.ReadFile(args[1]), "\n")
-	ts.Setenv(args[0], line)
+	text := ts.ReadFile(args[1])
+	value, _, _ := strings.Cut(text, "\n")
+	if len(args) == 3 {
+		var object map[string]any
+		ts.Check(json.Unmarshal([]byte(text), &object))
+		field, ok := object[args[2]].(string)
+		if !ok {
+			ts.Fatalf("no text field %q in %s", args[2], text)
+		}
+		value = field
+	}
+	ts.Setenv(args[0], value)
 }
 
 // eventually runs a command until it succeeds, for things that a cluster does
