@@ -97,6 +97,13 @@ install() {
   kubectl -n $ns get secret $release-admin-key-hash >/dev/null 2>&1 || rm -f "$site/admin.key"
   quiet install "$kmsctl" install --repo "$state/charts" --secret "$state/hsm-Secret.yaml" --values "$state/overrides_hsm.yaml" \
     --admin-key-file "$site/admin.key" --repair
+  # What is known about another installation's service is of no use either.
+  local uid
+  uid=$(kubectl -n $ns get secret $release-admin-key-hash -o 'jsonpath={.metadata.uid}')
+  if [[ $(cat "$site/uid" 2>/dev/null) != "$uid" ]]; then
+    rm -f "$site"/*.json "$site/service.key"
+    echo "$uid" >"$site/uid"
+  fi
   say install "release $release in $ns: $(kubectl -n $ns get pods -l app.kubernetes.io/instance=$release --no-headers | awk '{print $1, $2, $3}' | paste -sd, - | sed 's/,/, /g')"
   server=https://127.0.0.1:$(port forward)
   ca=$site/ca.pem
