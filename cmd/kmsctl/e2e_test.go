@@ -6,7 +6,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
-	"encoding/json"
 	"io"
 	"net"
 	"os"
@@ -52,7 +51,7 @@ func TestE2E(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "pushimage": pushImage, "resolve": resolve, "setvar": setVar, "eventually": eventually,
+			"exits": exits, "pushimage": pushImage, "resolve": resolve, "field": field, "line": line, "eventually": eventually,
 		},
 	})
 }
@@ -105,24 +104,13 @@ func resolve(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// setVar keeps a file's first line, or a field of the JSON object in it, in a
-// variable: setvar NAME FILE [FIELD] (stdout for the last command's output).
-func setVar(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) < 2 || len(args) > 3 {
-		ts.Fatalf("usage: setvar NAME FILE [FIELD]")
+// line keeps the first line of the last command's output: line VAR.
+func line(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: line VAR")
 	}
-	text := ts.ReadFile(args[1])
-	value, _, _ := strings.Cut(text, "\n")
-	if len(args) == 3 {
-		var object map[string]any
-		ts.Check(json.Unmarshal([]byte(text), &object))
-		field, ok := object[args[2]].(string)
-		if !ok {
-			ts.Fatalf("no text field %q in %s", args[2], text)
-		}
-		value = field
-	}
-	ts.Setenv(args[0], value)
+	first, _, _ := strings.Cut(ts.ReadFile("stdout"), "\n")
+	ts.Setenv(args[0], first)
 }
 
 // eventually runs a command until it succeeds, for things that a cluster does
