@@ -24,7 +24,7 @@ import (
 
 // New gives the commands of this package.
 func New(a *app.App) []*cobra.Command {
-	return []*cobra.Command{newInstallCmd(a, nil), newStatusCmd(a, nil), newUninstallCmd(a, nil)}
+	return []*cobra.Command{newInstallCmd(a, nil), newStatusCmd(a, nil), newUninstallCmd(a, nil), newPreflightCmd(a, nil)}
 }
 
 // changeOptions are what install and upgrade have in common.
