@@ -101,7 +101,10 @@ func (s *safeBuffer) Write(p []byte) (int, error) {
 	return s.b.Write(p)
 }
 
-func newWorld(t *testing.T) *world { return newWorldWith(t, server.Limits{}) }
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	return newWorldWith(t, server.Limits{})
+}
 
 func newWorldWith(t *testing.T, limits server.Limits) *world {
 	t.Helper()

@@ -1,0 +1,298 @@
+// Command bench-kms measures the KMS against a floor of the same run: the
+// least that an answer over HTTP with JSON, a call of the connector and the
+// SoftHSM operation cost together. It drives the real program over loopback,
+// with its own load generator, and reads CPU time and memory of the server
+// and its connector from /proc. See scripts/bench-kms.sh.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"syscall"
+	"time"
+)
+
+type options struct {
+	bin      string
+	seconds  float64
+	rounds   int
+	many     int
+	floorDir string
+}
+
+func main() {
+	var o options
+	flag.StringVar(&o.bin, "bin", "bin", "folder with kmsctl and kms-connector")
+	flag.Float64Var(&o.seconds, "seconds", 2, "length of one measurement")
+	flag.IntVar(&o.rounds, "rounds", 3, "measurements of each kind; the median counts")
+	flag.IntVar(&o.many, "many", 100_000, "number of keys of the large store; 0 leaves it out")
+	flag.StringVar(&o.floorDir, "floor", "", "be the floor's server, with its token in this folder")
+	flag.Parse()
+	ctx := context.Background()
+	var err error
+	if o.floorDir != "" {
+		err = serveFloor(ctx, o)
+	} else {
+		err = run(ctx, o)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench-kms:", err)
+		os.Exit(1)
+	}
+}
+
+// pin of the SoftHSM tokens that are made for the measurement.
+const pin = "a pass phrase of the benchmark"
+
+func run(ctx context.Context, o options) error {
+	dir, err := os.MkdirTemp("", "bench-kms-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	b := bench{options: o, dir: dir}
+	if err := b.render(ctx); err != nil {
+		return err
+	}
+	for _, step := range []func(context.Context) error{b.speed, b.sizes} {
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+type bench struct {
+	options
+	dir      string
+	instance string // of the keys that were seeded
+}
+
+func (b *bench) kmsctl(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, filepath.Join(b.bin, "kmsctl"), args...)
+	cmd.Env = append(os.Environ(), "KMSCTL_HSM_PASSWORD="+pin, "KMSCTL_NO_INPUT=1")
+	cmd.Dir = b.dir
+	return cmd
+}
+
+func (b *bench) render(ctx context.Context) error {
+	var err error
+	if b.bin, err = filepath.Abs(b.bin); err != nil {
+		return err
+	}
+	for _, args := range [][]string{
+		{"render", "secret", "--model", "softhsm", "--plain", "--output-file", "secret.yaml"},
+		{"render", "overrides", "--model", "softhsm", "--registry", "r.example", "--version", "1", "--plain", "--output-file", "values.yaml"},
+	} {
+		if out, err := b.kmsctl(ctx, args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("kmsctl %s: %w\n%s", args[0], err, out)
+		}
+	}
+	return nil
+}
+
+// server is a running kmsctl serve, or the floor.
+type server struct {
+	cmd   *exec.Cmd
+	url   string
+	ready time.Duration
+	pids  []int // itself and its connector
+}
+
+var readyLine = regexp.MustCompile(`(?m)^ready\s+(https?://\S+)`)
+
+// start runs cmd until it prints its ready line into log.
+func start(cmd *exec.Cmd, log string) (*server, error) {
+	f, err := os.Create(log)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	cmd.Stdout, cmd.Stderr = f, f
+	began := time.Now()
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	for time.Since(began) < time.Minute {
+		b, err := os.ReadFile(log)
+		if err != nil {
+			return nil, err
+		}
+		if m := readyLine.FindSubmatch(b); m != nil {
+			s := &server{cmd: cmd, url: string(m[1]), ready: time.Since(began)}
+			s.pids = append([]int{cmd.Process.Pid}, children(cmd.Process.Pid)...)
+			return s, nil
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	b, _ := os.ReadFile(log)
+	return nil, errors.Join(fmt.Errorf("%s is not ready:\n%s", cmd.Path, b), cmd.Process.Kill())
+}
+
+func (s *server) stop() error {
+	return errors.Join(s.cmd.Process.Signal(syscall.SIGTERM), s.cmd.Wait())
+}
+
+func (b *bench) serve(ctx context.Context, data string, flags ...string) (*server, error) {
+	args := append([]string{"serve", "--data", data, "--listen", "127.0.0.1:0", "--secret", "secret.yaml", "--values", "values.yaml", "--rate-limit", "0"}, flags...)
+	return start(b.kmsctl(ctx, args...), filepath.Join(b.dir, data+".log"))
+}
+
+// service is an onboarded service: what the load needs.
+type service struct {
+	InstanceID, KeyID, APIKey string
+}
+
+func (b *bench) onboard(ctx context.Context, data, name string) (service, error) {
+	out, err := b.kmsctl(ctx, "onboard", name, "--data", data, "-o", "json").Output()
+	if err != nil {
+		return service{}, fmt.Errorf("onboard: %w", err)
+	}
+	var s service
+	return s, json.Unmarshal(out, &s)
+}
+
+// speed prints CPU and wall time of wrap and unwrap beside the floor's.
+func (b *bench) speed(ctx context.Context) error {
+	floor, err := start(exec.CommandContext(ctx, os.Args[0], "-floor", filepath.Join(b.dir, "floor"), "-bin", b.bin), filepath.Join(b.dir, "floor.log"))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = floor.stop() }() // it has nothing to lose
+	plain, err := b.serve(ctx, "plain", "--plain-http")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = plain.stop() }()
+	secured, err := b.serve(ctx, "tls")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = secured.stop() }()
+	targets := []*target{{name: "floor", server: floor, path: "/wrap"}}
+	for _, s := range []struct {
+		name string
+		*server
+	}{{"plain", plain}, {"tls", secured}} {
+		svc, err := b.onboard(ctx, s.name, "bench")
+		if err != nil {
+			return err
+		}
+		t, err := newTarget(ctx, s.name, s.server, svc)
+		if err != nil {
+			return err
+		}
+		targets = append(targets, t)
+	}
+	fmt.Printf("%-24s %3s  %10s %10s %10s %8s\n", "32-byte DEK with AAD", "c", "CPU µs", "p50 µs", "p99 µs", "1/s")
+	for _, c := range []int{1, 8, 64} {
+		for _, op := range []string{"wrap", "unwrap"} {
+			if err := b.compare(ctx, targets, op, c); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// compare measures one operation on all targets in turn, round by round, so
+// that a disturbance meets all of them.
+func (b *bench) compare(ctx context.Context, targets []*target, op string, c int) error {
+	got := map[string][]figures{}
+	for range b.rounds {
+		for _, t := range targets {
+			f, err := t.load(ctx, op, c, time.Duration(b.seconds*float64(time.Second)))
+			if err != nil {
+				return fmt.Errorf("%s %s: %w", t.name, op, err)
+			}
+			got[t.name] = append(got[t.name], f)
+		}
+	}
+	base := median(got["floor"])
+	for _, t := range targets {
+		m := median(got[t.name])
+		fmt.Printf("%-24s %3d  %10.0f %10.0f %10.0f %8.0f", t.name+" "+op, c, m.cpu, m.p50, m.p99, m.rate)
+		if t.name != "floor" {
+			fmt.Printf("   %.2f × floor", m.cpu/base.cpu)
+		}
+		fmt.Println()
+	}
+	return nil
+}
+
+// figures of one measurement; times in microseconds, CPU for each call.
+type figures struct{ cpu, p50, p99, rate float64 }
+
+func median(all []figures) figures {
+	mid := func(f func(figures) float64) float64 {
+		var v []float64
+		for _, x := range all {
+			v = append(v, f(x))
+		}
+		slices.Sort(v)
+		return v[len(v)/2]
+	}
+	return figures{mid(func(f figures) float64 { return f.cpu }), mid(func(f figures) float64 { return f.p50 }),
+		mid(func(f figures) float64 { return f.p99 }), mid(func(f figures) float64 { return f.rate })}
+}
+
+// sizes prints memory, time to ready and the cost of lists by number of keys.
+func (b *bench) sizes(ctx context.Context) error {
+	fmt.Printf("\n%8s  %8s %8s %8s  %9s %9s %9s\n", "keys", "ready ms", "RSS MiB", "peak MiB", "page ms", "list CPU", "wrap CPU µs")
+	for _, n := range []int{1000, b.many} {
+		if n == 0 {
+			continue
+		}
+		if err := b.size(ctx, n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *bench) size(ctx context.Context, n int) error {
+	data := fmt.Sprintf("keys%d", n)
+	s, err := b.serve(ctx, data, "--plain-http")
+	if err != nil {
+		return err
+	}
+	svc, err := b.onboard(ctx, data, "bench")
+	if err := errors.Join(err, s.stop()); err != nil {
+		return err
+	}
+	if err := b.seed(ctx, filepath.Join(b.dir, data), svc, n); err != nil {
+		return fmt.Errorf("seed: %w", err)
+	}
+	if s, err = b.serve(ctx, data, "--plain-http"); err != nil {
+		return err
+	}
+	defer func() { _ = s.stop() }()
+	t, err := newTarget(ctx, data, s, svc)
+	if err != nil {
+		return err
+	}
+	f, err := t.load(ctx, "wrap", 8, time.Duration(b.seconds*float64(time.Second)))
+	if err != nil {
+		return err
+	}
+	rss, peak := memory(s.pids)
+	page, err := b.page(ctx, data, n)
+	if err != nil {
+		return err
+	}
+	list := b.kmsctl(ctx, "keys", "list", "--data", data, "--instance", svc.InstanceID)
+	if out, err := list.CombinedOutput(); err != nil {
+		return fmt.Errorf("keys list: %w\n%s", err, out)
+	}
+	cpu := list.ProcessState.UserTime() + list.ProcessState.SystemTime()
+	fmt.Printf("%8d  %8d %8.1f %8.1f  %9.2f %7d ms %9.0f\n", n, s.ready.Milliseconds(), rss, peak, page, cpu.Milliseconds(), f.cpu)
+	return nil
+}
