@@ -101,12 +101,12 @@ func (s *safeBuffer) Write(p []byte) (int, error) {
 	return s.b.Write(p)
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	return newWorldWith(t, server.Limits{})
 }
 
-func newWorldWith(t *testing.T, limits server.Limits) *world {
+func newWorldWith(t testing.TB, limits server.Limits) *world {
 	t.Helper()
 	m, err := store.OpenEmbedded(t.Context(), t.TempDir())
 	if err != nil {
@@ -192,14 +192,14 @@ func (r reply) code() string {
 	return e.Resources[0].Reasons[0].Code
 }
 
-func (r reply) into(t *testing.T, v any) {
+func (r reply) into(t testing.TB, v any) {
 	t.Helper()
 	if err := json.Unmarshal([]byte(r.body), v); err != nil {
 		t.Fatalf("status %d, body %q: %v", r.status, r.body, err)
 	}
 }
 
-func (r reply) key(t *testing.T) kmsapi.Key {
+func (r reply) key(t testing.TB) kmsapi.Key {
 	t.Helper()
 	var ks kmsapi.Keys
 	r.into(t, &ks)
@@ -217,7 +217,7 @@ type client struct {
 	header   map[string]string
 }
 
-func (c client) do(t *testing.T, method, path, body string) reply {
+func (c client) do(t testing.TB, method, path, body string) reply {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, c.w.url+path, strings.NewReader(body))
 	if err != nil {
@@ -247,7 +247,7 @@ func (c client) with(name, value string) client {
 	return c
 }
 
-func roundTrip(t *testing.T, h *http.Client, req *http.Request) reply {
+func roundTrip(t testing.TB, h *http.Client, req *http.Request) reply {
 	t.Helper()
 	res, err := h.Do(req)
 	if err != nil {
@@ -262,7 +262,7 @@ func roundTrip(t *testing.T, h *http.Client, req *http.Request) reply {
 }
 
 // login exchanges an API key by the token endpoint.
-func (w *world) login(t *testing.T, apiKey string) string {
+func (w *world) login(t testing.TB, apiKey string) string {
 	t.Helper()
 	res, err := http.PostForm(w.url+"/identity/token", url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey"}, "apikey": {apiKey}})
 	if err != nil {
@@ -277,7 +277,7 @@ func (w *world) login(t *testing.T, apiKey string) string {
 }
 
 // root is an administrator in a new instance.
-func (w *world) root(t *testing.T, instance string) client {
+func (w *world) root(t testing.TB, instance string) client {
 	t.Helper()
 	c := client{w: w, token: w.login(t, w.admin)}
 	var in kmsapi.Instance
@@ -290,7 +290,7 @@ func (w *world) root(t *testing.T, instance string) client {
 }
 
 // service is a service ID with a role on an instance, or on one key or ring.
-func (c client) service(t *testing.T, name, role, key, ring string) client {
+func (c client) service(t testing.TB, name, role, key, ring string) client {
 	t.Helper()
 	if _, err := c.w.iam.CreateServiceID(t.Context(), iam.LocalAdmin(), name, ""); err != nil {
 		t.Fatal(err)
@@ -316,7 +316,7 @@ func createBody(fields string) string {
 	return `{"metadata":{"collectionType":"application/vnd.ibm.kms.key+json","collectionTotal":1},"resources":[{"type":"application/vnd.ibm.kms.key+json",` + fields + `}]}`
 }
 
-func (c client) create(t *testing.T, fields string) kmsapi.Key {
+func (c client) create(t testing.TB, fields string) kmsapi.Key {
 	t.Helper()
 	r := c.do(t, "POST", "/api/v2/keys", createBody(fields))
 	if r.status != 201 {
