@@ -77,13 +77,18 @@ func (c *Codec) Encode(path string, v any) ([]byte, error) {
 // Decode checks b as the record of path and reads it into v. A record that is
 // too short, of another version, or whose MAC does not fit is ErrForged.
 func (c *Codec) Decode(path string, b []byte, v any) error {
-	if len(b) < 33 || b[0] != Version || !hmac.Equal(b[1:33], c.mac(b[0], path, b[33:])) {
+	if !c.Authentic(path, b) {
 		return fmt.Errorf("record %q: %w", path, ErrForged)
 	}
 	if err := json.Unmarshal(b[33:], v); err != nil {
 		return fmt.Errorf("record %q: %w", path, err)
 	}
 	return nil
+}
+
+// Authentic says whether b is a record that this service wrote at path.
+func (c *Codec) Authentic(path string, b []byte) bool {
+	return len(b) >= 33 && b[0] == Version && hmac.Equal(b[1:33], c.mac(b[0], path, b[33:]))
 }
 
 // Body is the JSON of an encoded record, unproven; nil when b is none.

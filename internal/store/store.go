@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -95,9 +94,32 @@ type Store struct {
 	heard time.Time                   // last sign of life of the watch
 }
 
+// entry is a record as it came from etcd. One that was proven on its way into
+// the view needs no second proof.
 type entry struct {
-	value []byte
-	rev   int64
+	value  []byte
+	rev    int64
+	proven bool
+	json   *decoded // nil: not kept
+}
+
+// decode reads an entry, and checks its origin where that was not done.
+func (s *Store) decode(path string, e entry, v any) error {
+	var err error
+	if e.proven {
+		if e.json != nil && e.json.into(v) {
+			return nil
+		}
+		if err = json.Unmarshal(record.Body(e.value), v); err == nil && e.json != nil {
+			e.json.keep(v)
+		}
+	} else {
+		err = s.codec.Decode(path, e.value, v)
+	}
+	if err != nil {
+		return fault.New(fault.BadContent, "read record", path, err)
+	}
+	return nil
 }
 
 // Open loads every record and keeps the view fed until Close. It fails when
@@ -144,7 +166,7 @@ func (s *Store) load(ctx context.Context) error {
 				return fault.New(fault.BadContent, "load record", path, err).
 					WithHint("somebody wrote to the store, or it belongs to another HSM master key: compare with a backup before going on")
 			}
-			put(kv, path, entry{e.Value, e.ModRevision})
+			put(kv, path, entry{e.Value, e.ModRevision, true, &decoded{}})
 		}
 		if !res.More {
 			break
@@ -233,7 +255,7 @@ func (s *Store) apply(res clientv3.WatchResponse) {
 			drop(s.kv, path)
 			continue
 		}
-		put(s.kv, path, entry{e.Kv.Value, e.Kv.ModRevision})
+		put(s.kv, path, entry{e.Kv.Value, e.Kv.ModRevision, s.codec.Authentic(path, e.Kv.Value), &decoded{}})
 	}
 	s.advance(upTo)
 }
@@ -261,29 +283,35 @@ func (s *Store) Get(ctx context.Context, path string, v any) (int64, error) {
 		if len(res.Kvs) == 0 {
 			return 0, fmt.Errorf("record %q: %w", path, record.ErrNotFound)
 		}
-		e = entry{res.Kvs[0].Value, res.Kvs[0].ModRevision}
+		e = entry{res.Kvs[0].Value, res.Kvs[0].ModRevision, false, nil}
 	}
-	if err := s.codec.Decode(path, e.value, v); err != nil {
-		return 0, fault.New(fault.BadContent, "read record", path, err)
-	}
-	return e.rev, nil
+	return e.rev, s.decode(path, e, v)
 }
+
+// keepListed is the size of folders whose records are kept parsed by List.
+const keepListed = 64
 
 // List calls each for every record that lies directly in the folder, which
 // ends with a slash, in path order, from the view. It costs as much as the
 // folder has records, whatever else there is.
 func (s *Store) List(_ context.Context, dir string, each func(m record.Meta, decode func(v any) error) error) error {
+	type found struct {
+		path string
+		entry
+	}
 	s.mu.RLock()
-	part := maps.Clone(s.kv[dir])
+	part := make([]found, 0, len(s.kv[dir]))
+	for path, e := range s.kv[dir] {
+		part = append(part, found{path, e})
+	}
 	s.mu.RUnlock()
-	for _, path := range slices.Sorted(maps.Keys(part)) {
-		e := part[path]
-		decode := func(v any) error {
-			if err := s.codec.Decode(path, e.value, v); err != nil {
-				return fault.New(fault.BadContent, "read record", path, err)
-			}
-			return nil
+	slices.SortFunc(part, func(a, b found) int { return strings.Compare(a.path, b.path) })
+	for _, f := range part {
+		path, e := f.path, f.entry
+		if len(part) > keepListed {
+			e.json = nil // who lists many keeps what it needs itself
 		}
+		decode := func(v any) error { return s.decode(path, e, v) }
 		if err := each(record.Meta{Path: path, Rev: e.rev}, decode); err != nil {
 			return err
 		}
