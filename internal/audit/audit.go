@@ -120,6 +120,9 @@ type Log struct {
 	first uint64 // number of the file's first line
 	lost  uint64 // calls that went by since the last line
 
+	group  int           // calls in the last group
+	synced time.Duration // what writing it took
+
 	mu      sync.Mutex
 	pending []*request
 	seq     uint64
@@ -427,6 +430,7 @@ func (l *Log) run() {
 	for {
 		select {
 		case <-l.wake:
+			l.gather()
 			l.flush()
 		case <-tick.C:
 			l.mu.Lock()
@@ -439,6 +443,25 @@ func (l *Log) run() {
 		}
 	}
 }
+
+// gather waits a moment for calls that come together: after a group was
+// written, its callers come back one by one, and the first of them must not
+// pay for an fsync of its own. Who is alone never waits.
+func (l *Log) gather() {
+	wait := min(l.synced/4, gatherMost)
+	for range 4 {
+		l.mu.Lock()
+		n := len(l.pending)
+		l.mu.Unlock()
+		if n >= l.group {
+			return
+		}
+		time.Sleep(wait / 4)
+	}
+}
+
+// gatherMost bounds what a call waits for others.
+const gatherMost = 500 * time.Microsecond
 
 func (l *Log) flush() {
 	l.rotate()
@@ -456,7 +479,9 @@ func (l *Log) flush() {
 		l.add(&b, line{Kind: "event", Event: &r.event})
 	}
 	l.mu.Unlock()
+	began := time.Now()
 	err := l.write(&b)
+	l.group, l.synced = len(batch), time.Since(began)
 	l.settle(err, seq, prev)
 	if err != nil && l.cfg.WhenFull == GoOn {
 		l.lost += uint64(len(batch))
