@@ -101,29 +101,29 @@ func (s *safeBuffer) Write(p []byte) (int, error) {
 	return s.b.Write(p)
 }
 
-func newWorld(t testing.TB) *world {
-	t.Helper()
-	return newWorldWith(t, server.Limits{})
+func newWorld(tb testing.TB) *world {
+	tb.Helper()
+	return newWorldWith(tb, server.Limits{})
 }
 
-func newWorldWith(t testing.TB, limits server.Limits) *world {
-	t.Helper()
-	m, err := store.OpenEmbedded(t.Context(), t.TempDir())
+func newWorldWith(tb testing.TB, limits server.Limits) *world {
+	tb.Helper()
+	m, err := store.OpenEmbedded(tb.Context(), tb.TempDir())
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	c := m.Client()
 	codec, err := record.NewCodec(bytes.Repeat([]byte{1}, 32))
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
-	st, err := store.Open(t.Context(), c, codec)
+	st, err := store.Open(tb.Context(), c, codec)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	w := &world{token: testkit.NewToken("p", "p"), audit: &auditor{}, log: &bytes.Buffer{}}
 	w.iam = iam.New(st, iam.Config{SigningKey: k, Now: w.now})
@@ -141,25 +141,25 @@ func newWorldWith(t testing.TB, limits server.Limits) *world {
 		Limits:  limits, Now: w.now,
 	})
 	w.server = s
-	ctx, cancel := context.WithCancel(t.Context())
+	ctx, cancel := context.WithCancel(tb.Context())
 	var lc net.ListenConfig
 	tcp, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
-	w.url, w.socket = "http://"+tcp.Addr().String(), t.TempDir()+"/api.sock"
+	w.url, w.socket = "http://"+tcp.Addr().String(), tb.TempDir()+"/api.sock"
 	local, err := lc.Listen(ctx, "unix", w.socket)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	done := make(chan error, 2)
 	go func() { done <- server.Serve(ctx, s, log, tcp, false) }()
 	go func() { done <- server.Serve(ctx, s, log, local, true) }()
-	t.Cleanup(func() {
+	tb.Cleanup(func() {
 		cancel()
 		for range 2 {
 			if err := <-done; err != nil {
-				t.Errorf("serve: %v", err)
+				tb.Errorf("serve: %v", err)
 			}
 		}
 		st.Close()
@@ -168,10 +168,10 @@ func newWorldWith(t testing.TB, limits server.Limits) *world {
 	})
 	key, id, hash, err := iam.NewAPIKey()
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
-	if err := w.iam.EnsureAdmin(t.Context(), id, hash); err != nil {
-		t.Fatal(err)
+	if err := w.iam.EnsureAdmin(tb.Context(), id, hash); err != nil {
+		tb.Fatal(err)
 	}
 	w.admin = string(key.Reveal())
 	return w
@@ -192,19 +192,19 @@ func (r reply) code() string {
 	return e.Resources[0].Reasons[0].Code
 }
 
-func (r reply) into(t testing.TB, v any) {
-	t.Helper()
+func (r reply) into(tb testing.TB, v any) {
+	tb.Helper()
 	if err := json.Unmarshal([]byte(r.body), v); err != nil {
-		t.Fatalf("status %d, body %q: %v", r.status, r.body, err)
+		tb.Fatalf("status %d, body %q: %v", r.status, r.body, err)
 	}
 }
 
-func (r reply) key(t testing.TB) kmsapi.Key {
-	t.Helper()
+func (r reply) key(tb testing.TB) kmsapi.Key {
+	tb.Helper()
 	var ks kmsapi.Keys
-	r.into(t, &ks)
+	r.into(tb, &ks)
 	if len(ks.Resources) != 1 {
-		t.Fatalf("status %d, body %s", r.status, r.body)
+		tb.Fatalf("status %d, body %s", r.status, r.body)
 	}
 	return ks.Resources[0]
 }
@@ -217,11 +217,11 @@ type client struct {
 	header   map[string]string
 }
 
-func (c client) do(t testing.TB, method, path, body string) reply {
-	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), method, c.w.url+path, strings.NewReader(body))
+func (c client) do(tb testing.TB, method, path, body string) reply {
+	tb.Helper()
+	req, err := http.NewRequestWithContext(tb.Context(), method, c.w.url+path, strings.NewReader(body))
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	if c.token != "" {
 		req.Header.Set("Authorization", "Bearer "+c.token)
@@ -232,7 +232,7 @@ func (c client) do(t testing.TB, method, path, body string) reply {
 	for k, v := range c.header {
 		req.Header.Set(k, v)
 	}
-	return roundTrip(t, http.DefaultClient, req)
+	return roundTrip(tb, http.DefaultClient, req)
 }
 
 // with is the same client with one more header.
@@ -247,68 +247,68 @@ func (c client) with(name, value string) client {
 	return c
 }
 
-func roundTrip(t testing.TB, h *http.Client, req *http.Request) reply {
-	t.Helper()
+func roundTrip(tb testing.TB, h *http.Client, req *http.Request) reply {
+	tb.Helper()
 	res, err := h.Do(req)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	defer res.Body.Close()
 	b, err := io.ReadAll(res.Body)
 	if err != nil && !errors.Is(err, io.EOF) {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return reply{res.StatusCode, res.Header, string(b)}
 }
 
 // login exchanges an API key by the token endpoint.
-func (w *world) login(t testing.TB, apiKey string) string {
-	t.Helper()
+func (w *world) login(tb testing.TB, apiKey string) string {
+	tb.Helper()
 	res, err := http.PostForm(w.url+"/identity/token", url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey"}, "apikey": {apiKey}})
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	defer res.Body.Close()
 	var tok kmsapi.Token
 	if err := json.NewDecoder(res.Body).Decode(&tok); err != nil || res.StatusCode != 200 || tok.TokenType != "Bearer" || tok.ExpiresIn != 3600 {
-		t.Fatalf("%d %+v %v", res.StatusCode, tok, err)
+		tb.Fatalf("%d %+v %v", res.StatusCode, tok, err)
 	}
 	return tok.AccessToken
 }
 
 // root is an administrator in a new instance.
-func (w *world) root(t testing.TB, instance string) client {
-	t.Helper()
-	c := client{w: w, token: w.login(t, w.admin)}
+func (w *world) root(tb testing.TB, instance string) client {
+	tb.Helper()
+	c := client{w: w, token: w.login(tb, w.admin)}
 	var in kmsapi.Instance
-	r := c.do(t, "POST", "/kmsctl/v1/instances", `{"name":"`+instance+`"}`)
-	if r.into(t, &in); r.status != 201 || in.ID == "" {
-		t.Fatal(r)
+	r := c.do(tb, "POST", "/kmsctl/v1/instances", `{"name":"`+instance+`"}`)
+	if r.into(tb, &in); r.status != 201 || in.ID == "" {
+		tb.Fatal(r)
 	}
 	c.instance = in.ID
 	return c
 }
 
 // service is a service ID with a role on an instance, or on one key or ring.
-func (c client) service(t testing.TB, name, role, key, ring string) client {
-	t.Helper()
-	if _, err := c.w.iam.CreateServiceID(t.Context(), iam.LocalAdmin(), name, ""); err != nil {
-		t.Fatal(err)
+func (c client) service(tb testing.TB, name, role, key, ring string) client {
+	tb.Helper()
+	if _, err := c.w.iam.CreateServiceID(tb.Context(), iam.LocalAdmin(), name, ""); err != nil {
+		tb.Fatal(err)
 	}
-	_, value, err := c.w.iam.CreateAPIKey(t.Context(), iam.LocalAdmin(), "k", name)
+	_, value, err := c.w.iam.CreateAPIKey(tb.Context(), iam.LocalAdmin(), "k", name)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	if role != "" {
 		p, err := iam.NewPolicy(c.instance, key, ring, role)
 		if err != nil {
-			t.Fatal(err)
+			tb.Fatal(err)
 		}
-		if _, err := c.w.iam.CreatePolicy(t.Context(), iam.LocalAdmin(), name, p); err != nil {
-			t.Fatal(err)
+		if _, err := c.w.iam.CreatePolicy(tb.Context(), iam.LocalAdmin(), name, p); err != nil {
+			tb.Fatal(err)
 		}
 	}
-	return client{w: c.w, token: c.w.login(t, string(value.Reveal())), instance: c.instance}
+	return client{w: c.w, token: c.w.login(tb, string(value.Reveal())), instance: c.instance}
 }
 
 // createBody is the body of POST /keys with these fields.
@@ -316,13 +316,13 @@ func createBody(fields string) string {
 	return `{"metadata":{"collectionType":"application/vnd.ibm.kms.key+json","collectionTotal":1},"resources":[{"type":"application/vnd.ibm.kms.key+json",` + fields + `}]}`
 }
 
-func (c client) create(t testing.TB, fields string) kmsapi.Key {
-	t.Helper()
-	r := c.do(t, "POST", "/api/v2/keys", createBody(fields))
+func (c client) create(tb testing.TB, fields string) kmsapi.Key {
+	tb.Helper()
+	r := c.do(tb, "POST", "/api/v2/keys", createBody(fields))
 	if r.status != 201 {
-		t.Fatalf("create %s: %d %s", fields, r.status, r.body)
+		tb.Fatalf("create %s: %d %s", fields, r.status, r.body)
 	}
-	return r.key(t)
+	return r.key(tb)
 }
 
 // allKeys selects keys in every state.

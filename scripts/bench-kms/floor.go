@@ -99,7 +99,7 @@ func serveFloor(ctx context.Context, o options) error {
 		return err
 	}
 	h := &http.Server{Handler: mux, ReadHeaderTimeout: time.Second}
-	go func() { <-ctx.Done(); h.Close() }()
+	go func() { <-ctx.Done(); _ = h.Close() }() // it has nothing to lose
 	fmt.Printf("ready  http://%s\n", l.Addr())
 	if err := h.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return err
@@ -122,7 +122,7 @@ func (b *bench) seed(ctx context.Context, data string, svc service, n int) error
 	}
 	defer m.Close()
 	c := m.Client()
-	defer c.Close()
+	defer func() { _ = c.Close() }() // the member behind it ends next
 	t, err := token(ctx, b.bin, filepath.Join(data, "softhsm"))
 	if err != nil {
 		return err

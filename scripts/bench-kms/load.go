@@ -109,7 +109,7 @@ func (t *target) load(ctx context.Context, op string, c int, d time.Duration) (f
 	var took []time.Duration
 	var failed error
 	var wg sync.WaitGroup
-	before, began := cpuTime(t.pids), time.Now()
+	before, ownBefore, began := cpuTime(t.pids), cpuTime(t.pids[:1]), time.Now()
 	for range c {
 		wg.Go(func() {
 			var mine []time.Duration
@@ -128,14 +128,14 @@ func (t *target) load(ctx context.Context, op string, c int, d time.Duration) (f
 		})
 	}
 	wg.Wait()
-	wall, cpu := time.Since(began), cpuTime(t.pids)-before
+	wall, cpu, own := time.Since(began), cpuTime(t.pids)-before, cpuTime(t.pids[:1])-ownBefore
 	if failed != nil {
 		return figures{}, failed
 	}
 	slices.Sort(took)
 	us := func(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1000 }
 	n := len(took)
-	return figures{us(cpu) / float64(n), us(took[n/2]), us(took[n*99/100]), float64(n) / wall.Seconds()}, nil
+	return figures{us(cpu) / float64(n), us(own) / float64(n), us(took[n/2]), us(took[n*99/100]), float64(n) / wall.Seconds()}, nil
 }
 
 // page measures one list page of 200 keys in the middle, in milliseconds, by
