@@ -40,6 +40,7 @@ type Trouble struct {
 // Statuses of a release, as Helm calls them.
 const (
 	Deployed        = "deployed"
+	Superseded      = "superseded"
 	Failed          = "failed"
 	PendingInstall  = "pending-install"
 	PendingUpgrade  = "pending-upgrade"

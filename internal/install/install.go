@@ -11,6 +11,8 @@ import (
 	"fmt"
 	"os"
 	"reflect"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/cluster"
@@ -25,15 +27,26 @@ type Cluster interface {
 	ApplySecret(ctx context.Context, s cluster.Secret) (changed bool, err error)
 	Pods(ctx context.Context, namespace, release string) ([]cluster.Pod, error)
 	Workloads(ctx context.Context, namespace, release string) ([]cluster.Workload, error)
+	// Lock keeps others from changing the same release; the context that it
+	// gives ends when the lock is lost.
+	Lock(ctx context.Context, namespace, name string) (locked context.Context, unlock func(), err error)
 }
 
-// Releaser changes the release to the chart and values that it holds.
-type Releaser interface {
+// Releases reads what Helm knows of a release.
+type Releases interface {
 	Get(name string) (cluster.Release, error)
-	Install(ctx context.Context, name string) (cluster.Release, error)
+	History(name string) ([]cluster.Release, error)
 	MarkFailed(name, why string) error
-	// Target is the chart's version and the values that Install sets.
+}
+
+// Changer changes the release to the chart and values that it holds.
+type Changer interface {
+	// Target is the chart's version and the values that it sets.
 	Target() (version string, values map[string]any)
+	Install(ctx context.Context, name string) (cluster.Release, error)
+	Upgrade(ctx context.Context, name string) (cluster.Release, error)
+	Rollback(ctx context.Context, name string, revision int) error
+	Uninstall(ctx context.Context, name string) error
 }
 
 // Options of an installation.
@@ -45,6 +58,7 @@ type Options struct {
 	SANs               []string // further names of the API
 	AdminKeyFile       string
 	Repair             bool // end a pending change that nobody works on
+	Atomic             bool // undo a change that fails
 	Wait               bool
 	Timeout            time.Duration
 }
@@ -52,7 +66,8 @@ type Options struct {
 // Job has what the steps work with.
 type Job struct {
 	Cluster  Cluster
-	Releaser Releaser
+	Releases Releases
+	Changer  Changer
 	Now      func() time.Time
 	// NewKey makes an API key: its text, its id and its hash.
 	NewKey func() (key secret.Value, id, hash string, err error)
@@ -96,42 +111,188 @@ func Plan(o Options, version string) []string {
 
 // Run installs, and does nothing that is done already.
 func (j Job) Run(ctx context.Context, o Options) (Result, error) {
+	return j.change(ctx, o, func(ctx context.Context, have cluster.Release) (Result, error) {
+		version, values := j.Changer.Target()
+		if have.Status == cluster.Deployed {
+			if have.Version != version || !same(have.Values, values) {
+				return Result{}, fault.Newf(fault.Conflict, "install release", o.Release, "it is there: chart %s, with other values or another version than asked", have.Version).
+					WithHint("change it with `kmsctl upgrade`, with the same flags")
+			}
+			j.Line("unchanged", fmt.Sprintf("release %s, revision %d, chart %s", have.Name, have.Revision, have.Version))
+			return Result{Release: have}, j.waitFor(ctx, o)
+		}
+		good, err := j.lastGood(o.Release)
+		if err != nil {
+			return Result{}, err
+		}
+		if good.Revision > 0 {
+			return Result{}, fault.Newf(fault.Conflict, "install release", o.Release, "revision %d of it is %s, and revision %d was good", have.Revision, have.Status, good.Revision).
+				WithHint("change it with `kmsctl upgrade`, or go back with `kmsctl rollback`")
+		}
+		r, err := j.watched(ctx, o, func(ctx context.Context) (cluster.Release, error) { return j.Changer.Install(ctx, o.Release) })
+		if err != nil {
+			return Result{Release: r, Changed: true}, j.undo(ctx, o, 0, err)
+		}
+		j.Line("installed", fmt.Sprintf("release %s, revision %d, chart %s", o.Release, r.Revision, r.Version))
+		return Result{Release: r, Changed: true}, nil
+	})
+}
+
+// Upgrade changes the release that is there.
+func (j Job) Upgrade(ctx context.Context, o Options) (Result, error) {
+	return j.change(ctx, o, func(ctx context.Context, have cluster.Release) (Result, error) {
+		good, err := j.lastGood(o.Release)
+		if err != nil {
+			return Result{}, err
+		}
+		if good.Revision == 0 {
+			return Result{}, fault.Newf(fault.NotFound, "upgrade release", o.Release, "no revision of it was ever whole").WithHint("install it with `kmsctl install`, with the same flags")
+		}
+		version, values := j.Changer.Target()
+		if have.Status == cluster.Deployed && have.Version == version && same(have.Values, values) {
+			j.Line("unchanged", fmt.Sprintf("release %s, revision %d, chart %s", have.Name, have.Revision, have.Version))
+			return Result{Release: have}, j.waitFor(ctx, o)
+		}
+		r, err := j.watched(ctx, o, func(ctx context.Context) (cluster.Release, error) { return j.Changer.Upgrade(ctx, o.Release) })
+		if err != nil {
+			return Result{Release: r, Changed: true}, j.undo(ctx, o, good.Revision, err)
+		}
+		j.Line("upgraded", fmt.Sprintf("release %s, revision %d, chart %s", o.Release, r.Revision, r.Version))
+		return Result{Release: r, Changed: true}, nil
+	})
+}
+
+// Rollback goes back to a revision, 0 for the last good one before the newest.
+// The Secrets beside the release stay as they are.
+func (j Job) Rollback(ctx context.Context, o Options, revision int) (Result, error) {
+	o.HSMSecret = nil
+	return j.locked(ctx, o, func(ctx context.Context, have cluster.Release) (Result, error) {
+		to, err := j.rollbackTarget(o.Release, have, revision)
+		if err != nil {
+			return Result{}, err
+		}
+		if to.Revision == have.Revision {
+			j.Line("unchanged", fmt.Sprintf("release %s is at revision %d", o.Release, to.Revision))
+			return Result{Release: have}, j.waitFor(ctx, o)
+		}
+		_, err = j.watched(ctx, o, func(ctx context.Context) (cluster.Release, error) {
+			return cluster.Release{}, j.Changer.Rollback(ctx, o.Release, to.Revision)
+		})
+		if err != nil {
+			return Result{Changed: true}, err
+		}
+		j.Line("back", fmt.Sprintf("release %s at what revision %d was, chart %s", o.Release, to.Revision, to.Version))
+		now, err := j.Releases.Get(o.Release)
+		return Result{Release: now, Changed: true}, err
+	})
+}
+
+func (j Job) rollbackTarget(name string, have cluster.Release, revision int) (cluster.Release, error) {
+	all, err := j.Releases.History(name)
+	if err != nil {
+		return cluster.Release{}, err
+	}
+	var known []string
+	for _, r := range slices.Backward(all) {
+		if r.Revision == revision || (revision == 0 && r.Revision < have.Revision && (r.Status == cluster.Deployed || r.Status == cluster.Superseded)) {
+			return r, nil
+		}
+		known = append(known, fmt.Sprintf("%d (%s)", r.Revision, r.Status))
+	}
+	if revision == 0 {
+		return cluster.Release{}, fault.Newf(fault.NotFound, "roll back release", name, "there is no good revision before %d", have.Revision).WithHint("revisions: %s", strings.Join(known, ", "))
+	}
+	return cluster.Release{}, fault.Newf(fault.NotFound, "roll back release", name, "there is no revision %d", revision).WithHint("revisions: %s", strings.Join(known, ", "))
+}
+
+// lastGood is the newest revision that was whole once; revision 0 when none was.
+func (j Job) lastGood(name string) (cluster.Release, error) {
+	all, err := j.Releases.History(name)
+	if err != nil && fault.KindOf(err) != fault.NotFound {
+		return cluster.Release{}, err
+	}
+	for _, r := range slices.Backward(all) {
+		if r.Status == cluster.Deployed || r.Status == cluster.Superseded {
+			return r, nil
+		}
+	}
+	return cluster.Release{}, nil
+}
+
+// undo goes back to the last good revision after a change that failed, if
+// asked; without one it takes the release away.
+func (j Job) undo(ctx context.Context, o Options, good int, failed error) error {
+	if !o.Atomic {
+		return failed
+	}
+	// The time of the change is up; going back has its own.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), o.Timeout)
+	defer cancel()
+	var err error
+	did := "the release was taken away again"
+	if good > 0 {
+		did = fmt.Sprintf("rolled back to revision %d", good)
+		err = j.Changer.Rollback(ctx, o.Release, good)
+	} else {
+		err = j.Changer.Uninstall(ctx, o.Release)
+	}
+	if err != nil {
+		return errors.Join(failed, fmt.Errorf("and going back failed: %w", err))
+	}
+	j.Line("undone", did)
+	var f *fault.Error
+	if errors.As(failed, &f) {
+		return fault.New(f.Kind, f.Op, f.Object, fmt.Errorf("%w (%s)", f.Err, did)).WithHint("%s", f.Hint)
+	}
+	return fmt.Errorf("%w (%s)", failed, did)
+}
+
+// change locks the release, sees to its Secrets, and changes it.
+func (j Job) change(ctx context.Context, o Options, do func(context.Context, cluster.Release) (Result, error)) (Result, error) {
+	if err := j.checkAdminKey(ctx, o); err != nil {
+		return Result{}, err
+	}
+	return j.locked(ctx, o, func(ctx context.Context, have cluster.Release) (Result, error) {
+		if err := j.prepare(ctx, o); err != nil {
+			return Result{}, err
+		}
+		return do(ctx, have)
+	})
+}
+
+// locked holds the lock of the release while do changes it, and then looks at
+// its pods.
+func (j Job) locked(ctx context.Context, o Options, do func(context.Context, cluster.Release) (Result, error)) (Result, error) {
+	made, err := j.Cluster.EnsureNamespace(ctx, o.Namespace)
+	if err != nil {
+		return Result{}, err
+	}
+	if made {
+		j.Line("made", "namespace "+o.Namespace)
+	}
+	ctx, unlock, err := j.Cluster.Lock(ctx, o.Namespace, o.Release+"-kmsctl")
+	if err != nil {
+		return Result{}, err
+	}
+	defer unlock()
 	have, err := j.current(o)
 	if err != nil {
 		return Result{}, err
 	}
-	res := Result{AdminKeyFile: o.AdminKeyFile}
-	if err := j.prepare(ctx, o); err != nil {
-		return res, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, o.Timeout)
 	defer cancel()
-	version, values := j.Releaser.Target()
-	if have.Status == cluster.Deployed {
-		if have.Version != version || !same(have.Values, values) {
-			return res, fault.Newf(fault.Conflict, "install release", o.Release, "it is there: chart %s, with other values or another version than asked", have.Version).
-				WithHint("change it with `kmsctl upgrade`, with the same flags")
-		}
-		res.Release = have
-		j.Line("unchanged", fmt.Sprintf("release %s, revision %d, chart %s", have.Name, have.Revision, have.Version))
-		err = j.waitFor(ctx, o)
-	} else {
-		res.Changed = true
-		res.Release, err = j.watched(ctx, o, func(ctx context.Context) (cluster.Release, error) { return j.Releaser.Install(ctx, o.Release) })
-		if err == nil {
-			j.Line("installed", fmt.Sprintf("release %s, revision %d, chart %s", o.Release, res.Release.Revision, res.Release.Version))
-		}
-	}
+	res, err := do(ctx, have)
+	res.AdminKeyFile = o.AdminKeyFile
 	if err != nil {
 		return res, err
 	}
-	res.Pods, err = j.Cluster.Pods(ctx, o.Namespace, o.Release)
+	res.Pods, err = j.Cluster.Pods(context.WithoutCancel(ctx), o.Namespace, o.Release)
 	return res, err
 }
 
 // current finds the release, and stops at one that somebody works on.
 func (j Job) current(o Options) (cluster.Release, error) {
-	have, err := j.Releaser.Get(o.Release)
+	have, err := j.Releases.Get(o.Release)
 	if fault.KindOf(err) == fault.NotFound {
 		return cluster.Release{}, nil
 	}
@@ -141,9 +302,9 @@ func (j Job) current(o Options) (cluster.Release, error) {
 	age := j.Now().Sub(have.Updated).Round(time.Second)
 	if !o.Repair {
 		return have, fault.Newf(fault.Conflict, "change release", o.Release, "revision %d is %s since %s (%s ago)", have.Revision, have.Status, have.Updated.Format(time.RFC3339), age).
-			WithHint("another kmsctl or helm works on it, or died; when nobody does, run the same command with --repair")
+			WithHint("helm works on it, or a kmsctl or helm that did so died; when nobody does, run the same command with --repair")
 	}
-	if err := j.Releaser.MarkFailed(o.Release, fmt.Sprintf("was %s; ended by kmsctl --repair", have.Status)); err != nil {
+	if err := j.Releases.MarkFailed(o.Release, fmt.Sprintf("was %s; ended by kmsctl --repair", have.Status)); err != nil {
 		return have, err
 	}
 	j.Line("repaired", fmt.Sprintf("release %s, revision %d, was %s", o.Release, have.Revision, have.Status))
@@ -153,16 +314,6 @@ func (j Job) current(o Options) (cluster.Release, error) {
 
 // prepare does all that comes before the release itself.
 func (j Job) prepare(ctx context.Context, o Options) error {
-	if err := j.checkAdminKey(ctx, o); err != nil {
-		return err
-	}
-	made, err := j.Cluster.EnsureNamespace(ctx, o.Namespace)
-	if err != nil {
-		return err
-	}
-	if made {
-		j.Line("made", "namespace "+o.Namespace)
-	}
 	if err := j.hsmSecret(ctx, o); err != nil {
 		return err
 	}

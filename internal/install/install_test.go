@@ -33,6 +33,9 @@ type world struct {
 	release    cluster.Release
 	version    string
 	values     map[string]any
+	history    []cluster.Release
+	locked     bool
+	undone     []string
 	install    func(ctx context.Context) error
 	applied    []string
 	lines      []string
@@ -77,13 +80,53 @@ func (w *world) Get(name string) (cluster.Release, error) {
 }
 
 func (w *world) Install(ctx context.Context, name string) (cluster.Release, error) {
+	if w.release.Name != "" {
+		old := w.release
+		if old.Status == cluster.Deployed {
+			old.Status = cluster.Superseded
+		}
+		w.history = append(w.history, old)
+	}
 	if w.install != nil {
 		if err := w.install(ctx); err != nil {
-			return cluster.Release{}, err
+			w.release = cluster.Release{Name: name, Revision: w.release.Revision + 1, Status: cluster.Failed, Version: w.version, Values: w.values, Updated: time.Now()}
+			return w.release, err
 		}
 	}
 	w.release = cluster.Release{Name: name, Revision: w.release.Revision + 1, Status: cluster.Deployed, Version: w.version, Values: w.values, Updated: time.Now()}
 	return w.release, nil
+}
+
+func (w *world) Upgrade(ctx context.Context, name string) (cluster.Release, error) {
+	return w.Install(ctx, name)
+}
+
+func (w *world) Rollback(_ context.Context, name string, revision int) error {
+	w.undone = append(w.undone, fmt.Sprintf("rollback %d", revision))
+	w.history = append(w.history, w.release)
+	w.release = cluster.Release{Name: name, Revision: w.release.Revision + 1, Status: cluster.Deployed, Version: w.history[revision-1].Version, Updated: time.Now()}
+	return nil
+}
+
+func (w *world) Uninstall(context.Context, string) error {
+	w.undone = append(w.undone, "uninstall")
+	w.release = cluster.Release{}
+	return nil
+}
+
+func (w *world) History(name string) ([]cluster.Release, error) {
+	if w.release.Name == "" {
+		return nil, fault.Newf(fault.NotFound, "find release", name, "there is none")
+	}
+	return append(slices.Clone(w.history), w.release), nil
+}
+
+func (w *world) Lock(ctx context.Context, _, name string) (context.Context, func(), error) {
+	if w.locked {
+		return ctx, nil, fault.Newf(fault.Conflict, "take lock", name, "another holds it")
+	}
+	w.locked = true
+	return ctx, func() { w.locked = false }, nil
 }
 
 func (w *world) MarkFailed(_, why string) error {
@@ -94,7 +137,7 @@ func (w *world) MarkFailed(_, why string) error {
 func (w *world) Target() (string, map[string]any) { return w.version, w.values }
 
 func (w *world) job() install.Job {
-	return install.Job{Cluster: w, Releaser: w, Now: time.Now, NewKey: iam.NewAPIKey,
+	return install.Job{Cluster: w, Releases: w, Changer: w, Now: time.Now, NewKey: iam.NewAPIKey,
 		WriteFile: func(p string, b []byte) error { return os.WriteFile(p, b, 0o600) },
 		Line:      func(did string, more ...string) { w.lines = append(w.lines, did+" "+strings.Join(more, " ")) }}
 }
@@ -326,5 +369,93 @@ func TestLook(t *testing.T) {
 	w.workloads[0].Ready = 0
 	if s, err := w.job().Look(t.Context(), o); err != nil || s.Healthy {
 		t.Errorf("%+v, %v", s, err)
+	}
+}
+
+// TestUpgrade: a change makes a revision, no change makes none.
+func TestUpgrade(t *testing.T) {
+	w, o := newWorld(), options(t)
+	if _, err := w.job().Upgrade(t.Context(), o); fault.KindOf(err) != fault.NotFound || !strings.Contains(fault.HintOf(err), "kmsctl install") {
+		t.Errorf("%v", err)
+	}
+	w, o = newWorld(), options(t)
+	if _, err := w.job().Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	if res, err := w.job().Upgrade(t.Context(), o); err != nil || res.Changed || res.Release.Revision != 1 {
+		t.Errorf("%+v, %v", res, err)
+	}
+	w.version = "1.1.0"
+	if res, err := w.job().Upgrade(t.Context(), o); err != nil || !res.Changed || res.Release.Revision != 2 || res.Release.Version != "1.1.0" {
+		t.Errorf("%+v, %v", res, err)
+	}
+	if w.locked {
+		t.Error("the lock is still held")
+	}
+}
+
+// TestAtomic: a change that fails goes back, and the fault says so; a first
+// installation goes away.
+func TestAtomic(t *testing.T) {
+	w, o := newWorld(), options(t)
+	o.Atomic = true
+	failing := func(context.Context) error {
+		return fault.Newf(fault.NotReady, "upgrade release", "kms", "pods are not ready")
+	}
+	w.install = failing
+	_, err := w.job().Run(t.Context(), o)
+	if fault.KindOf(err) != fault.NotReady || !strings.Contains(err.Error(), "taken away") || w.release.Name != "" {
+		t.Errorf("%v, release %+v", err, w.release)
+	}
+	w.install, w.history = nil, nil
+	if _, err := w.job().Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	w.install, w.version = failing, "1.1.0"
+	_, err = w.job().Upgrade(t.Context(), o)
+	if fault.KindOf(err) != fault.NotReady || !strings.Contains(err.Error(), "rolled back to revision 1") {
+		t.Errorf("%v", err)
+	}
+	if w.release.Status != cluster.Deployed || w.release.Version != "1.0.0" {
+		t.Errorf("%+v", w.release)
+	}
+	// Without --atomic it stays failed, and install says what to do.
+	o.Atomic = false
+	if _, err := w.job().Upgrade(t.Context(), o); err == nil || w.release.Status != cluster.Failed {
+		t.Errorf("%v, %+v", err, w.release)
+	}
+	if _, err := w.job().Run(t.Context(), o); fault.KindOf(err) != fault.Conflict || !strings.Contains(fault.HintOf(err), "kmsctl rollback") {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestRollback(t *testing.T) {
+	w, o := newWorld(), options(t)
+	if _, err := w.job().Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.job().Rollback(t.Context(), o, 0); fault.KindOf(err) != fault.NotFound || !strings.Contains(fault.HintOf(err), "1 (deployed)") {
+		t.Errorf("%v, %q", err, fault.HintOf(err))
+	}
+	w.version = "1.1.0"
+	if _, err := w.job().Upgrade(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.job().Rollback(t.Context(), o, 9); fault.KindOf(err) != fault.NotFound || !strings.Contains(err.Error(), "no revision 9") {
+		t.Errorf("%v", err)
+	}
+	w.applied = nil
+	res, err := w.job().Rollback(t.Context(), o, 0)
+	if err != nil || res.Release.Version != "1.0.0" || !slices.Equal(w.undone, []string{"rollback 1"}) || len(w.applied) > 0 {
+		t.Errorf("%+v, %v, undone %q, applied %q", res, err, w.undone, w.applied)
+	}
+}
+
+// TestLocked: while another changes the release, nothing is touched.
+func TestLocked(t *testing.T) {
+	w, o := newWorld(), options(t)
+	w.locked = true
+	if _, err := w.job().Run(t.Context(), o); fault.KindOf(err) != fault.Conflict || len(w.applied) > 0 {
+		t.Errorf("%v, applied %q", err, w.applied)
 	}
 }

@@ -190,7 +190,7 @@ type Status struct {
 
 // Look tells how a release stands. An unhealthy one is no error here.
 func (j Job) Look(ctx context.Context, o Options) (Status, error) {
-	r, err := j.Releaser.Get(o.Release)
+	r, err := j.Releases.Get(o.Release)
 	if err != nil {
 		return Status{}, err
 	}

@@ -246,3 +246,40 @@ func TestOpenWithoutKubeconfig(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// TestLock: one holds it, the next is told who, a dead one's lock runs out.
+func TestLock(t *testing.T) {
+	client := fake.NewClientset()
+	c := kube.NewFor(client)
+	locked, unlock, err := c.Lock(t.Context(), "n", "kms-kmsctl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, _, err = c.Lock(t.Context(), "n", "kms-kmsctl")
+	if fault.KindOf(err) != fault.Conflict || !strings.Contains(err.Error(), "process") || !strings.Contains(fault.HintOf(err), "runs out in") {
+		t.Errorf("%v, hint %q", err, fault.HintOf(err))
+	}
+	unlock()
+	if locked.Err() == nil {
+		t.Error("the context outlives the lock")
+	}
+	_, unlock, err = c.Lock(t.Context(), "n", "kms-kmsctl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
+	l, err := client.CoordinationV1().Leases("n").Get(t.Context(), "kms-kmsctl", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := metav1.NewMicroTime(time.Now().Add(-time.Minute))
+	l.Spec.RenewTime = &old
+	if _, err := client.CoordinationV1().Leases("n").Update(t.Context(), l, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	_, again, err := c.Lock(t.Context(), "n", "kms-kmsctl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	again()
+}

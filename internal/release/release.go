@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"strings"
 	"time"
 
 	"helm.sh/helm/v3/pkg/action"
@@ -59,7 +60,6 @@ func NewFor(cfg *action.Configuration, namespace string) *Helm { return &Helm{cf
 // Options of a change.
 type Options struct {
 	Wait    bool
-	Atomic  bool // undo when it fails
 	Timeout time.Duration
 }
 
@@ -91,7 +91,7 @@ func chartFault(ch *Chart, err error) error {
 func (h *Helm) Install(ctx context.Context, name string, ch *Chart, values map[string]any, o Options) (cluster.Release, error) {
 	i := action.NewInstall(h.cfg)
 	i.ReleaseName, i.Namespace, i.Replace = name, h.namespace, true // a failed first try is taken up again
-	i.Wait, i.Atomic, i.Timeout = o.Wait, o.Atomic, o.Timeout
+	i.Wait, i.Timeout = o.Wait, o.Timeout
 	r, err := i.RunWithContext(ctx, ch.inner, values)
 	return plain(r), h.fault(ctx, "install release", name, err)
 }
@@ -100,38 +100,55 @@ func (h *Helm) Install(ctx context.Context, name string, ch *Chart, values map[s
 func (h *Helm) Upgrade(ctx context.Context, name string, ch *Chart, values map[string]any, o Options) (cluster.Release, error) {
 	u := action.NewUpgrade(h.cfg)
 	u.Namespace, u.ResetValues, u.MaxHistory = h.namespace, true, maxHistory
-	u.Wait, u.Atomic, u.Timeout = o.Wait, o.Atomic, o.Timeout
+	u.Wait, u.Timeout = o.Wait, o.Timeout
 	r, err := u.RunWithContext(ctx, name, ch.inner, values)
 	return plain(r), h.fault(ctx, "upgrade release", name, err)
 }
 
 const maxHistory = 10
 
-// Render gives the manifest that an upgrade (or install) would apply, with the
-// cluster's own capabilities.
+// Render gives the manifest that an upgrade would apply, with the cluster's own
+// capabilities.
 func (h *Helm) Render(ctx context.Context, name string, ch *Chart, values map[string]any) (string, error) {
-	i := action.NewInstall(h.cfg)
-	i.ReleaseName, i.Namespace, i.DryRun, i.DryRunOption, i.Replace = name, h.namespace, true, "server", true
-	r, err := i.RunWithContext(ctx, ch.inner, values)
+	u := action.NewUpgrade(h.cfg)
+	u.Namespace, u.ResetValues, u.DryRun, u.DryRunOption = h.namespace, true, true, "server"
+	r, err := u.RunWithContext(ctx, name, ch.inner, values)
 	if err != nil {
+		if f := h.fault(ctx, "upgrade release", name, err); fault.KindOf(f) != fault.Other {
+			return "", f
+		}
 		return "", chartFault(ch, err)
 	}
 	return r.Manifest, nil
 }
 
-// Rollback goes back to a revision, 0 for the one before.
-func (h *Helm) Rollback(name string, revision int, o Options) error {
+// Rollback goes back to a revision. Helm knows no context here: when ctx ends
+// first, the revision is left pending, as after a kill.
+func (h *Helm) Rollback(ctx context.Context, name string, revision int, o Options) error {
 	r := action.NewRollback(h.cfg)
 	r.Version, r.Wait, r.Timeout, r.MaxHistory = revision, o.Wait, o.Timeout, maxHistory
-	return h.fault(context.Background(), "roll back release", name, r.Run(name)) //nolint:contextcheck // Helm takes none here
+	return h.until(ctx, "roll back release", name, func() error { return r.Run(name) })
 }
 
 // Uninstall removes the release; its claims and the Secrets outside of it stay.
-func (h *Helm) Uninstall(name string, o Options) error {
+func (h *Helm) Uninstall(ctx context.Context, name string, o Options) error {
 	u := action.NewUninstall(h.cfg)
 	u.Wait, u.Timeout, u.DeletionPropagation = o.Wait, o.Timeout, "foreground"
-	_, err := u.Run(name)
-	return h.fault(context.Background(), "uninstall release", name, err)
+	return h.until(ctx, "uninstall release", name, func() error {
+		_, err := u.Run(name)
+		return err
+	})
+}
+
+func (h *Helm) until(ctx context.Context, op, name string, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
+		return h.fault(ctx, op, name, err)
+	case <-ctx.Done():
+		return h.fault(ctx, op, name, context.Cause(ctx))
+	}
 }
 
 // Get gives the newest revision; fault.NotFound when there is no release.
@@ -176,6 +193,8 @@ func (h *Helm) fault(ctx context.Context, op, name string, err error) error {
 	switch {
 	case err == nil:
 		return nil
+	case strings.Contains(err.Error(), "updates to statefulset spec"):
+		return fault.New(fault.Conflict, op, name, err).WithHint("the volumes of a StatefulSet cannot be changed: give the same --storage-class, --host-path and sizes as before")
 	case errors.Is(err, driver.ErrReleaseNotFound), errors.Is(err, driver.ErrNoDeployedReleases):
 		return fault.New(fault.NotFound, op, name, fmt.Errorf("there is none in namespace %q", h.namespace)).WithHint("see: helm list --all-namespaces --all")
 	case ctx.Err() != nil:

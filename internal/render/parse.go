@@ -170,8 +170,31 @@ func ParseOverrides(b []byte) (Overrides, error) {
 	delete(doc, "client_certs")
 	delete(block, "hsm_pw")
 	delete(block, "clear_data")
-	o.Values = doc
+	o.Values, _ = plain(doc).(map[string]any)
 	return o, nil
+}
+
+// plain makes numbers what Helm's templates expect.
+func plain(v any) any {
+	switch v := v.(type) {
+	case map[string]any:
+		for k, x := range v {
+			v[k] = plain(x)
+		}
+	case []any:
+		for i, x := range v {
+			v[i] = plain(x)
+		}
+	case json.Number:
+		if n, err := v.Int64(); err == nil {
+			return n
+		}
+		if f, err := v.Float64(); err == nil {
+			return f
+		}
+		return v.String()
+	}
+	return v
 }
 
 func (o *Overrides) readHSM(block map[string]any) error {

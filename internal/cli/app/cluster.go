@@ -103,34 +103,53 @@ func (a *App) Helm(c *kube.Cluster, f *KubeFlags) (*release.Helm, error) {
 	})
 }
 
-// releaser joins Helm, the chart and the values to what install wants.
-type releaser struct {
-	*release.Helm
+// changer joins Helm, the chart and the values to what install wants.
+type changer struct {
+	helm   *release.Helm
 	chart  *release.Chart
 	values map[string]any
 	opts   release.Options
 }
 
-func (r releaser) Install(ctx context.Context, name string) (cluster.Release, error) {
-	return r.Helm.Install(ctx, name, r.chart, r.values, r.opts)
+func (c changer) Target() (string, map[string]any) { return c.chart.Version(), c.values }
+
+func (c changer) Install(ctx context.Context, name string) (cluster.Release, error) {
+	return c.helm.Install(ctx, name, c.chart, c.values, c.opts)
 }
 
-func (r releaser) Target() (string, map[string]any) {
-	if r.chart == nil {
-		return "", nil
-	}
-	return r.chart.Version(), r.values
+func (c changer) Upgrade(ctx context.Context, name string) (cluster.Release, error) {
+	return c.helm.Upgrade(ctx, name, c.chart, c.values, c.opts)
 }
 
-// InstallJob is the job of package install for a cluster, a chart and values;
-// without a chart it can only look.
-func (a *App) InstallJob(c *kube.Cluster, f *KubeFlags, chart *release.Chart, values map[string]any, opts release.Options) (install.Job, error) {
-	h, err := a.Helm(c, f)
+func (c changer) Rollback(ctx context.Context, name string, revision int) error {
+	return c.helm.Rollback(ctx, name, revision, c.opts)
+}
+
+func (c changer) Uninstall(ctx context.Context, name string) error {
+	return c.helm.Uninstall(ctx, name, c.opts)
+}
+
+// Change is what a release is changed to; rollback and status need no chart.
+type Change struct {
+	Chart  *release.Chart
+	Values map[string]any
+	release.Options
+}
+
+// InstallJob is the job of package install.
+func (a *App) InstallJob(c *kube.Cluster, h *release.Helm, to Change) install.Job {
+	return install.Job{Cluster: c, Releases: h, Changer: changer{h, to.Chart, to.Values, to.Options}, Now: a.Now, NewKey: iam.NewAPIKey,
+		WriteFile: func(path string, b []byte) error { return WriteFile(path, b, 0o600) }, Line: a.Progress().Line}
+}
+
+// OpenRelease opens the cluster, and Helm in it.
+func (a *App) OpenRelease(f *KubeFlags) (*kube.Cluster, *release.Helm, error) {
+	c, err := a.Cluster(f)
 	if err != nil {
-		return install.Job{}, err
+		return nil, nil, err
 	}
-	return install.Job{Cluster: c, Releaser: releaser{h, chart, values, opts}, Now: a.Now, NewKey: iam.NewAPIKey,
-		WriteFile: func(path string, b []byte) error { return WriteFile(path, b, 0o600) }, Line: a.Progress().Line}, nil
+	h, err := a.Helm(c, f)
+	return c, h, err
 }
 
 // DefaultTimeout is how long a change may take.

@@ -13,7 +13,6 @@ type readOptions struct {
 	*app.App
 	archive string
 	limits  limitFlags
-	key     string // of verify
 }
 
 // Check holds the rules of the flags.

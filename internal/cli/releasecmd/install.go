@@ -1,5 +1,5 @@
 // Package releasecmd has the verbs on the release in a cluster: install,
-// status, uninstall.
+// upgrade, rollback, status, uninstall.
 package releasecmd
 
 import (
@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"sigs.k8s.io/yaml"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/cluster"
@@ -24,7 +25,8 @@ import (
 
 // New gives the commands of this package.
 func New(a *app.App) []*cobra.Command {
-	return []*cobra.Command{newInstallCmd(a, nil), newStatusCmd(a, nil), newUninstallCmd(a, nil), newPreflightCmd(a, nil)}
+	return []*cobra.Command{newInstallCmd(a, nil), newUpgradeCmd(a, nil), newRollbackCmd(a, nil), newStatusCmd(a, nil),
+		newUninstallCmd(a, nil), newPreflightCmd(a, nil)}
 }
 
 // changeOptions are what install and upgrade have in common.
@@ -44,9 +46,11 @@ type changeOptions struct {
 	domain       string
 	adminKeyFile string
 	repair       bool
+	atomic       bool
 	dryRun       bool
 	wait         bool
 	timeout      time.Duration
+	upgrade      bool
 }
 
 func (o *changeOptions) add(cmd *cobra.Command) {
@@ -68,7 +72,7 @@ func (o *changeOptions) add(cmd *cobra.Command) {
 	fs.StringVar(&o.domain, "cluster-domain", "cluster.local", "domain of the cluster's DNS")
 	fs.StringVar(&o.adminKeyFile, "admin-key-file", "", "where the first administrator's API key is written (mode 0600)")
 	fs.BoolVar(&o.repair, "repair", false, "end a change that is pending although nobody works on it")
-	fs.BoolVar(&o.dryRun, "dry-run", false, "print the plan and the manifests, secrets masked; needs no cluster")
+	fs.BoolVar(&o.atomic, "atomic", false, "undo a change that fails: back to the last good revision, or nothing")
 	addWait(fs, &o.wait, &o.timeout)
 }
 
@@ -80,8 +84,11 @@ func addWait(fs *pflag.FlagSet, wait *bool, timeout *time.Duration) {
 // Check holds the rules of the flags.
 func (o *changeOptions) Check() error {
 	errs := []error{o.chart.Check(), o.pass.Check(), o.hsm.Password.Check()}
-	if o.valuesFile == "" {
+	if o.valuesFile == "" && !o.keeps() {
 		errs = append(errs, o.hsm.CheckValues())
+	}
+	if o.atomic && !o.wait {
+		errs = append(errs, fault.Usagef("--atomic: needs --wait, since only waiting shows whether a change failed"))
 	}
 	if o.secretFile != "" && (o.hsm.Password.File != "" || o.hsm.Password.Stdin) {
 		errs = append(errs, fault.Usagef("--secret, --hsm-password-file, --hsm-password-stdin: only one of them"))
@@ -98,6 +105,10 @@ func (o *changeOptions) Check() error {
 	return errors.Join(errs...)
 }
 
+// keeps says whether the settings of the release that is there stay: an upgrade
+// without a model and without a values file.
+func (o *changeOptions) keeps() bool { return o.upgrade && o.valuesFile == "" && o.hsm.Model == "" }
+
 // inputs are what the flags and files say.
 type inputs struct {
 	values map[string]any
@@ -105,11 +116,18 @@ type inputs struct {
 	secret *render.Secret // nil: it is in the cluster
 }
 
-// read reads the two files or the flags in their place.
-func (o *changeOptions) read() (inputs, error) {
+func (i inputs) zero() {
+	if i.secret != nil {
+		i.secret.Password.Zero()
+	}
+}
+
+// read reads the two files or the flags in their place. base are the values of
+// the release that is there, for an upgrade that keeps them.
+func (o *changeOptions) read(base map[string]any) (inputs, error) {
 	var in inputs
 	var err error
-	if in.hsm, err = o.overrides(); err != nil {
+	if in.hsm, err = o.overrides(base); err != nil {
 		return in, err
 	}
 	if err := o.hsm.CheckValues(); err != nil {
@@ -128,8 +146,11 @@ func (o *changeOptions) read() (inputs, error) {
 
 // overrides reads --values and lets the flags beat it; afterwards the flags
 // hold what is in force, so that one check serves both.
-func (o *changeOptions) overrides() (render.Overrides, error) {
-	if o.valuesFile == "" {
+func (o *changeOptions) overrides(base map[string]any) (render.Overrides, error) {
+	switch {
+	case o.keeps():
+		return o.kept(base)
+	case o.valuesFile == "":
 		return o.hsm.Overrides()
 	}
 	text, err := o.open("--values", o.valuesFile)
@@ -140,6 +161,21 @@ func (o *changeOptions) overrides() (render.Overrides, error) {
 	ov, err := render.ParseOverrides(text)
 	if err != nil {
 		return ov, fault.New(fault.Usage, "read", o.valuesFile, err).WithHint("%s", hintOr(err, "make it with `kmsctl render overrides`"))
+	}
+	o.hsm.Beat(&ov)
+	return ov, nil
+}
+
+// kept takes the values of the release that is there, and lets the flags beat
+// them.
+func (o *changeOptions) kept(base map[string]any) (render.Overrides, error) {
+	b, err := yaml.Marshal(base)
+	if err != nil {
+		return render.Overrides{}, err
+	}
+	ov, err := render.ParseOverrides(b)
+	if err != nil {
+		return ov, fault.New(fault.Usage, "read the values of release", o.kube.Release, err).WithHint("give all settings with --values or --model")
 	}
 	o.hsm.Beat(&ov)
 	return ov, nil
@@ -241,7 +277,7 @@ func (o *changeOptions) secret(ov render.Overrides) (*render.Secret, error) {
 
 func (o *changeOptions) job(in inputs) install.Options {
 	out := install.Options{Release: o.kube.Release, Namespace: o.kube.Namespace, Domain: o.domain, HSMSecretName: render.SecretName, SANs: o.san,
-		AdminKeyFile: o.adminKeyFile, Repair: o.repair, Wait: o.wait, Timeout: o.timeout}
+		AdminKeyFile: o.adminKeyFile, Repair: o.repair, Atomic: o.atomic, Wait: o.wait, Timeout: o.timeout}
 	if in.secret != nil {
 		out.HSMSecret = &cluster.Secret{Namespace: o.kube.Namespace, Name: render.SecretName, Data: in.secret.Data()}
 	}
@@ -266,38 +302,36 @@ place. Run it again at any time: what is done already is left alone.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
 	o.add(cmd)
+	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "print the plan and the manifests, secrets masked; needs no cluster")
 	return cmd
 }
 
 func runInstall(ctx context.Context, o *changeOptions) error {
-	in, err := o.read()
+	in, err := o.read(nil)
 	if err != nil {
 		return err
 	}
-	if in.secret != nil {
-		defer in.secret.Password.Zero()
-	}
+	defer in.zero()
 	chart, err := o.FindChart(&o.chart)
 	if err != nil {
 		return err
 	}
-	opts := o.job(in)
 	if o.dryRun {
-		return o.showPlan(chart, in, opts)
+		return o.showPlan(chart, in, o.job(in))
 	}
-	c, err := o.Cluster(&o.kube)
+	c, h, err := o.OpenRelease(&o.kube)
 	if err != nil {
 		return err
 	}
-	job, err := o.InstallJob(c, &o.kube, chart, in.values, release.Options{Wait: o.wait, Timeout: o.timeout})
+	res, err := o.InstallJob(c, h, app.Change{Chart: chart, Values: in.values, Options: o.release()}).Run(ctx, o.job(in))
 	if err != nil {
 		return err
 	}
-	res, err := job.Run(ctx, opts)
-	if err != nil {
-		return err
-	}
-	return o.Print(installResult(res))
+	return o.Print(changeResult(res))
+}
+
+func (o *changeOptions) release() release.Options {
+	return release.Options{Wait: o.wait, Timeout: o.timeout}
 }
 
 // planVersion is the Kubernetes that --dry-run renders for.
@@ -343,11 +377,11 @@ func maskedSecret(s *render.Secret) string {
 	return "---\n# applied apart from the release, never by Helm\n" + string(b) + "\n"
 }
 
-// installResult prints a finished installation.
-type installResult install.Result
+// changeResult prints a finished change.
+type changeResult install.Result
 
 // Table is one line a field.
-func (r installResult) Table() ([]string, [][]string) {
+func (r changeResult) Table() ([]string, [][]string) {
 	rows := [][]string{{"release", r.Release.Name}, {"namespace", r.Release.Namespace}, {"revision", strconv.Itoa(r.Release.Revision)},
 		{"status", r.Release.Status}, {"chart", r.Release.Version}}
 	ready := 0

@@ -137,7 +137,7 @@ func (o *preflightOptions) preflight(ctx context.Context) (*diagnose.Preflight, 
 func (o *preflightOptions) given(p *diagnose.Preflight) (*render.Overrides, error) {
 	var ov *render.Overrides
 	if o.valuesFile != "" || o.hsm.Model != "" {
-		v, err := o.overrides()
+		v, err := o.overrides(nil)
 		if err != nil {
 			if fault.KindOf(err) != fault.Usage {
 				return nil, err

@@ -220,3 +220,44 @@ func (t typed) Ask(ask.Question) (string, error) { return string(t), nil }
 func (t typed) Close() error                     { return nil }
 
 func (t typed) Password(ask.Question) (secret.Value, error) { return secret.New([]byte(t)), nil }
+
+// TestUpgrade: without settings those of the release stay, single flags change
+// them, --dry-run tells what would change and changes nothing.
+func TestUpgrade(t *testing.T) {
+	s := newSite(t)
+	if code, _, errs := s.run(t, "upgrade", "--chart", chart); code != 5 {
+		t.Errorf("exit %d\n%s", code, errs)
+	}
+	if code, _, errs := s.run(t, s.installArgs(t, "--ephemeral")...); code != 0 {
+		t.Fatal(errs)
+	}
+	code, out, errs := s.run(t, "upgrade", "--chart", chart, "--registry", "reg.example:5000", "--dry-run")
+	if code != 0 || !strings.Contains(out, "changed StatefulSet/key-management-hsm-oss") || !strings.Contains(out, "+         image: reg.example:5000/ibmcom/kms-oss:1.0.0") {
+		t.Errorf("exit %d\n%s%s", code, out, errs)
+	}
+	if code, out, errs = s.run(t, "upgrade", "--chart", chart, "--dry-run"); code != 0 || !strings.Contains(out, "nothing would change") {
+		t.Errorf("exit %d\n%s%s", code, out, errs)
+	}
+	if code, out, errs = s.run(t, "upgrade", "--chart", chart, "--registry", "reg.example:5000", "-o", "json"); code != 0 || !strings.Contains(out, `"revision": 2`) {
+		t.Errorf("exit %d\n%s%s", code, out, errs)
+	}
+	rel, err := s.cfg.Releases.Last(templates.ChartName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, _ := rel.Config["persistence"].(map[string]any); p["emptyDir"] != true {
+		t.Errorf("the settings did not stay: %v", rel.Config)
+	}
+	if code, out, errs = s.run(t, "rollback", "-o", "json"); code != 0 || !strings.Contains(out, `"revision": 3`) {
+		t.Errorf("exit %d\n%s%s", code, out, errs)
+	}
+	if code, _, errs = s.run(t, "rollback", "7"); code != 5 || !strings.Contains(errs, "revisions: ") {
+		t.Errorf("exit %d\n%s", code, errs)
+	}
+	if code, _, errs = s.run(t, "rollback", "x"); code != 2 {
+		t.Errorf("exit %d\n%s", code, errs)
+	}
+	if code, _, errs = s.run(t, "upgrade", "--chart", chart, "--atomic", "--wait=false"); code != 2 || !strings.Contains(errs, "--atomic") {
+		t.Errorf("exit %d\n%s", code, errs)
+	}
+}

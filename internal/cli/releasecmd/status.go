@@ -9,7 +9,6 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/install"
-	"github.com/kmsctl/kmsctl/internal/release"
 )
 
 type statusOptions struct {
@@ -62,15 +61,11 @@ func (s statusResult) Table() ([]string, [][]string) {
 }
 
 func runStatus(ctx context.Context, o *statusOptions) error {
-	c, err := o.Cluster(&o.kube)
+	c, h, err := o.OpenRelease(&o.kube)
 	if err != nil {
 		return err
 	}
-	job, err := o.InstallJob(c, &o.kube, nil, nil, release.Options{})
-	if err != nil {
-		return err
-	}
-	s, err := job.Look(ctx, install.Options{Release: o.kube.Release, Namespace: o.kube.Namespace})
+	s, err := o.InstallJob(c, h, app.Change{}).Look(ctx, install.Options{Release: o.kube.Release, Namespace: o.kube.Namespace})
 	if err != nil {
 		return err
 	}

@@ -78,11 +78,7 @@ func (r removed) Table() ([]string, [][]string) {
 }
 
 func runUninstall(ctx context.Context, o *uninstallOptions) error {
-	c, err := o.Cluster(&o.kube)
-	if err != nil {
-		return err
-	}
-	h, err := o.Helm(c, &o.kube)
+	c, h, err := o.OpenRelease(&o.kube)
 	if err != nil {
 		return err
 	}
@@ -113,8 +109,13 @@ func runUninstall(ctx context.Context, o *uninstallOptions) error {
 	if err := o.Confirm(&o.confirm, o.kube.Release, goes); err != nil {
 		return err
 	}
+	ctx, unlock, err := c.Lock(ctx, o.kube.Namespace, o.kube.Release+"-kmsctl")
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if !gone {
-		if err := h.Uninstall(o.kube.Release, release.Options{Wait: o.wait, Timeout: o.timeout}); err != nil {
+		if err := h.Uninstall(ctx, o.kube.Release, release.Options{Wait: o.wait, Timeout: o.timeout}); err != nil {
 			return err
 		}
 	}

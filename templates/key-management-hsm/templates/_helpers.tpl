@@ -60,7 +60,7 @@ affinity:
 {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .root.Values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 serviceAccountName: {{ include "kms.name" . }}
 securityContext:
@@ -86,11 +86,11 @@ of the node, or nothing kept. Empty when a claim template makes it. */}}
 {{- if .own.existingClaim }}
 - name: {{ .name }}
   persistentVolumeClaim:
-    claimName: {{ .own.existingClaim }}
+    claimName: {{ .own.existingClaim | quote }}
 {{- else if $p.hostPath }}
 - name: {{ .name }}
   hostPath:
-    path: {{ $p.hostPath }}/{{ .root.Release.Name }}/{{ .name }}
+    path: {{ printf "%s/%s/%s" $p.hostPath .root.Release.Name .name | quote }}
     type: DirectoryOrCreate
 {{- else if $p.emptyDir }}
 - name: {{ .name }}
@@ -110,11 +110,11 @@ of the node, or nothing kept. Empty when a claim template makes it. */}}
     {{- if eq $p.storageClass "-" }}
     storageClassName: ""
     {{- else if $p.storageClass }}
-    storageClassName: {{ $p.storageClass }}
+    storageClassName: {{ $p.storageClass | quote }}
     {{- end }}
     resources:
       requests:
-        storage: {{ .own.size }}
+        storage: {{ .own.size | quote }}
 {{- end }}
 {{- end }}
 
