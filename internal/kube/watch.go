@@ -9,7 +9,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/informers"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/leaderelection"
 	"k8s.io/client-go/tools/leaderelection/resourcelock"
@@ -87,14 +87,21 @@ func (c *Cluster) WatchAnnotated(ctx context.Context, namespaces []string, annot
 		case <-ctx.Done():
 		}
 	}
+	var running sync.WaitGroup
+	defer running.Wait()
 	for _, ns := range namespaces {
-		f := informers.NewSharedInformerFactoryWithOptions(c.client, 2*time.Minute, informers.WithNamespace(ns), informers.WithTransform(strip))
-		i := f.Core().V1().Secrets().Informer()
-		if _, err := i.AddEventHandler(cache.ResourceEventHandlerFuncs{AddFunc: send, UpdateFunc: func(_, o any) { send(o) }}); err != nil {
-			return c.fault("watch Secrets of", ns, err)
-		}
-		f.Start(ctx.Done())
-		defer f.Shutdown()
+		// Not by package informers: it has an informer for every kind of object,
+		// which made the program 10 MB larger.
+		secrets := c.client.CoreV1().Secrets(ns)
+		_, i := cache.NewInformerWithOptions(cache.InformerOptions{
+			ListerWatcher: cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
+				ListWithContextFunc:  func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) { return secrets.List(ctx, o) },
+				WatchFuncWithContext: secrets.Watch,
+			}, c.client),
+			ObjectType: &corev1.Secret{}, ResyncPeriod: 2 * time.Minute, Transform: strip,
+			Handler: cache.ResourceEventHandlerFuncs{AddFunc: send, UpdateFunc: func(_, o any) { send(o) }},
+		})
+		running.Go(func() { i.RunWithContext(ctx) })
 	}
 	for {
 		select {
