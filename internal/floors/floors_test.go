@@ -38,7 +38,7 @@ var floor = map[string]int{
 	"internal/cli": 6,
 	"cmd/kmsctl":   7, "cmd/kms-connector": 7,
 
-	"internal/deps": testsOnly, "internal/testkit": testsOnly, "internal/floors": testsOnly,
+	"internal/testkit": testsOnly, "internal/floors": testsOnly,
 }
 
 // testsOnly packages may import anything, and only tests may import them.
