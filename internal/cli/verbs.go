@@ -13,6 +13,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cli/releasecmd"
 	"github.com/kmsctl/kmsctl/internal/cli/rendercmd"
 	"github.com/kmsctl/kmsctl/internal/cli/servecmd"
+	"github.com/kmsctl/kmsctl/internal/cli/setupcmd"
 )
 
 // verbs lists the commands of floor 5.
@@ -27,5 +28,6 @@ func verbs(a *app.App) []*cobra.Command {
 	all = append(all, loadcmd.New(a)...)
 	all = append(all, hsmcmd.New(a)...)
 	all = append(all, backupcmd.New(a)...)
+	all = append(all, setupcmd.New(a)...)
 	return all
 }

@@ -77,6 +77,13 @@ func (f *ChartFlags) Check() error {
 	return nil
 }
 
+// ChartFlags is the same repository for who reads charts from it.
+func (f *DeliveryFlags) ChartFlags() ChartFlags {
+	t := f.repo.or(f.all)
+	repo := strings.TrimPrefix(strings.TrimPrefix(f.Repo, "icp+"), "cm+")
+	return ChartFlags{Repo: repo, CAFile: t.CA, CertFile: t.Cert, KeyFile: t.Key, User: f.repoUser, PasswordFile: f.repoPassword.File, Insecure: f.Insecure}
+}
+
 // FindChart gets the chart.
 func (a *App) FindChart(f *ChartFlags) (*release.Chart, error) {
 	if f.Chart != "" {

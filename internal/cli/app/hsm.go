@@ -246,8 +246,11 @@ func (f *HSMFlags) Overrides() (render.Overrides, error) {
 
 // Secret is hsm-secret by the flags, checked as far as that goes without an
 // HSM. The caller zeroes the password.
-func (f *HSMFlags) Secret(a *App) (render.Secret, error) {
-	s := render.Secret{Namespace: f.Namespace, Clients: map[string]render.Pair{}}
+func (f *HSMFlags) Secret(a *App) (render.Secret, error) { return f.SecretWith(a, secret.Value{}) }
+
+// SecretWith is Secret with a password that is known already, unless empty.
+func (f *HSMFlags) SecretWith(a *App, password secret.Value) (render.Secret, error) {
+	s := render.Secret{Password: password, Namespace: f.Namespace, Clients: map[string]render.Pair{}}
 	var err error
 	if f.ServerCAFile != "" {
 		if s.ServerCA, err = readFile("--server-ca-file", f.ServerCAFile); err != nil {
@@ -270,7 +273,9 @@ func (f *HSMFlags) Secret(a *App) (render.Secret, error) {
 	if err := a.CheckCertificates(&s); err != nil {
 		return s, err
 	}
-	s.Password, err = f.Password.Read(a, true)
+	if password.Empty() {
+		s.Password, err = f.Password.Read(a, true)
+	}
 	if err == nil {
 		err = CheckPassword(s.Password, "the HSM password")
 	}
