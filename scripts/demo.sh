@@ -79,6 +79,7 @@ serve() {
 use_cluster() {
   if [[ $1 == local ]]; then
     touch "$state/cluster-started" # before it is, for demo-stop
+    "$cluster" build # says so when it takes long
     quiet cluster "$cluster" up
     eval "$("$cluster" env)"
     [[ -n ${REGISTRY:-} ]] || "$cluster" expose "${registry##*:}"
@@ -199,5 +200,5 @@ Everything is running. As the service "orders":
 As the administrator:
   bin/kmsctl keys list --instance $instance ${admin[*]}
 END
-[[ ${CLUSTER:-} != local ]] || printf 'In the cluster:\n  eval "$(%s env)"; kubectl get pods -A\n' "$cluster"
+[[ ${CLUSTER:-} != local ]] || printf 'In the cluster:\n  %s\n  kubectl get pods -A\n' "$("$cluster" env)"
 echo "To stop: make demo-stop"

@@ -35,6 +35,9 @@ build() {
   exec 9>&-
 }
 
+# environment prints what a shell needs for kubectl.
+environment() { printf 'export KUBECONFIG=%q PATH="$PATH":%q\n' "$dir/kubeconfig" "$programs/$(key)"; }
+
 up() {
   build
   if [[ ! -s $dir/kubeconfig ]] || ! "$bin/kubectl" --kubeconfig "$dir/kubeconfig" get --raw /readyz >/dev/null 2>&1; then
@@ -47,14 +50,14 @@ up() {
     done
   fi
   echo "cluster: $("$bin/kubectl" --kubeconfig "$dir/kubeconfig" get nodes --no-headers)"
-  echo "use it:  eval \"\$($here/cluster.sh env)\""
+  echo "use it:  $(environment)"
   echo "stop it: make cluster-stop"
 }
 
 case ${1:-} in
   build) build ;;
   up) up ;;
-  env) printf 'export KUBECONFIG=%q PATH="$PATH":%q\n' "$dir/kubeconfig" "$programs/$(key)" ;;
+  env) environment ;;
   down) [[ ! -x $programs/node ]] || "$programs/node" down -dir "$dir" && rm -f "$dir.log" ;;
   exec) shift && "$programs/node" exec -dir "$dir" -- "$@" ;;
   expose | publish) verb=$1 && shift && "$programs/node" "$verb" -dir "$dir" "$@" ;;
