@@ -89,6 +89,7 @@ func New(c Config) *Server {
 	s.mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	s.mux.HandleFunc("GET /readyz", s.readyz)
 	s.mux.Handle("GET /metrics", s.metrics.handler())
+	s.mux.HandleFunc("GET /openapi.json", serveOpenAPI())
 	for _, p := range []string{"/identity/token", "/oidc/token", "/iam-token/oidc/token"} {
 		s.mux.HandleFunc("POST "+p, s.token)
 	}
