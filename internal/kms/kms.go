@@ -29,6 +29,9 @@ type Store interface {
 	Commit(ctx context.Context, changes ...record.Change) error
 	// Version grows with every change of a record directly in the folder.
 	Version(dir string) int64
+	// Since gives what changed after a version; ok is false when the folder
+	// must be listed again.
+	Since(dir string, version int64) (paths []string, now int64, ok bool)
 }
 
 // HSM does what must happen inside the token.

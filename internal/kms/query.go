@@ -3,6 +3,7 @@ package kms
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -26,9 +27,7 @@ type index struct {
 
 type indexed struct {
 	version int64
-	revs    map[string]int64
-	byPath  map[string]*keyRecord
-	sorted  []*keyRecord
+	sorted  []*keyRecord // never changed once it is given out
 }
 
 // keys gives an instance's keys by id. Nobody may change them.
@@ -37,33 +36,59 @@ func (x *index) keys(ctx context.Context, s Store, instance string) ([]*keyRecor
 	defer x.mu.Unlock()
 	dir := keyPath(instance, "")
 	have := x.inst[instance]
-	version := s.Version(dir)
-	if have != nil && have.version == version {
+	if have != nil && have.version == s.Version(dir) {
 		return have.sorted, nil
 	}
+	var err error
 	if have == nil {
-		have = &indexed{}
+		have, err = list(ctx, s, dir)
+	} else if paths, now, ok := s.Since(dir, have.version); ok {
+		have, err = have.with(ctx, s, paths, now)
+	} else {
+		have, err = list(ctx, s, dir)
 	}
-	next := &indexed{version: version, revs: map[string]int64{}, byPath: map[string]*keyRecord{}}
-	err := s.List(ctx, dir, func(m record.Meta, decode func(any) error) error {
-		k := have.byPath[m.Path]
-		if k == nil || have.revs[m.Path] != m.Rev {
-			k = &keyRecord{}
-			if err := decode(k); err != nil {
-				return err
-			}
-		}
-		next.revs[m.Path], next.byPath[m.Path], next.sorted = m.Rev, k, append(next.sorted, k)
-		return nil
-	})
 	if err != nil {
 		return nil, err
 	}
 	if x.inst == nil {
 		x.inst = map[string]*indexed{}
 	}
-	x.inst[instance] = next
-	return next.sorted, nil
+	x.inst[instance] = have
+	return have.sorted, nil
+}
+
+func list(ctx context.Context, s Store, dir string) (*indexed, error) {
+	out := &indexed{version: s.Version(dir)} // before the list: what comes meanwhile is seen twice
+	err := s.List(ctx, dir, func(_ record.Meta, decode func(any) error) error {
+		k := &keyRecord{}
+		out.sorted = append(out.sorted, k)
+		return decode(k)
+	})
+	return out, err
+}
+
+// with is the index after some paths changed.
+func (x *indexed) with(ctx context.Context, s Store, paths []string, now int64) (*indexed, error) {
+	out := &indexed{version: now, sorted: slices.Clone(x.sorted)}
+	for _, p := range paths {
+		id := p[strings.LastIndexByte(p, '/')+1:]
+		i, there := slices.BinarySearchFunc(out.sorted, id, func(k *keyRecord, id string) int { return cmp.Compare(k.ID, id) })
+		k := &keyRecord{}
+		_, err := s.Get(ctx, p, k)
+		switch {
+		case errors.Is(err, record.ErrNotFound):
+			if there {
+				out.sorted = slices.Delete(out.sorted, i, i+1)
+			}
+		case err != nil:
+			return nil, err
+		case there:
+			out.sorted[i] = k
+		default:
+			out.sorted = slices.Insert(out.sorted, i, k)
+		}
+	}
+	return out, nil
 }
 
 // Query selects keys of a list. A nil Extractable or empty States means any of
@@ -125,16 +150,45 @@ func (s *Service) Keys(ctx context.Context, instance string, q Query) (Page, err
 				return Page{}, err
 			}
 		}
-		if less != nil {
-			slices.SortStableFunc(hits, less)
-		}
 		out.Total = len(hits)
+		if less != nil {
+			hits = first(hits, q.Limit+q.Offset, less)
+		}
 		hits = page(hits, q.Limit, q.Offset)
 	}
 	for _, k := range hits {
 		out.Keys = append(out.Keys, s.show(k))
 	}
 	return out, nil
+}
+
+// first gives the n first of keys in an order; keys that are alike stay in the
+// order of their ids. To sort all of a large instance for one page would be
+// most of the work of the page, so only n are kept at a time.
+func first(keys []*keyRecord, n int, less func(a, b *keyRecord) int) []*keyRecord {
+	order := func(a, b *keyRecord) int {
+		if c := less(a, b); c != 0 {
+			return c
+		}
+		return cmp.Compare(a.ID, b.ID)
+	}
+	if n == 0 || n > len(keys)/4 {
+		out := slices.Clone(keys)
+		slices.SortFunc(out, order)
+		return out
+	}
+	out := make([]*keyRecord, 0, 2*n)
+	for _, k := range keys {
+		if len(out) >= n && order(out[n-1], k) <= 0 {
+			continue // it comes after the n that are known
+		}
+		if out = append(out, k); len(out) == 2*n || len(out) == n {
+			slices.SortFunc(out, order)
+			out = out[:n]
+		}
+	}
+	slices.SortFunc(out, order)
+	return out[:min(n, len(out))]
 }
 
 func (s *Service) matcher(q Query) (func(*keyRecord) bool, error) {

@@ -89,6 +89,8 @@ type Store struct {
 	mu    sync.RWMutex
 	kv    map[string]map[string]entry // folder → path → record
 	vers  map[string]int64            // folder → revision of its last change
+	diary []change                    // the last changes, oldest first
+	since int64                       // the diary is complete from here on
 	rev   int64                       // the view is complete up to here
 	moved chan struct{}               // closed and replaced when rev grows
 	heard time.Time                   // last sign of life of the watch
@@ -161,9 +163,8 @@ func (s *Store) load(ctx context.Context) error {
 		}
 		for _, e := range res.Kvs {
 			path := strings.TrimPrefix(string(e.Key), rec)
-			var any json.RawMessage
-			if err := s.codec.Decode(path, e.Value, &any); err != nil {
-				return fault.New(fault.BadContent, "load record", path, err).
+			if !s.codec.Authentic(path, e.Value) {
+				return fault.New(fault.BadContent, "load record", path, record.ErrForged).
 					WithHint("somebody wrote to the store, or it belongs to another HSM master key: compare with a backup before going on")
 			}
 			put(kv, path, entry{e.Value, e.ModRevision, true, &decoded{}})
@@ -175,6 +176,7 @@ func (s *Store) load(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	s.kv = kv
+	s.diary, s.since = nil, rev
 	for dir := range s.vers { // what changed while the watch was away is not known
 		s.vers[dir] = rev
 	}
@@ -251,6 +253,7 @@ func (s *Store) apply(res clientv3.WatchResponse) {
 		upTo = e.Kv.ModRevision
 		path := strings.TrimPrefix(string(e.Kv.Key), rec)
 		s.vers[folder(path)] = e.Kv.ModRevision
+		s.note(change{path, e.Kv.ModRevision})
 		if e.Type == clientv3.EventTypeDelete {
 			drop(s.kv, path)
 			continue
@@ -325,6 +328,41 @@ func (s *Store) Version(dir string) int64 {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.vers[dir]
+}
+
+// change is a path that was written or removed.
+type change struct {
+	path string
+	rev  int64
+}
+
+// maxDiary bounds the changes that are remembered; who was away for longer
+// lists the folder again.
+const maxDiary = 4096
+
+// note remembers a change. The lock is held.
+func (s *Store) note(c change) {
+	if len(s.diary) >= 2*maxDiary {
+		s.since = s.diary[len(s.diary)-maxDiary-1].rev
+		s.diary = slices.Clone(s.diary[len(s.diary)-maxDiary:])
+	}
+	s.diary = append(s.diary, c)
+}
+
+// Since gives the paths of a folder that changed after a version, and the
+// version up to which that is complete; ok is false when that is too long ago.
+func (s *Store) Since(dir string, version int64) (paths []string, now int64, ok bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if version < s.since {
+		return nil, 0, false
+	}
+	for i := len(s.diary) - 1; i >= 0 && s.diary[i].rev > version; i-- {
+		if p := s.diary[i].path; folder(p) == dir && !slices.Contains(paths, p) {
+			paths = append(paths, p)
+		}
+	}
+	return paths, max(version, s.vers[dir]), true
 }
 
 // folder is a path up to and with its last slash.

@@ -327,6 +327,19 @@ func TestVersionGrowsWithAFolder(t *testing.T) {
 	if err := s.Commit(ctx, record.Change{Path: "y/1", Value: thing{1}}); err != nil || s.Version("x/") != last {
 		t.Errorf("another folder moved this one: %v", err)
 	}
+	before := s.Version("x/")
+	if err := s.Commit(ctx, record.Change{Path: "x/9", Value: thing{9}}, record.Change{Path: "z/1", Value: thing{9}}); err != nil {
+		t.Fatal(err)
+	}
+	if paths, now, ok := s.Since("x/", before); !ok || !slices.Equal(paths, []string{"x/9"}) || now != s.Version("x/") {
+		t.Errorf("since %d: %q up to %d, %v", before, paths, now, ok)
+	}
+	if paths, _, ok := s.Since("x/", s.Version("x/")); !ok || len(paths) != 0 {
+		t.Errorf("nothing changed, but %q %v", paths, ok)
+	}
+	if _, _, ok := s.Since("x/", 0); ok {
+		t.Error("it claims to know what was before it was opened")
+	}
 	if v := open(t, c).Version("x/"); v == 0 {
 		t.Error("a fresh view does not know that the folder was used")
 	}
