@@ -30,6 +30,9 @@ const (
 	startTimeout = 30 * time.Second
 )
 
+// testOnlyQuota lets a test fill a store.
+var testOnlyQuota int64
+
 // Member is an etcd member in this process.
 type Member struct {
 	etcd *embed.Etcd
@@ -49,6 +52,9 @@ func OpenEmbedded(ctx context.Context, dir string) (*Member, error) {
 	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
 	// One member elects itself; short ticks only make that quick.
 	cfg.TickMs, cfg.ElectionMs = 10, 100
+	// Nobody has to catch up with the only member: its log may be short, in
+	// memory and on disk.
+	cfg.SnapshotCount, cfg.SnapshotCatchUpEntries = 1000, 100
 	return start(ctx, cfg)
 }
 
@@ -90,6 +96,9 @@ func base(dir, name string) *embed.Config {
 	cfg := embed.NewConfig()
 	cfg.Dir, cfg.Name = dir, name
 	cfg.QuotaBackendBytes = quotaBytes
+	if testOnlyQuota != 0 {
+		cfg.QuotaBackendBytes = testOnlyQuota
+	}
 	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = "periodic", historyKept
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
 	cfg.LogLevel = "error"
@@ -119,7 +128,23 @@ func start(ctx context.Context, cfg *embed.Config) (*Member, error) {
 }
 
 // Client gives a client that calls the member's own functions.
-func (m *Member) Client() *clientv3.Client { return v3client.New(m.etcd.Server) }
+func (m *Member) Client() *clientv3.Client {
+	c := v3client.New(m.etcd.Server)
+	c.Maintenance = here{c.Maintenance, m.etcd}
+	return c
+}
+
+// here writes the file of the member in this process anew: the client that
+// calls a member's functions lacks what Defragment needs (etcd 3.7.0).
+type here struct {
+	clientv3.Maintenance
+	etcd *embed.Etcd
+}
+
+// Defragment is part of clientv3.Maintenance.
+func (h here) Defragment(context.Context, string) (*clientv3.DefragmentResponse, error) {
+	return &clientv3.DefragmentResponse{}, h.etcd.Server.Backend().Defrag()
+}
 
 // Done ends when the member stops by itself.
 func (m *Member) Done() <-chan error { return m.etcd.Err() }

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -85,6 +86,9 @@ type Store struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 	now    func() time.Time
+	full   atomic.Bool
+	shrink chan struct{} // something was deleted, or there is no space
+	shrunk chan struct{} // closed when the shrinker has ended
 
 	mu    sync.RWMutex
 	kv    map[string]map[string]entry // folder → path → record
@@ -127,13 +131,14 @@ func (s *Store) decode(path string, e entry, v any) error {
 // Open loads every record and keeps the view fed until Close. It fails when
 // a record is not authentic: whoever could write one can have removed others.
 func Open(ctx context.Context, c *clientv3.Client, codec *record.Codec) (*Store, error) {
-	s := &Store{c: c, codec: codec, done: make(chan struct{}), now: time.Now, kv: map[string]map[string]entry{}, vers: map[string]int64{}, moved: make(chan struct{})}
+	s := &Store{c: c, codec: codec, done: make(chan struct{}), shrink: make(chan struct{}, 1), shrunk: make(chan struct{}), now: time.Now, kv: map[string]map[string]entry{}, vers: map[string]int64{}, moved: make(chan struct{})}
 	if err := s.load(ctx); err != nil {
 		return nil, err
 	}
 	wctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	s.cancel = cancel
 	go s.watch(wctx)
+	go s.shrinker(wctx)
 	return s, nil
 }
 
@@ -141,6 +146,7 @@ func Open(ctx context.Context, c *clientv3.Client, codec *record.Codec) (*Store,
 func (s *Store) Close() {
 	s.cancel()
 	<-s.done
+	<-s.shrunk
 }
 
 func (s *Store) load(ctx context.Context) error {
@@ -389,10 +395,12 @@ func drop(kv map[string]map[string]entry, path string) {
 func (s *Store) Commit(ctx context.Context, changes ...record.Change) error {
 	var cmps []clientv3.Cmp
 	var ops []clientv3.Op
+	deletes := false
 	for _, ch := range changes {
 		key := rec + ch.Path
 		cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(key), "=", ch.Rev))
 		if ch.Value == nil {
+			deletes = true
 			ops = append(ops, clientv3.OpDelete(key))
 			continue
 		}
@@ -406,10 +414,13 @@ func (s *Store) Commit(ctx context.Context, changes ...record.Change) error {
 	defer cancel()
 	res, err := s.c.Txn(ctx).If(cmps...).Then(ops...).Commit()
 	if err != nil {
-		return unreachable("write", changes[0].Path, err)
+		return s.refused("write", changes[0].Path, err)
 	}
 	if !res.Succeeded {
 		return fmt.Errorf("write record %q: %w", changes[0].Path, record.ErrConflict)
+	}
+	if deletes {
+		s.wantShrink()
 	}
 	return s.wait(ctx, res.Header.Revision)
 }

@@ -250,18 +250,22 @@ func (k *KMS) FirstAdmin(ctx context.Context, path string) (bool, error) {
 	return true, nil
 }
 
-// healthy lists what is wrong with the HSM.
+// healthy lists what is wrong with the HSM and the storage.
 func (k *KMS) healthy(ctx context.Context) []string {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
+	var out []string
 	info, err := k.Token.Describe(ctx)
 	switch {
 	case err != nil:
-		return []string{"hsm: " + err.Error()}
+		out = append(out, "hsm: "+err.Error())
 	case !info.LoggedIn:
-		return []string{fmt.Sprintf("hsm: not logged in to token %q", info.Label)}
+		out = append(out, fmt.Sprintf("hsm: not logged in to token %q", info.Label))
 	}
-	return nil
+	if k.store.Full() {
+		out = append(out, "storage: full, nothing can be written")
+	}
+	return out
 }
 
 // Listener is a listener, and whether its peers are local administrators.

@@ -1,0 +1,125 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+)
+
+// What is deleted lies on in etcd's history until it is compacted, and in the
+// free pages of its file until that is written anew. (In etcd's write-ahead
+// log it lies until that is cut: after 10,000 changes, or a few files.)
+const (
+	shrinkAfter = time.Second      // deletions that come together share one
+	shrinkEvery = 30 * time.Second // to write the file anew holds up writes
+	shrinkLimit = 2 * time.Minute
+)
+
+// Shrink forgets the history and writes etcd's files anew, one member after
+// the other. A store that was full takes writes again if there is room now.
+func (s *Store) Shrink(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, shrinkLimit)
+	defer cancel()
+	s.mu.RLock()
+	rev := s.rev
+	s.mu.RUnlock()
+	if _, err := s.c.Compact(ctx, rev, clientv3.WithCompactPhysical()); err != nil && !errors.Is(err, rpctypes.ErrCompacted) {
+		return unreachable("compact", "the store", err)
+	}
+	members := s.c.Endpoints()
+	if len(members) == 0 {
+		members = []string{""} // the one in this process
+	}
+	for _, m := range members {
+		if _, err := s.c.Defragment(ctx, m); err != nil {
+			return unreachable("defragment", "the store", err)
+		}
+	}
+	return s.disarm(ctx)
+}
+
+// disarm takes the alarm of a full store away; a store without room raises it
+// again at the next write.
+func (s *Store) disarm(ctx context.Context) error {
+	all, err := s.c.AlarmList(ctx)
+	if err != nil {
+		return unreachable("read the alarms of", "the store", err)
+	}
+	for _, a := range all.Alarms {
+		if a.Alarm != etcdserverpb.AlarmType_NOSPACE {
+			continue
+		}
+		if _, err := s.c.AlarmDisarm(ctx, (*clientv3.AlarmMember)(a)); err != nil {
+			return unreachable("take the alarm from", "the store", err)
+		}
+	}
+	s.full.Store(false)
+	return nil
+}
+
+// Full says whether etcd refused the last write for want of space.
+func (s *Store) Full() bool { return s.full.Load() }
+
+// noteFull remembers that the store is full and has it shrunk at once.
+func (s *Store) noteFull() {
+	s.full.Store(true)
+	s.wantShrink()
+}
+
+func (s *Store) wantShrink() {
+	select {
+	case s.shrink <- struct{}{}:
+	default:
+	}
+}
+
+// shrinker shrinks after deletions, and while the store is full.
+func (s *Store) shrinker(ctx context.Context) {
+	defer close(s.shrunk)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.shrink:
+		}
+		if !s.Full() && !pause(ctx, shrinkAfter) {
+			return
+		}
+		select { // what came while it waited is done with it
+		case <-s.shrink:
+		default:
+		}
+		err := s.Shrink(ctx)
+		if !pause(ctx, shrinkEvery) {
+			return
+		}
+		if err != nil {
+			s.wantShrink()
+		}
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// refused turns etcd's refusal of a write into a fault.
+func (s *Store) refused(verb, what string, err error) error {
+	if !errors.Is(err, rpctypes.ErrNoSpace) {
+		return unreachable(verb, what, err)
+	}
+	s.noteFull()
+	return fault.Newf(fault.Unreachable, verb+" in the store", what, "it is full").
+		WithHint("purge keys that are not needed; the store is compacted by itself and then takes writes again")
+}
