@@ -26,6 +26,7 @@ type options struct {
 	rounds   int
 	many     int
 	floorDir string
+	only     string
 }
 
 func main() {
@@ -34,6 +35,7 @@ func main() {
 	flag.Float64Var(&o.seconds, "seconds", 2, "length of one measurement")
 	flag.IntVar(&o.rounds, "rounds", 3, "measurements of each kind; the median counts")
 	flag.IntVar(&o.many, "many", 100_000, "number of keys of the large store; 0 leaves it out")
+	flag.StringVar(&o.only, "only", "", "speed or sizes; without it, both")
 	flag.StringVar(&o.floorDir, "floor", "", "be the floor's server, with its token in this folder")
 	flag.Parse()
 	ctx := context.Background()
@@ -62,10 +64,13 @@ func run(ctx context.Context, o options) error {
 	if err := b.render(ctx); err != nil {
 		return err
 	}
-	for _, step := range []func(context.Context) error{b.speed, b.sizes} {
-		if err := step(ctx); err != nil {
+	if o.only != "sizes" {
+		if err := b.speed(ctx); err != nil {
 			return err
 		}
+	}
+	if o.only != "speed" {
+		return b.sizes(ctx)
 	}
 	return nil
 }

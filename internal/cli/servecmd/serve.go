@@ -143,6 +143,7 @@ func runServe(ctx context.Context, o *serveOptions) error {
 		return err
 	}
 	o.Progress().Line("ready", ready)
+	app.Trim()
 	return app.ServeAll(ctx, k.Gate, log, k.Died, app.Listener{Listener: l}, app.Listener{Listener: local, Local: true})
 }
 
