@@ -1,6 +1,8 @@
 package main
 
 import (
+	"encoding/pem"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 
@@ -21,6 +23,19 @@ func registry(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	ts.Defer(stop)
 	ts.Setenv(args[0], host)
+}
+
+// museum starts a chart repository over TLS, sets VAR to its HOST:PORT and
+// writes its CA to FILE: museum VAR FILE.
+func museum(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: museum VAR FILE")
+	}
+	srv := httptest.NewTLSServer(&testkit.Museum{})
+	ts.Defer(srv.Close)
+	ts.Setenv(args[0], srv.Listener.Addr().String())
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw})
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), ca, 0o600))
 }
 
 // mkarchive writes an archive of testkit: mkarchive NAME FILE.
@@ -58,10 +73,9 @@ func cut(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.Truncate(p, st.Size()/2))
 }
 
-// builtPrograms names the programs that make build left, for archive build: the
-// test program itself is no static kmsctl.
-func builtPrograms(e *testscript.Env, bin string) {
-	e.Setenv("KMSCTL_KMSCTL", filepath.Join(bin, "kmsctl"))
+// packageCache names the folder of the Debian packages, for archive build: one
+// for all scripts, so that they are fetched once.
+func packageCache(e *testscript.Env, bin string) {
 	cache := os.Getenv("KMSCTL_CACHE")
 	if cache == "" {
 		cache = filepath.Join(bin, "../.cache")

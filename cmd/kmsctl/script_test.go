@@ -36,7 +36,7 @@ func TestScripts(t *testing.T) {
 			e.Values["servers"] = servers{}
 			e.Setenv("PATH", bin+string(os.PathListSeparator)+e.Getenv("PATH"))
 			e.Setenv("CHART", filepath.Join(filepath.Dir(bin), "templates", "key-management-hsm"))
-			builtPrograms(e, bin)
+			packageCache(e, bin)
 			e.Setenv("KMSCTL_NO_INPUT", "1") // never a question, whoever runs the tests
 			e.Setenv("XDG_DATA_HOME", filepath.Join(e.WorkDir, "xdg-data"))
 			e.Setenv("XDG_STATE_HOME", filepath.Join(e.WorkDir, "xdg-state"))
@@ -44,7 +44,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "kms": kms, "field": field, "luna": luna,
-			"registry": registry, "mkarchive": mkarchive, "flip": flip, "cut": cut},
+			"registry": registry, "museum": museum, "mkarchive": mkarchive, "flip": flip, "cut": cut},
 	})
 }
 

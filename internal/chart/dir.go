@@ -120,14 +120,16 @@ func versions(index map[string]any, name string) []map[string]any {
 }
 
 // writeFile writes under a temporary name first.
-func writeFile(path string, b []byte) error {
+func writeFile(path string, b []byte) error { return writeMode(path, b, 0o644) }
+
+func writeMode(path string, b []byte, mode os.FileMode) error {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return fault.New(fault.Other, "write", path, err)
 	}
 	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename, as it should
 	_, err = f.Write(b)
-	for _, step := range []func() error{func() error { return f.Chmod(0o644) }, f.Close, func() error { return os.Rename(f.Name(), path) }} {
+	for _, step := range []func() error{func() error { return f.Chmod(mode) }, f.Close, func() error { return os.Rename(f.Name(), path) }} {
 		if err == nil {
 			err = step()
 		}

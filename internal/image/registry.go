@@ -88,6 +88,18 @@ func Dial(ctx context.Context, o Options) (*Registry, error) {
 	if o.Chunk == 0 {
 		o.Chunk = defaultChunk
 	}
+	client, err := NewClient(o)
+	if err != nil {
+		return nil, err
+	}
+	r := &Registry{opts: o, base: url.URL{Scheme: "https", Host: o.Host}, client: client, wait: sleep}
+	r.auth = &authorizer{r: r}
+	return r, r.ping(ctx)
+}
+
+// NewClient makes an HTTP client by the options' TLS files, which gives up a
+// connection on which nothing moves.
+func NewClient(o Options) (*http.Client, error) {
 	conf, err := tlsConfig(o)
 	if err != nil {
 		return nil, err
@@ -106,9 +118,7 @@ func Dial(ctx context.Context, o Options) (*Registry, error) {
 		MaxIdleConnsPerHost: 64, IdleConnTimeout: 90 * time.Second, ForceAttemptHTTP2: false, DisableCompression: true,
 		WriteBufferSize: 64 << 10, ReadBufferSize: 16 << 10,
 	}
-	r := &Registry{opts: o, base: url.URL{Scheme: "https", Host: o.Host}, client: &http.Client{Transport: t}, wait: sleep}
-	r.auth = &authorizer{r: r}
-	return r, r.ping(ctx)
+	return &http.Client{Transport: t}, nil
 }
 
 // patient is a connection that fails when nothing moves for stallLimit: a
@@ -120,6 +130,27 @@ func (p *patient) Write(b []byte) (int, error) {
 		return 0, err
 	}
 	return p.Conn.Write(b)
+}
+
+// ReadFrom is how a request's body is written: in large pieces.
+func (p *patient) ReadFrom(r io.Reader) (total int64, err error) {
+	buf := make([]byte, 128<<10)
+	for {
+		n, err := r.Read(buf)
+		if n > 0 {
+			m, werr := p.Write(buf[:n])
+			total += int64(m)
+			if werr != nil {
+				return total, werr
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
+		}
+	}
 }
 
 func tlsConfig(o Options) (*tls.Config, error) {

@@ -8,10 +8,13 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
+
+	"sigs.k8s.io/yaml"
 )
 
 // Entry is an entry of a tar, a regular file unless Type says otherwise.
@@ -269,4 +272,26 @@ func lyingSize(b []byte) []byte {
 	}
 	copy(h[148:156], fmt.Sprintf("%06o\x00 ", sum))
 	return b
+}
+
+// chartOf reads name and version of a chart package.
+func chartOf(pkg []byte) (name, version string, ok bool) {
+	z, err := gzip.NewReader(bytes.NewReader(pkg))
+	if err != nil {
+		return "", "", false
+	}
+	for r := tar.NewReader(z); ; {
+		h, err := r.Next()
+		if err != nil {
+			return "", "", false
+		}
+		if !strings.HasSuffix(h.Name, "/Chart.yaml") {
+			continue
+		}
+		b, err := io.ReadAll(r)
+		must(err)
+		var c struct{ Name, Version string }
+		must(yaml.Unmarshal(b, &c))
+		return c.Name, c.Version, true
+	}
 }

@@ -57,7 +57,8 @@ type DeliveryFlags struct {
 	token, repoToken    SecretInput
 	repoPassword        SecretInput
 	repoUser            string
-	Sync                string
+	putPath, syncPath   string
+	putForm             bool
 }
 
 const defaultMap = "{prefix}/{namespace}/{path}"
@@ -75,6 +76,9 @@ func (f *DeliveryFlags) Add(fs *pflag.FlagSet) {
 	fs.BoolVar(&f.Insecure, "insecure", false, "allow plain HTTP and certificates that nobody vouches for")
 	fs.StringVar(&f.User, "registry-user", "", "user at the registry; without it the Docker configuration counts")
 	fs.StringVar(&f.repoUser, "repo-user", "", "user at the chart repository")
+	fs.StringVar(&f.putPath, "repo-put-path", "{file}", "path of an upload behind an icp+https:// URL; {file} is the package's name")
+	fs.BoolVar(&f.putForm, "repo-put-form", false, "upload to an icp+https:// repository as a form with the field chart")
+	fs.StringVar(&f.syncPath, "repo-sync-path", "/helm-api/api/v2/synch", "path by which an icp+https:// repository's catalog is synchronised; empty: not at all")
 	fs.Int64Var(&f.ChunkSize, "chunk-size", 16<<20, "bytes that an upload sends at once")
 	for _, s := range []*SecretInput{&f.password, &f.token, &f.repoToken, &f.repoPassword} {
 		s.Add(fs)

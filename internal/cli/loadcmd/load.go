@@ -19,7 +19,7 @@ import (
 )
 
 // New gives the commands of this package.
-func New(a *app.App) []*cobra.Command { return []*cobra.Command{newLoadCmd(a, nil)} }
+func New(a *app.App) []*cobra.Command { return []*cobra.Command{newLoadCmd(a, nil), newRepoCmd(a)} }
 
 type loadOptions struct {
 	*app.App
