@@ -3,6 +3,7 @@ module github.com/kmsctl/kmsctl
 go 1.26.4
 
 require (
+	aead.dev/minisign v0.3.0
 	filippo.io/age v1.3.2
 	github.com/AlecAivazis/survey/v2 v2.3.7
 	github.com/IBM/keyprotect-go-client v0.17.3

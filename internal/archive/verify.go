@@ -141,7 +141,12 @@ func (a *Archive) Inspect(ctx context.Context, lim Limits) (*Content, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Content{Manifest: m, Members: a.Index.Members}
+	c := &Content{Manifest: m, Members: a.Index.Members, Images: a.indexImages()}
+	return c, nil
+}
+
+// indexImages are the images as the index has them.
+func (a *Archive) indexImages() (all []ContentImage) {
 	for _, i := range a.Index.Images {
 		o, arch, _ := strings.Cut(i.Platform, "/")
 		ci := ContentImage{Member: i.Member, Image: Image{Refs: i.Refs, Platform: ppa.Platform{OS: o, Architecture: arch}}}
@@ -149,9 +154,9 @@ func (a *Archive) Inspect(ctx context.Context, lim Limits) (*Content, error) {
 			ci.Size += l.Size
 			ci.Layers = append(ci.Layers, Layer{DiffID: l.DiffID, Digest: l.Digest, MediaType: l.MediaType})
 		}
-		c.Images = append(c.Images, ci)
+		all = append(all, ci)
 	}
-	return c, nil
+	return all
 }
 
 // Verify reads everything and checks every digest: of blobs by their names, of
@@ -238,8 +243,10 @@ type seenLayer struct {
 }
 
 func (v *reading) images(name string, r io.Reader) error {
+	if v.a.Index != nil && v.a.Index.Base != "" {
+		return nil // a delta's images need the layers of its base
+	}
 	layers := map[string]seenLayer{}
-	base := v.a.Index != nil && v.a.Index.Base != ""
 	got, err := ReadImages(r, name, v.lim, func(p string, size int64, declared string, r io.Reader) error {
 		l := seenLayer{size: size}
 		if v.check {
@@ -255,9 +262,6 @@ func (v *reading) images(name string, r io.Reader) error {
 		return nil
 	})
 	if err != nil {
-		if base {
-			return nil // a delta's images need the layers of its base
-		}
 		return err
 	}
 	for _, i := range got.Images {
@@ -299,6 +303,9 @@ func (v *reading) finish() error {
 		return err
 	}
 	v.content.Manifest = m
+	if v.a.Index != nil && v.a.Index.Base != "" {
+		v.content.Images = v.a.indexImages()
+	}
 	if err := CheckMembers(m, v.content.Members); err != nil {
 		return err
 	}

@@ -32,7 +32,7 @@ const (
 	patience  = 3 * time.Second  // of a call, with a sidecar that is being started again
 	startWait = 30 * time.Second // for a sidecar to appear
 	beat      = time.Second      // between two looks at the connector
-	hungAfter = 20 * time.Second // no answer to them for so long: it is replaced
+	hungBeats = 3                // beyond the longest call of the library, without an answer: it is replaced
 )
 
 // Client is one HSM. Safe for concurrent use; Close ends it.
@@ -309,7 +309,7 @@ func (c *Client) watch() {
 		switch {
 		case err == nil && !d.LoggedIn && hook != nil:
 			_ = c.reopen(c.life) // who calls meanwhile gets the error
-		case l.proc != nil && time.Since(answered) > hungAfter:
+		case l.proc != nil && time.Since(answered) > c.start.callTimeout+hungBeats*beat:
 			fmt.Fprintln(c.start.stderr, "kmsctl: the HSM connector hangs; it is replaced")
 			l.proc.kill()
 			answered = time.Now()

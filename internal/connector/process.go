@@ -1,6 +1,7 @@
 package connector
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -32,7 +33,7 @@ type Options struct {
 	Slot        *uint64
 	SoftHSMDir  string        // make the token here when there is none
 	Sessions    int           // calls that the token works on at once; 0 leaves it to the connector
-	CallTimeout time.Duration // a call of the library that takes longer ends the connector; 0 leaves it there too
+	CallTimeout time.Duration // a call of the library that takes longer ends the connector; 0 means 20 s
 	PIN         secret.Value
 	Stderr      io.Writer // the connector's log
 	Env         []string  // added to the environment
@@ -68,7 +69,12 @@ type starter struct {
 	env    []string
 	pin    secret.Value
 	stderr io.Writer
+
+	callTimeout time.Duration // after which the connector ends itself
 }
+
+// defaultCallTimeout is longer than what a Luna client waits for its HSM.
+const defaultCallTimeout = 20 * time.Second
 
 // Start starts a connector and waits until its token is there. The connector
 // lives until Close. The PIN is copied.
@@ -107,7 +113,7 @@ func (l *link) ready(ctx context.Context) error {
 }
 
 func newStarter(o Options) *starter {
-	s := &starter{path: o.Path, env: o.Env, stderr: o.Stderr, pin: secret.New(append([]byte(nil), o.PIN.Reveal()...))}
+	s := &starter{path: o.Path, env: o.Env, callTimeout: cmp.Or(o.CallTimeout, defaultCallTimeout), stderr: o.Stderr, pin: secret.New(append([]byte(nil), o.PIN.Reveal()...))}
 	if s.stderr == nil {
 		s.stderr = io.Discard
 	}
@@ -126,9 +132,7 @@ func newStarter(o Options) *starter {
 	if o.Sessions > 0 {
 		add("--sessions", strconv.Itoa(o.Sessions))
 	}
-	if o.CallTimeout > 0 {
-		add("--call-timeout", o.CallTimeout.String())
-	}
+	add("--call-timeout", s.callTimeout.String())
 	return s
 }
 

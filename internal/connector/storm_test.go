@@ -226,6 +226,28 @@ func now(err error) time.Time {
 	return time.Now()
 }
 
+// TestAStoppedConnectorIsReplaced: it cannot end itself, so its parent does.
+func TestAStoppedConnectorIsReplaced(t *testing.T) {
+	c, q, _ := network(t)
+	k, err := c.CreateRootKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, began := c.Pid(), time.Now()
+	if err := syscall.Kill(old, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Wrap(t.Context(), k.Blob, []byte("x"), nil); err != nil {
+		t.Errorf("%v", err)
+	}
+	if c.Pid() == old {
+		t.Errorf("answered after %s, by the old process: %v", time.Since(began), c.Pid() == old)
+	}
+	if got := q.Logins(); len(got) != 2 {
+		t.Errorf("logins: %v", got)
+	}
+}
+
 // TestAWrongPINAfterARestartIsTriedOnce: the secret is wrong from now on, the
 // connector dies again and again, and the token sees one wrong PIN.
 func TestAWrongPINAfterARestartIsTriedOnce(t *testing.T) {

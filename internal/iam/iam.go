@@ -155,6 +155,7 @@ func keyID(key []byte) string {
 // seconds.
 type Token struct {
 	AccessToken string
+	Principal   Principal // whom it proves
 	ExpiresIn   int64
 	Expiration  int64
 }
@@ -197,7 +198,7 @@ func (s *Service) Issue(ctx context.Context, key secret.Value) (Token, error) {
 	if err != nil {
 		return Token{}, fmt.Errorf("sign token: %w", err)
 	}
-	return Token{AccessToken: signed, ExpiresIn: int64(tokenLife / time.Second), Expiration: now.Add(tokenLife).Unix()}, nil
+	return Token{AccessToken: signed, Principal: p, ExpiresIn: int64(tokenLife / time.Second), Expiration: now.Add(tokenLife).Unix()}, nil
 }
 
 // Authenticate checks a token, and that its API key and service ID still

@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/kmsctl/kmsctl/internal/archive"
+	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/pkg/ppa"
 )
 
@@ -27,6 +28,9 @@ func (l *load) native(ctx context.Context) error {
 		repos = append(repos, l.Repository(i.Name))
 	}
 	l.Registry.Scope(repos...)
+	if err := l.base(ctx, repos); err != nil {
+		return err
+	}
 	var wg sync.WaitGroup
 	gate := make(chan struct{}, 4*max(l.Jobs, 1)) // images at the same time; their uploads have slots of their own
 	for _, entry := range m.Images {
@@ -125,4 +129,39 @@ func (l *load) nativeManifest(ctx context.Context, repo, tag string, i archive.I
 		return damagedBlob(i.Manifest.Digest)
 	}
 	return l.Registry.PutManifest(ctx, repo, tag, i.Manifest.MediaType, b)
+}
+
+// base sees to it, for a delta, that the site has what the delta lacks, before
+// anything is changed.
+func (l *load) base(ctx context.Context, repos []string) error {
+	if l.Archive.Index.Base == "" {
+		return nil
+	}
+	held := map[string]bool{}
+	for _, b := range l.Archive.Index.Blobs {
+		held[b.Digest] = true
+	}
+	for _, i := range l.Archive.Index.Images {
+		for _, y := range i.Layers {
+			if held[y.Digest] {
+				continue
+			}
+			held[y.Digest] = true // look once
+			s := l.state(y.Digest)
+			for _, repo := range repos {
+				has, err := l.Registry.HasBlob(ctx, repo, y.Digest)
+				if err != nil {
+					return about(err, "look for layers in", l.Host)
+				}
+				if has {
+					s.repos = append(s.repos, repo)
+				}
+			}
+			if len(s.repos) == 0 {
+				return fault.Newf(fault.Conflict, "load delta", l.Archive.Name, "the registry has no layer %s, which the delta leaves out", y.Digest).
+					WithHint("load the archive that the delta was made against first (its index is %s), or the whole new one", l.Archive.Index.Base)
+			}
+		}
+	}
+	return nil
 }

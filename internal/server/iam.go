@@ -38,6 +38,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) {
 			e.Status, e.Detail = http.StatusServiceUnavailable, kmsapi.Unavailable
 		}
 	}
+	e.Principal = t.Principal.String()
 	if aerr := s.Audit.Append(context.WithoutCancel(r.Context()), e); aerr != nil {
 		s.Log.Error("audit", "error", aerr)
 		e.Status = http.StatusServiceUnavailable

@@ -16,7 +16,7 @@ func own(path string) []string { return []string{"/kmsctl/v1" + path} }
 
 // routes is the whole API but health and tokens.
 func routes() []route {
-	return slices.Concat(keyRoutes(), instanceRoutes(), ownRoutes())
+	return slices.Concat(keyRoutes(), instanceRoutes(), ownRoutes(), icpRoutes())
 }
 
 func keyRoutes() []route {

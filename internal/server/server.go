@@ -93,6 +93,7 @@ func New(c Config) *Server {
 	for _, p := range []string{"/identity/token", "/oidc/token", "/iam-token/oidc/token"} {
 		s.mux.HandleFunc("POST "+p, s.token)
 	}
+	s.mux.HandleFunc("POST /idprovider/v1/auth/identitytoken", identityToken)
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeError(w, kmsapi.NoSuchPath, "Request could not be served", r.Method+" "+r.URL.Path+" is not served")
 	})

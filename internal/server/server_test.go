@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -369,7 +370,8 @@ func TestTokenEndpoints(t *testing.T) {
 			}
 		}
 	}
-	if e := w.audit.last(); e.Action != "iam.token.issue" {
+	w.login(t, w.admin)
+	if e := w.audit.last(); e.Action != "iam.token.issue" || !strings.HasPrefix(e.Principal, "admin:") {
 		t.Errorf("%+v", e)
 	}
 }
@@ -438,5 +440,70 @@ func TestOnboardAndManageByHTTP(t *testing.T) {
 	c.instance = o.InstanceID
 	if r := c.do(t, "DELETE", "/kmsctl/v1/instance", ""); r.status != 409 {
 		t.Errorf("delete an instance with keys: %+v", r)
+	}
+}
+
+// TestICPsIAMPaths: scripts that were written for ICP's own IAM onboard a
+// service here, step by step.
+func TestICPsIAMPaths(t *testing.T) {
+	w := newWorld(t)
+	root := w.root(t, "shop")
+	k := root.create(t, `"name":"root"`)
+	for i, at := range []struct{ identity, pap string }{
+		{"/iam-token", "/iam-pap/acms/v1/scopes/n%252Fkube-system"}, {"", "/acms/v1/scopes/n%252Fkube-system"}, {"/iam-token", "/v1/scopes/n%2Fkube-system"},
+	} {
+		name := fmt.Sprint("svc-", i)
+		var sid struct {
+			Metadata struct {
+				IAMID string `json:"iam_id"`
+				CRN   string `json:"crn"`
+			}
+		}
+		r := root.do(t, "POST", at.identity+"/serviceids/", `{"name":"`+name+`","description":"d","boundTo":"crn:v1:icp:private:k8:mycluster:n/kube-system:::"}`)
+		if r.into(t, &sid); r.status != 201 || !strings.HasPrefix(sid.Metadata.IAMID, "iam-ServiceId-") {
+			t.Fatal(r)
+		}
+		if r := root.do(t, "GET", at.identity+"/serviceids/?boundTo=crn", ""); r.status != 200 || !strings.Contains(r.body, `"iam_id":"`+sid.Metadata.IAMID+`"`) {
+			t.Errorf("%+v", r)
+		}
+		var key struct{ APIKey, BoundTo string }
+		root.do(t, "POST", at.identity+"/apikeys/", `{"name":"k","description":"d","boundTo":"`+sid.Metadata.CRN+`"}`).into(t, &key)
+		policies := at.pap + "/service_ids/" + sid.Metadata.IAMID + "/policies"
+		body := `{"resources":[{"namespaceId":"kube-system","serviceName":"kms","serviceInstance":"` + root.instance + `","resource":"` + k.ID +
+			`","resourceType":"key"}],"roles":[{"id":"crn:v1:icp:private:iam::::role:Viewer"}]}`
+		var p struct{ ID string }
+		if r := root.do(t, "POST", policies, body); r.status != 201 {
+			t.Fatalf("%s: %+v", policies, r)
+		} else {
+			r.into(t, &p)
+		}
+		if r := root.do(t, "POST", policies, strings.Replace(body, "Viewer", "Operator", 1)); r.status != 400 {
+			t.Errorf("%+v", r)
+		}
+		s := client{w: w, token: w.login(t, key.APIKey), instance: root.instance}
+		if r := s.act(t, k.ID, "wrap", ""); r.status != 200 {
+			t.Errorf("%+v", r)
+		}
+		if r := s.do(t, "POST", policies, body); r.status != 403 {
+			t.Errorf("a service grants: %+v", r)
+		}
+		if r := root.do(t, "GET", policies, ""); !strings.Contains(r.body, p.ID) {
+			t.Errorf("%+v", r)
+		}
+		if r := root.do(t, "DELETE", policies+"/"+p.ID, ""); r.status != 204 {
+			t.Errorf("%+v", r)
+		}
+		if r := s.act(t, k.ID, "wrap", ""); r.status != 403 {
+			t.Errorf("%+v", r)
+		}
+		if r := root.do(t, "DELETE", at.identity+"/serviceids/"+sid.Metadata.IAMID, ""); r.status != 204 {
+			t.Errorf("%+v", r)
+		}
+		if r := s.act(t, k.ID, "wrap", ""); r.status != 401 {
+			t.Errorf("%+v", r)
+		}
+	}
+	if r := (client{w: w}).do(t, "POST", "/idprovider/v1/auth/identitytoken", "grant_type=password"); r.status != 400 || !strings.Contains(r.body, "API key") {
+		t.Errorf("%+v", r)
 	}
 }

@@ -25,6 +25,7 @@ type buildOptions struct {
 	lunaClient    string
 	nshieldClient string
 	batch         bool
+	sign          signFlags
 }
 
 func newBuildCmd(a *app.App, run func(context.Context, *buildOptions) error) *cobra.Command {
@@ -54,12 +55,13 @@ have none, unless a tar of the installed client is given.`,
 	fs.StringVar(&o.lunaClient, "luna-client", "", "tar of the installed Luna client, for kms-gemaltov6")
 	fs.StringVar(&o.nshieldClient, "nshield-client", "", "tar of the installed nShield client, for kms-thalesv12")
 	fs.BoolVar(&o.batch, "batch-images", false, "put all images into one member, each layer once: smaller, and IBM's loader from 3.1.2 on reads it")
+	o.sign.add(fs)
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *buildOptions) Check() error {
-	var errs []error
+	errs := []error{o.sign.password.Check()}
 	if o.outputFile == "" {
 		errs = append(errs, fault.Usagef("--output-file: missing"))
 	}
@@ -90,11 +92,7 @@ func runBuild(ctx context.Context, o *buildOptions) error {
 	for _, w := range warnings {
 		o.Progress().Line("warning", w)
 	}
-	w, err := pack.WriteFile(o.outputFile, b)
-	if err != nil {
-		return err
-	}
-	return o.Print(built(w, b, warnings))
+	return write(o.App, o.outputFile, &o.sign, b, warnings)
 }
 
 // builtResult is what build prints.

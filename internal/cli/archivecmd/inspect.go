@@ -13,6 +13,7 @@ type readOptions struct {
 	*app.App
 	archive string
 	limits  limitFlags
+	key     string // of verify
 }
 
 // Check holds the rules of the flags.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/archive"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/pack"
 )
 
 func newVerifyCmd(a *app.App, run func(context.Context, *readOptions) error) *cobra.Command {
@@ -19,13 +20,14 @@ func newVerifyCmd(a *app.App, run func(context.Context, *readOptions) error) *co
 		Long: `Read an archive to its end and check it: that it is whole, that the manifests agree and
 name what is there, and every digest: of blobs by their names, of layers by the diff IDs of
 the images' configurations, and, in one of kmsctl's own, of every member by the index.`,
-		Example: "  kmsctl archive verify key-management-hsm-amd64.tar.gz",
+		Example: "  kmsctl archive verify key-management-hsm-amd64.tar.gz\n  kmsctl archive verify key-management-hsm-amd64.tar.gz --key minisign.pub",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.archive = args[0]
 			return app.Run(cmd.Context(), o, run)
 		},
 	}
 	o.limits.add(cmd.Flags())
+	cmd.Flags().StringVar(&o.key, "key", "", "minisign public key file by which the archive must be signed")
 	return cmd
 }
 
@@ -35,6 +37,11 @@ func runVerify(ctx context.Context, o *readOptions) error {
 		return err
 	}
 	defer a.Close()
+	if o.key != "" {
+		if err := pack.CheckSignature(a, o.key); err != nil {
+			return err
+		}
+	}
 	c, err := a.Verify(ctx, o.limits.limits())
 	if err != nil {
 		return err

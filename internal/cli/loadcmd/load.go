@@ -15,6 +15,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/archive"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/pack"
 	"github.com/kmsctl/kmsctl/internal/push"
 )
 
@@ -30,6 +31,7 @@ type loadOptions struct {
 	compression string
 	staging     string
 	spool       string
+	key         string
 	maxUnpacked int64
 }
 
@@ -66,6 +68,7 @@ the registry has it.`,
 	fs.BoolVar(&o.dryRun, "dry-run", false, "say what would be sent, and send nothing")
 	fs.StringVar(&o.compression, "layer-compression", compressions[0], "of layers that stand uncompressed in the archive: "+strings.Join(compressions, ", "))
 	fs.StringVar(&o.staging, "staging-repository", "", "repository for layers whose own is not known yet, when standard input has the manifest behind the images")
+	fs.StringVar(&o.key, "key", "", "minisign public key file by which the archive must be signed")
 	fs.StringVar(&o.spool, "spool-dir", "", "folder that keeps standard input on disk for the time of the load, so that any archive can be read from there")
 	fs.Int64Var(&o.maxUnpacked, "max-unpacked-size", archive.DefaultLimits.Unpacked, "bytes that the archive may unpack to")
 	_ = cmd.RegisterFlagCompletionFunc("layer-compression", cobra.FixedCompletions(compressions, cobra.ShellCompDirectiveNoFileComp))
@@ -96,6 +99,11 @@ func runLoad(ctx context.Context, o *loadOptions) error {
 		return err
 	}
 	defer a.Close()
+	if o.key != "" {
+		if err := pack.CheckSignature(a, o.key); err != nil {
+			return err
+		}
+	}
 	registry, err := o.OpenRegistry(ctx, &o.delivery, o.Uploads())
 	if err != nil {
 		return err

@@ -111,6 +111,7 @@ func runAPI(ctx context.Context, o *apiOptions) error {
 const (
 	firstPause = 200 * time.Millisecond
 	longPause  = 10 * time.Second
+	dialWait   = 3 * time.Second // then /readyz says that the connector is not there
 )
 
 // openBehind opens the KMS behind the gate, and tries until it opens. It
@@ -138,7 +139,9 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 		return err
 	}
 	defer func() { _ = client.Close() }() // the connection may be broken already
-	token, err := connector.Dial(ctx, o.socket)
+	dial, cancel := context.WithTimeout(ctx, dialWait)
+	token, err := connector.Dial(dial, o.socket)
+	cancel()
 	if err != nil {
 		return err
 	}

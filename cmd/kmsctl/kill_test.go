@@ -1,0 +1,262 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+	"github.com/kmsctl/kmsctl/pkg/kmsclient"
+)
+
+// kills is how often TestKilledUnderLoad kills; KMSCTL_KILLS sets it.
+func kills(t *testing.T) int {
+	t.Helper()
+	s := os.Getenv("KMSCTL_KILLS")
+	if s == "" {
+		return 6
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// promised is what the server acknowledged of one key, and whether a call was
+// on its way when the server was killed.
+type promised struct {
+	id        string
+	rotations int
+	deleted   bool
+	unsure    string // name of the call on its way
+}
+
+// worker calls one thing after the other, each on keys of its own.
+type worker struct {
+	c        *kmsclient.Client
+	keys     []*promised
+	services []string
+	counts   map[string]int
+}
+
+// step makes one random call; an error is the server's death.
+func (w *worker) step(ctx context.Context) error {
+	switch n := rand.IntN(10); {
+	case n < 3 || len(w.keys) == 0:
+		k, err := w.c.CreateKey(ctx, kmsapi.CreateKey{Name: "killed under load"})
+		if err != nil {
+			return err
+		}
+		w.keys = append(w.keys, &promised{id: k.ID})
+		w.counts["create"]++
+	case n < 7:
+		return w.onKey(ctx, "rotate", http.MethodPost, "/actions/rotate", func(p *promised) { p.rotations++ })
+	case n < 8:
+		return w.onKey(ctx, "delete", http.MethodDelete, "", func(p *promised) { p.deleted = true })
+	default:
+		name := fmt.Sprintf("svc-%d", rand.Uint64())
+		if err := w.c.Do(ctx, http.MethodPost, "/kmsctl/v1/iam/service-ids", kmsapi.CreateServiceID{Name: name}, nil); err != nil {
+			return err
+		}
+		p := kmsapi.CreatePolicy{ServiceID: name, Role: "Viewer", Instance: w.c.Instance()}
+		if err := w.c.Do(ctx, http.MethodPost, "/kmsctl/v1/iam/policies", p, nil); err != nil {
+			return err
+		}
+		w.services = append(w.services, name)
+		w.counts["policy"]++
+	}
+	return nil
+}
+
+func (w *worker) onKey(ctx context.Context, name, method, path string, acknowledged func(*promised)) error {
+	p := w.keys[rand.IntN(len(w.keys))]
+	if p.deleted || p.unsure != "" {
+		return nil
+	}
+	p.unsure = name
+	if err := w.c.Do(ctx, method, "/api/v2/keys/"+p.id+path, nil, nil); err != nil {
+		return err
+	}
+	p.unsure = ""
+	acknowledged(p)
+	w.counts[name]++
+	return nil
+}
+
+// check compares the server's state with what it promised.
+func (w *worker) check(t *testing.T) {
+	t.Helper()
+	ctx := t.Context()
+	for _, p := range w.keys {
+		k, err := w.c.Key(ctx, p.id, true)
+		if err != nil {
+			t.Errorf("key %s is lost: %v", p.id, err)
+			continue
+		}
+		if deleted := k.State == 5; deleted != p.deleted && p.unsure != "delete" {
+			t.Errorf("key %s: state %d, deleted %v was acknowledged", p.id, k.State, p.deleted)
+		} else {
+			p.deleted = deleted
+		}
+		var vs kmsapi.Collection[kmsapi.KeyVersion]
+		if err := w.c.Do(ctx, http.MethodGet, "/api/v2/keys/"+p.id+"/versions?allKeyStates=true&limit=5000", nil, &vs); err != nil {
+			t.Error(err)
+		}
+		got := len(vs.Resources) - 1
+		if got != p.rotations && (p.unsure != "rotate" || got != p.rotations+1) {
+			t.Errorf("key %s: %d rotations, %d were acknowledged", p.id, got, p.rotations)
+		}
+		p.rotations, p.unsure = got, ""
+	}
+	for _, name := range w.services {
+		var ps kmsapi.Policies
+		if err := w.c.Do(ctx, http.MethodGet, "/kmsctl/v1/iam/policies/"+name, nil, &ps); err != nil || len(ps.Policies) != 1 {
+			t.Errorf("policy of %s is lost: %v", name, err)
+		}
+	}
+}
+
+// TestKilledUnderLoad kills the KMS with SIGKILL again and again while it
+// works: whatever it acknowledged is there afterwards, and the audit log is
+// whole and has a line for each.
+func TestKilledUnderLoad(t *testing.T) {
+	dir := t.TempDir()
+	data := filepath.Join(dir, "d")
+	for name, text := range map[string]string{"sec.yaml": "apiVersion: v1\nkind: Secret\nmetadata: {name: hsm-secret, namespace: kube-system}\nstringData: {hsm-pass: a-phrase}\n",
+		"val.yaml": "hsm: {hsm_model: softhsm}\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	program, err := filepath.Abs("../../bin/kmsctl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	serve := func() *exec.Cmd {
+		cmd := exec.Command(program, "serve", "--data", data, "--listen", "127.0.0.1:0", "--secret", filepath.Join(dir, "sec.yaml"), "--values", filepath.Join(dir, "val.yaml"), "--window", "rotate=0s")
+		errs, err := cmd.StderrPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		ready := make(chan string, 1)
+		go func() {
+			var all strings.Builder
+			sent := false
+			for s := bufio.NewScanner(errs); s.Scan(); {
+				if strings.HasPrefix(s.Text(), "ready") && !sent {
+					ready <- ""
+					sent = true
+				}
+				if !sent {
+					all.WriteString(s.Text() + "\n")
+				}
+			}
+			if !sent {
+				ready <- all.String()
+			}
+		}()
+		if why := <-ready; why != "" {
+			t.Fatalf("it does not start again:\n%s", why)
+		}
+		return cmd
+	}
+	cmd := serve()
+	admin, err := kmsclient.New(kmsclient.Config{Socket: filepath.Join(data, "api.sock")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var in kmsapi.Instance
+	if err := admin.Do(t.Context(), http.MethodPost, "/kmsctl/v1/instances", kmsapi.CreateInstance{Name: "shop"}, &in); err != nil {
+		t.Fatal(err)
+	}
+	admin.SetInstance(in.ID)
+	var workers []*worker
+	for range 4 {
+		c, err := kmsclient.New(kmsclient.Config{Socket: filepath.Join(data, "api.sock"), Instance: in.ID})
+		if err != nil {
+			t.Fatal(err)
+		}
+		workers = append(workers, &worker{c: c, counts: map[string]int{}})
+	}
+	n := kills(t)
+	for range n {
+		var wg sync.WaitGroup
+		for _, w := range workers {
+			wg.Go(func() {
+				for {
+					if err := w.step(t.Context()); err != nil {
+						var refused *kmsclient.Error
+						if errors.As(err, &refused) {
+							t.Errorf("refused: %v", err)
+						}
+						return
+					}
+				}
+			})
+		}
+		time.Sleep(time.Duration(50+rand.IntN(200)) * time.Millisecond)
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait() // it was killed
+		wg.Wait()
+		cmd = serve()
+		for _, w := range workers {
+			w.check(t)
+		}
+		if t.Failed() {
+			break
+		}
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("stopped: %v", err)
+	}
+	out, err := exec.Command(program, "audit", "verify", "--log", filepath.Join(data, "audit", "audit.log"), "-o", "json").CombinedOutput()
+	if err != nil {
+		t.Errorf("audit verify: %v\n%s", err, out)
+	}
+	total := map[string]int{}
+	for _, w := range workers {
+		for k, v := range w.counts {
+			total[k] += v
+		}
+	}
+	logged := map[string]int{}
+	b, err := os.ReadFile(filepath.Join(data, "audit", "audit.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		var e struct {
+			Event *struct{ Action, Outcome string }
+		}
+		if json.Unmarshal([]byte(line), &e) == nil && e.Event != nil && e.Event.Outcome == "success" {
+			logged[e.Event.Action]++
+		}
+	}
+	for name, action := range map[string]string{"create": "kms.secrets.create", "rotate": "kms.secrets.rotate", "delete": "kms.secrets.delete", "policy": "iam.policies.create"} {
+		if logged[action] < total[name] {
+			t.Errorf("%d acknowledged, %d lines of %s", total[name], logged[action], action)
+		}
+	}
+	t.Logf("%d kills; acknowledged and found again: %v", n, total)
+}
