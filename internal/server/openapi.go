@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"iter"
+	"maps"
 	"net/http"
 	"reflect"
 	"regexp"
@@ -97,7 +99,11 @@ func operation(s schemas, r route, path string) object {
 	d := docs[r.name]
 	var params []any
 	param := func(in, name string, required bool) {
-		params = append(params, object{"in": in, "name": name, "required": required, "schema": object{"type": "string"}})
+		typ := "string"
+		if in == "query" && (name == "limit" || name == "offset") {
+			typ = "integer"
+		}
+		params = append(params, object{"in": in, "name": name, "required": required, "schema": object{"type": typ}})
 	}
 	for _, m := range pathParameter.FindAllStringSubmatch(path, -1) {
 		param("path", m[1], true)
@@ -113,8 +119,12 @@ func operation(s schemas, r route, path string) object {
 	for name := range strings.FieldsSeq(d.query) {
 		param("query", name, false)
 	}
-	op := object{"summary": r.name, "x-action": string(r.action), "parameters": params, "responses": object{
-		fmt.Sprint(r.status): answer("done", s.of(d.out)), "default": answer("refused", s.of(kmsapi.Errors{}))}}
+	refusal := s.of(kmsapi.Errors{})
+	op := object{"summary": about[r.name], "x-audit-action": r.name, "x-action": string(r.action), "parameters": params, "responses": object{
+		fmt.Sprint(r.status): answer("done", s.of(d.out)),
+		"401":                answer("no valid token", refusal), "403": answer("the policies do not allow it", refusal),
+		"429": later("more calls a second than one identity may make", refusal), "503": later("the HSM, the storage or the audit log is away, or the load is too high", refusal),
+		"default": answer("refused: see the reason's code", refusal)}}
 	if d.in != nil {
 		op["requestBody"] = object{"content": object{"application/json": object{"schema": s.of(d.in)}}}
 	}
@@ -126,6 +136,13 @@ func answer(what string, schema any) object {
 		return object{"description": what}
 	}
 	return object{"description": what, "content": object{"application/json": object{"schema": schema}}}
+}
+
+// later is a refusal that says when to come again.
+func later(what string, schema any) object {
+	a := answer(what, schema)
+	a["headers"] = object{"Retry-After": object{"description": "seconds to wait", "schema": object{"type": "integer"}}}
+	return a
 }
 
 // schemas are the JSON schemas of the wire types, by name.
@@ -194,20 +211,22 @@ func serveOpenAPI() http.HandlerFunc {
 	}
 }
 
-// undocumented are the routes that docs knows nothing of, and the entries of
-// docs without a route.
+// undocumented are the routes that docs or about know nothing of, and their
+// entries without a route.
 func undocumented() []string {
 	var out []string
 	seen := map[string]bool{}
 	for _, r := range routes() {
 		seen[r.name] = true
-		if _, ok := docs[r.name]; !ok {
+		if _, ok := docs[r.name]; !ok || about[r.name] == "" {
 			out = append(out, r.name)
 		}
 	}
-	for name := range docs {
-		if !seen[name] {
-			out = append(out, name)
+	for _, names := range []iter.Seq[string]{maps.Keys(docs), maps.Keys(about)} {
+		for name := range names {
+			if !seen[name] {
+				out = append(out, name)
+			}
 		}
 	}
 	return slices.Compact(slices.Sorted(slices.Values(out)))

@@ -76,14 +76,14 @@ func TestFullStore(t *testing.T) {
 		t.Fatalf("after %d records: %v", n, err)
 	}
 	var v string
-	rev, err := s.Get(t.Context(), "big/000", &v)
-	if err != nil || len(v) != len(big) {
+	if _, err := s.Get(t.Context(), "big/000", &v); err != nil || len(v) != len(big) {
 		t.Fatalf("read: %v", err)
 	}
 	var gone []record.Change
 	for i := range n / 2 {
 		path := fmt.Sprintf("big/%03d", i)
-		if rev, err = s.Get(t.Context(), path, &v); err != nil {
+		rev, err := s.Get(t.Context(), path, &v)
+		if err != nil {
 			t.Fatal(err)
 		}
 		gone = append(gone, record.Change{Path: path, Rev: rev})
