@@ -51,3 +51,13 @@ type Labelled struct {
 	Name   string
 	Labels map[string]string
 }
+
+// Container is one container of a pod.
+type Container struct{ Pod, Name string }
+
+// Job is one Job, and whether it came to its end.
+type Job struct {
+	Name     string
+	Complete bool
+	Images   []string
+}

@@ -37,13 +37,32 @@ type world struct {
 	groups  []string
 	denied  func(r *authv1.ResourceAttributes) bool
 	skew    time.Duration
+	log     string
 	pre     diagnose.Preflight
 }
 
-// clocked has the clock that a fake client lacks, and no route.
+// clocked has what a fake client lacks: a clock, logs; and no route.
 type clocked struct {
 	*kube.Cluster
 	skew time.Duration
+	log  string
+}
+
+func (c clocked) logged(pods []cluster.Pod, err error) ([]cluster.Pod, error) {
+	for _, p := range pods {
+		if p.Trouble != nil && p.Trouble.Log != "" {
+			p.Trouble.Log = c.log
+		}
+	}
+	return pods, err
+}
+
+func (c clocked) Pods(ctx context.Context, namespace, release string) ([]cluster.Pod, error) {
+	return c.logged(c.Cluster.Pods(ctx, namespace, release))
+}
+
+func (c clocked) PodsNamed(ctx context.Context, namespace, prefix string) ([]cluster.Pod, error) {
+	return c.logged(c.Cluster.PodsNamed(ctx, namespace, prefix))
 }
 
 func (c clocked) Clock(context.Context) (time.Time, error)      { return time.Now().Add(c.skew), nil }
@@ -150,7 +169,7 @@ func (w *world) run(t *testing.T) diagnose.Report {
 		return true, r, nil
 	})
 	if w.pre.Cluster == nil && w.pre.ClusterErr == nil {
-		w.pre.Cluster = clocked{kube.NewFor(client), w.skew}
+		w.pre.Cluster = clocked{kube.NewFor(client), w.skew, w.log}
 	}
 	return diagnose.Run(t.Context(), w.pre.Checks())
 }

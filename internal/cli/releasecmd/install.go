@@ -26,7 +26,7 @@ import (
 // New gives the commands of this package.
 func New(a *app.App) []*cobra.Command {
 	return []*cobra.Command{newInstallCmd(a, nil), newUpgradeCmd(a, nil), newRollbackCmd(a, nil), newStatusCmd(a, nil),
-		newUninstallCmd(a, nil), newPreflightCmd(a, nil)}
+		newUninstallCmd(a, nil), newPreflightCmd(a, nil), newDoctorCmd(a, nil)}
 }
 
 // changeOptions are what install and upgrade have in common.

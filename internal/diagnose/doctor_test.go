@@ -1,0 +1,212 @@
+package diagnose_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"io"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/kmsctl/kmsctl/internal/cluster"
+	"github.com/kmsctl/kmsctl/internal/diagnose"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/kube"
+)
+
+func pod(name string, labels map[string]string, s corev1.PodStatus) *corev1.Pod {
+	return &corev1.Pod{ObjectMeta: meta(name, labels), Spec: corev1.PodSpec{NodeName: "n1"}, Status: s}
+}
+
+var (
+	ours    = map[string]string{"app.kubernetes.io/instance": "key-management-hsm"}
+	isReady = corev1.PodStatus{Phase: corev1.PodRunning, Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}}
+)
+
+func waiting(container, reason, message string) corev1.PodStatus {
+	return corev1.PodStatus{Phase: corev1.PodPending, ContainerStatuses: []corev1.ContainerStatus{{Name: container,
+		State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: reason, Message: message}}}}}
+}
+
+// crashed is a world with a pod that ended with a last line of log.
+func crashed(pod func(corev1.PodStatus) *corev1.Pod, log string) func(*world) {
+	return func(w *world) {
+		w.log = log
+		w.objects = append(w.objects, pod(corev1.PodStatus{Phase: corev1.PodRunning, ContainerStatuses: []corev1.ContainerStatus{{Name: "c",
+			State:                corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff"}},
+			LastTerminationState: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{Reason: "Error", ExitCode: 1}}}}}))
+	}
+}
+
+func named(name string, labels map[string]string) func(corev1.PodStatus) *corev1.Pod {
+	return func(s corev1.PodStatus) *corev1.Pod { return pod(name, labels, s) }
+}
+
+func (w *world) doctor(t *testing.T, old func(context.Context) (cluster.Release, error)) diagnose.Report {
+	t.Helper()
+	c := clocked{kube.NewFor(fake.NewClientset(w.objects...)), w.skew, w.log}
+	w.pre.Cluster = c
+	return diagnose.Run(t.Context(), diagnose.Doctor{Preflight: w.pre, Running: c, Old: old}.Checks())
+}
+
+func running(t *testing.T) *world {
+	t.Helper()
+	w := good(t)
+	data := map[string][]byte{"hsm-pass": w.pre.HSMSecret.Password, "ServerCAFile": w.pre.HSMSecret.ServerCA}
+	for ip, c := range w.pre.HSMSecret.Cert {
+		data[ip], data[ip+"-key"] = c, w.pre.HSMSecret.Key[ip]
+	}
+	w.pre.HSMSecret = nil
+	w.pre.Current = func(context.Context) (cluster.Release, error) {
+		return cluster.Release{Status: cluster.Deployed, Revision: 1, Version: "1.0.0"}, nil
+	}
+	w.objects = append(w.objects, &corev1.Secret{ObjectMeta: meta("hsm-secret", nil), Data: data}, pod("key-management-hsm-oss-0", ours, isReady))
+	return w
+}
+
+func none(context.Context) (cluster.Release, error) {
+	return cluster.Release{}, fault.Newf(fault.NotFound, "find release", "key-management", "not there")
+}
+
+// TestDoctor: each symptom of the old product's troubleshooting page, and of
+// ours, is named with its cause and cure; nothing is wrong with a good one.
+func TestDoctor(t *testing.T) {
+	if r := running(t).doctor(t, none); r.Failed+r.Warned > 0 {
+		t.Errorf("%+v", r.Findings)
+	}
+	for name, c := range map[string]struct {
+		wrong               func(w *world)
+		old                 func(context.Context) (cluster.Release, error)
+		check, reason, cure string
+	}{
+		"hsm-secret removed":   {func(w *world) { w.objects = append(w.objects[:5], w.objects[6:]...) }, none, "hsm secret", "kube-system/hsm-secret is not there", "export it before"},
+		"upgrade failed":       {func(w *world) { w.pre.Current = status(cluster.Failed, "UPGRADE FAILED") }, none, "release", "is failed: UPGRADE FAILED", "give the overrides file again"},
+		"pending":              {func(w *world) { w.pre.Current = status(cluster.PendingUpgrade, "") }, none, "release", "is pending-upgrade", "--repair"},
+		"not installed":        {func(w *world) { w.pre.Current = none }, none, "release", "there is no release", "kmsctl install"},
+		"501 on rotate":        {nil, func(context.Context) (cluster.Release, error) { return cluster.Release{Version: "3.2.1"}, nil }, "old product", "3.2.1 answers 501 to rotate", "4.1.0"},
+		"400 no such API key":  {add(&corev1.Secret{ObjectMeta: meta("key-management-secret", nil), Data: map[string][]byte{"kms-api-key": []byte("default_kms_api_key")}}), none, "old api key", "the placeholder", "delete the pep pod"},
+		"500 on every call":    {add(&batchv1.Job{ObjectMeta: meta("key-management-hsm-cleanup", nil)}), none, "old cleanup job", "has not come to its end", "delete the Job"},
+		"503":                  {func(w *world) { w.pre.HSMPort = "1" }, none, "hsm reachable", "does not answer", "firewall"},
+		"503 in a pod's log":   {crashed(named("key-management-hsm-oss-1", ours), "CKR_DEVICE_ERROR"), none, "pods", "the HSM does not answer", "hsm reachable"},
+		"some nodes only":      {add(node("n2", "10.0.0.12", "amd64")), none, "hsm certificates", "n2 (10.0.0.12) has no certificate pair", "luna-cert create"},
+		"no import":            {func(w *world) { w.pre.Model, _ = hsm.Lookup("softhsm") }, none, "import of keys", "cannot import root keys", "hsm probe"},
+		"no reachable servers": {crashed(named("key-management-persistence-0", nil), "no reachable servers"), none, "old pods", "the node cannot look up services", "DNS"},
+		"pep":                  {add(pod("key-management-pep-0", nil, waiting("pep", "CreateContainerConfigError", "kms-api-key"))), none, "old pods", "kms-api-key is not valid", "secret watcher"},
+		"image":                {add(pod("key-management-hsm-oss-1", ours, waiting("oss", "ImagePullBackOff", "not found"))), none, "pods", "ImagePullBackOff", "kmsctl load"},
+		"password":             {crashed(named("key-management-hsm-oss-1", ours), "CKR_PIN_INCORRECT"), none, "pods", "the HSM refused the password", "hsm-secret"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := running(t)
+			if c.wrong != nil {
+				c.wrong(w)
+			}
+			got := find(w.doctor(t, c.old), c.check)
+			seen := false
+			for _, f := range got {
+				seen = seen || f.Verdict != diagnose.OK && strings.Contains(f.Reason, c.reason) && strings.Contains(f.Cure, c.cure)
+			}
+			if !seen {
+				t.Errorf("want %q, cure %q; got %+v", c.reason, c.cure, got)
+			}
+		})
+	}
+}
+
+func status(s, note string) func(context.Context) (cluster.Release, error) {
+	return func(context.Context) (cluster.Release, error) {
+		return cluster.Release{Status: s, Note: note, Revision: 2}, nil
+	}
+}
+
+func add(o runtime.Object) func(*world) {
+	return func(w *world) { w.objects = append(w.objects, o) }
+}
+
+// TestBundleHoldsNoSecret plants canaries in each form in which secrets are
+// written: none comes through, and the text around them does.
+func TestBundleHoldsNoSecret(t *testing.T) {
+	pin := []byte(`canary "pin" 4711\`)
+	_, key := pair(t, "10.0.0.11", time.Now())
+	var b diagnose.Bundle
+	b.Known(pin, append(bytes.Clone(pin), '\n'), key, []byte("x"), nil)
+	lines := strings.Split(string(key), "\n")
+	forms := []string{string(pin), hex.EncodeToString(pin), url.QueryEscape(string(pin)), lines[3], string(key)}
+	for _, around := range []string{"", "a", "ab"} {
+		forms = append(forms, base64.StdEncoding.EncodeToString([]byte(around+string(pin)+"\n")))
+	}
+	for _, f := range forms {
+		b.Add("logs/"+hex.EncodeToString([]byte(f))[:12]+".log", []byte("before "+f+" after"))
+	}
+	if err := b.AddJSON("report.json", map[string]any{"message": string(pin), "other": "kept"}); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{
+		"jwt":   "Authorization: Bearer eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJjYW5hcnkifQ.c2lnbmF0dXJl after",
+		"named": `{"hsm_pw": "canary-one", "password":"canary-two", "apikey=canary-three", "token: canary-four"} after`,
+		"age":   "AGE-SECRET-KEY-1CANARY after",
+		"pem":   "-----BEGIN EC PRIVATE KEY-----\ncanary\n-----END EC PRIVATE KEY-----\n after",
+		"torn":  "after -----BEGIN EC PRIVATE KEY-----\ncanary",
+	} {
+		b.Add(name, []byte(text))
+	}
+	var out bytes.Buffer
+	if err := b.Write(&out, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	z, err := gzip.NewReader(&out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for r := tar.NewReader(z); ; n++ {
+		h, err := r.Next()
+		if err == io.EOF { //nolint:errorlint // the package's own word
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := strings.ToLower(string(text))
+		for _, bad := range []string{"canary", "4711", hex.EncodeToString([]byte("anary")), "y2fuyxj5", "yw5hcn", "fuyxj5", lines[3], "eyj"} {
+			if strings.Contains(s, strings.ToLower(bad)) {
+				t.Errorf("%s: %q in %s", h.Name, bad, text)
+			}
+		}
+		if !strings.Contains(s, "after") && h.Name != "kmsctl-bundle/report.json" {
+			t.Errorf("%s lost its text: %s", h.Name, text)
+		}
+	}
+	if n != len(b.Names()) {
+		t.Errorf("%d files, want %d", n, len(b.Names()))
+	}
+}
+
+func TestAllowed(t *testing.T) {
+	chart := map[string]any{"hsm": map[string]any{"hsm_ip": "", "hsm_model": ""}, "podAnnotations": map[string]any{}, "tolerations": []any{}, "oss": map[string]any{"resources": map[string]any{}}}
+	got := diagnose.Allowed(map[string]any{"hsm": map[string]any{"hsm_ip": "10.0.0.1", "hsm_pw": "canary"}, "client_certs": []any{"canary"}, "podAnnotations": map[string]any{"a": "canary"},
+		"tolerations": []any{"canary"}, "oss": map[string]any{"resources": map[string]any{"x": "canary"}}}, chart)
+	b, err := json.Marshal(got)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := string(b)
+	if strings.Contains(s, "canary") || !strings.Contains(s, "10.0.0.1") {
+		t.Error(s)
+	}
+}
