@@ -8,6 +8,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
 )
@@ -70,4 +73,21 @@ func TestRoot(t *testing.T) {
 			t.Errorf("%s: code %d\nout %s\nerr %s", c.name, code, out, errs)
 		}
 	}
+}
+
+// TestHelpNamesNoWordAsValue guards against backquotes in a flag's text: pflag
+// takes the first quoted words for the name of the value.
+func TestHelpNamesNoWordAsValue(t *testing.T) {
+	var walk func(c *cobra.Command)
+	walk = func(c *cobra.Command) {
+		c.Flags().VisitAll(func(f *pflag.Flag) {
+			if strings.Contains(f.Usage, "`") {
+				t.Errorf("%s --%s: %s", c.CommandPath(), f.Name, f.Usage)
+			}
+		})
+		for _, sub := range c.Commands() {
+			walk(sub)
+		}
+	}
+	walk(newRootCmd(app.New("test")))
 }

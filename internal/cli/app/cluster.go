@@ -58,7 +58,7 @@ type ChartFlags struct {
 
 // Add puts the flags into fs.
 func (f *ChartFlags) Add(fs *pflag.FlagSet) {
-	fs.StringVar(&f.Repo, "repo", "", "chart repository: a folder with index.yaml, oci://…, https://…, or a name that `kmsctl repo add` gave")
+	fs.StringVar(&f.Repo, "repo", "", "chart repository: a folder with index.yaml, oci://…, https://…, or a name that \"kmsctl repo add\" gave")
 	fs.StringVar(&f.Chart, "chart", "", "packed chart or its folder, instead of --repo")
 	fs.StringVar(&f.Version, "version", "", "version of the chart; without it, the newest")
 	fs.StringVar(&f.CAFile, "repo-ca-file", "", "PEM file of the CA of the repository")

@@ -61,7 +61,7 @@ func (o *changeOptions) add(cmd *cobra.Command) {
 	o.hsm.AddSecret(fs)
 	o.hsm.AddSettings(fs)
 	o.pass.Add(fs)
-	fs.StringVar(&o.secretFile, "secret", "", "hsm-Secret.yaml, plain or encrypted as `kmsctl render secret` writes it")
+	fs.StringVar(&o.secretFile, "secret", "", "hsm-Secret.yaml, plain or encrypted, as \"kmsctl render secret\" writes it")
 	fs.StringVar(&o.valuesFile, "values", "", "overrides_hsm.yaml, plain or encrypted")
 	fs.StringVar(&o.hsm.Registry, "registry", "", "site's registry for all images; without it, the chart's own references hold")
 	fs.StringVar(&o.storageClass, "storage-class", "", "storage class of the volumes; without it, the cluster's default")

@@ -57,7 +57,7 @@ is not running: the folder remembers where the two files are (and nothing that i
 	fs := cmd.Flags()
 	app.DataFlag(fs, a, &o.kms.Data)
 	fs.StringVar(&o.listen, "listen", "127.0.0.1:28674", "address of the API")
-	fs.StringVar(&o.kms.SecretFile, "secret", "", "hsm-Secret.yaml, plain or encrypted as `kmsctl render secret` writes it")
+	fs.StringVar(&o.kms.SecretFile, "secret", "", "hsm-Secret.yaml, plain or encrypted, as \"kmsctl render secret\" writes it")
 	fs.StringVar(&o.kms.ValuesFile, "values", "", "overrides_hsm.yaml")
 	fs.StringVar(&o.kms.Module, "module", "", "path of the PKCS#11 library; without it, where the model's client puts it")
 	fs.StringVar(&o.kms.Label, "token-label", "", "label of the token")
