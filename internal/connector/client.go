@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/singleflight"
@@ -47,11 +48,16 @@ type Client struct {
 	changed chan struct{} // closed when now changes
 	failed  error         // why there is no link
 	hook    func(context.Context) error
-	openErr error
+	running bool      // the hook, at this moment
+	openErr error     // of its last run
 	openAt  time.Time // not before this time
 	pause   time.Duration
 
 	opening singleflight.Group
+
+	peers []*Client     // further members, when c is the head of a group
+	turn  atomic.Uint32 // of the member that is asked next
+	away  atomic.Bool   // a member that is asked last
 }
 
 // link is one way to one running connector.
@@ -73,14 +79,10 @@ func newClient(ctx context.Context) *Client {
 // Dial reaches a connector on a unix socket. It waits until one answers, or
 // ctx ends.
 func Dial(ctx context.Context, socket string) (*Client, error) {
-	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second,
-			Backoff: backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}}))
+	c, err := dial(ctx, socket)
 	if err != nil {
-		return nil, fault.New(fault.Usage, "dial HSM connector", socket, err)
+		return nil, err
 	}
-	c := newClient(ctx)
-	c.now = &link{conn: conn, rpc: wire.NewConnectorClient(conn)}
 	if err := c.now.await(ctx); err != nil {
 		c.Close()
 		var f *fault.Error
@@ -90,6 +92,18 @@ func Dial(ctx context.Context, socket string) (*Client, error) {
 		return nil, err
 	}
 	c.tasks.Go(c.watch)
+	return c, nil
+}
+
+func dial(ctx context.Context, socket string) (*Client, error) {
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second,
+			Backoff: backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}}))
+	if err != nil {
+		return nil, fault.New(fault.Usage, "dial HSM connector", socket, err)
+	}
+	c := newClient(ctx)
+	c.now = &link{conn: conn, rpc: wire.NewConnectorClient(conn)}
 	return c, nil
 }
 
@@ -112,6 +126,9 @@ func (l *link) await(ctx context.Context) error {
 // Close ends the connector that Start started, and lets go of one that Dial
 // reached.
 func (c *Client) Close() {
+	for _, p := range c.peers {
+		p.Close()
+	}
 	c.end()
 	c.tasks.Wait()
 	c.mu.Lock()
@@ -162,7 +179,7 @@ const (
 // reopen runs the hook, once for all who ask at the same time.
 func (c *Client) reopen(ctx context.Context) error {
 	c.mu.Lock()
-	hook, err, early := c.hook, c.openErr, time.Now().Before(c.openAt)
+	hook, err, early := c.hook, c.openErr, time.Now().Before(c.openAt) && !c.running
 	c.mu.Unlock()
 	if hook == nil {
 		return errNoHook
@@ -171,15 +188,19 @@ func (c *Client) reopen(ctx context.Context) error {
 		return err
 	}
 	done := c.opening.DoChan("", func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithValue(c.life, insideHook{}, true), openCall)
+		c.mu.Lock()
+		c.running = true
+		c.mu.Unlock()
+		ctx, cancel := context.WithTimeout(Only(c.life), openCall)
 		defer cancel()
 		err := hook(ctx)
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		c.openErr = err
+		c.openErr, c.running = err, false
 		switch {
 		case err == nil:
 			c.openAt, c.pause = time.Time{}, 0
+			c.away.Store(false)
 		case fault.KindOf(err) == fault.Denied:
 			c.openAt = time.Now().Add(deniedPause)
 		default:
@@ -242,6 +263,19 @@ func call[R any](ctx context.Context, c *Client, op string, limit time.Duration,
 }
 
 func callOn[R any](ctx context.Context, c *Client, op string, limit time.Duration, f func(context.Context, *link) (R, error)) (R, error) {
+	members := c.order(ctx)
+	last := members[len(members)-1]
+	for _, m := range members[:len(members)-1] {
+		r, err := once(ctx, m, op, f)
+		if err == nil || !elsewhere(err) || ctx.Err() != nil {
+			return r, err
+		}
+		m.away.Store(true)
+	}
+	return callMember(ctx, last, op, limit, f)
+}
+
+func callMember[R any](ctx context.Context, c *Client, op string, limit time.Duration, f func(context.Context, *link) (R, error)) (R, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	inside, began := ctx.Value(insideHook{}) != nil, time.Now()
@@ -307,7 +341,7 @@ func (c *Client) watch() {
 			answered = time.Now()
 		}
 		switch {
-		case err == nil && !d.LoggedIn && hook != nil:
+		case err == nil && (!d.LoggedIn || c.away.Load()) && hook != nil:
 			_ = c.reopen(c.life) // who calls meanwhile gets the error
 		case l.proc != nil && time.Since(answered) > c.start.callTimeout+hungBeats*beat:
 			fmt.Fprintln(c.start.stderr, "kmsctl: the HSM connector hangs; it is replaced")
@@ -321,7 +355,7 @@ const opLogin = "log in to token"
 
 // Describe tells which token it is. It needs no login.
 func (c *Client) Describe(ctx context.Context) (hsm.TokenInfo, error) {
-	d, err := call(ctx, c, "describe token", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.DescribeReply, error) {
+	d, err := call(Only(ctx), c, "describe token", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.DescribeReply, error) {
 		return r.Describe(ctx, &wire.DescribeRequest{})
 	})
 	if err != nil {
@@ -337,14 +371,14 @@ func tokenInfo(d *wire.DescribeReply) hsm.TokenInfo {
 
 // Fingerprint gives argon2id(PIN, salt): the ledger of logins compares it.
 func (c *Client) Fingerprint(ctx context.Context, salt []byte) ([]byte, error) {
-	return data(call(ctx, c, "fingerprint the PIN", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
+	return data(call(Only(ctx), c, "fingerprint the PIN", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
 		return r.Fingerprint(ctx, &wire.FingerprintRequest{Salt: salt})
 	}))
 }
 
 // Login logs in. It is never repeated.
 func (c *Client) Login(ctx context.Context) error {
-	_, err := call(ctx, c, opLogin, slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.LoginReply, error) {
+	_, err := call(Only(ctx), c, opLogin, slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.LoginReply, error) {
 		return r.Login(ctx, &wire.LoginRequest{})
 	})
 	return err
@@ -352,7 +386,7 @@ func (c *Client) Login(ctx context.Context) error {
 
 // OpenMaster finds the master keys, or makes them when create is set.
 func (c *Client) OpenMaster(ctx context.Context, ids hsm.MasterIDs, create bool) (hsm.Master, error) {
-	m, err := call(ctx, c, "open master keys", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.OpenMasterReply, error) {
+	m, err := call(Only(ctx), c, "open master keys", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.OpenMasterReply, error) {
 		return r.OpenMaster(ctx, &wire.OpenMasterRequest{Install: ids.Install, WrapId: ids.Wrap, SealId: ids.Seal, SignId: ids.Sign, Create: create})
 	})
 	if err != nil {
@@ -422,14 +456,6 @@ func (c *Client) Unwrap(ctx context.Context, blob []byte, s hsm.Sealed, aad []by
 	q := &wire.UnwrapRequest{Blob: blob, Sealed: &wire.Sealed{Suite: uint32(s.Suite), Iv: s.IV, Ciphertext: s.Ciphertext}, Aad: aad}
 	op, err := c.do(ctx, "unwrap", func() *wire.Op { return &wire.Op{Body: &wire.Op_Unwrap{Unwrap: q}} })
 	return data(op.GetUnwrapped(), err)
-}
-
-// Evict makes the connector forget a root key that it holds in its cache.
-func (c *Client) Evict(ctx context.Context, blob []byte) error {
-	_, err := call(ctx, c, "forget a root key", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.EvictReply, error) {
-		return r.Evict(ctx, &wire.Bytes{Data: blob})
-	})
-	return err
 }
 
 // Seal encrypts plaintext under the sealing key.

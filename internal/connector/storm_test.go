@@ -226,6 +226,88 @@ func now(err error) time.Time {
 	return time.Now()
 }
 
+// TestGroup: two connectors to two clones of one token. Either may be killed,
+// hang or lose its HSM under load, and no request fails.
+func TestGroup(t *testing.T) {
+	o := options(t, "password")
+	first, _ := opened(t, o) // makes the master keys, which the clone must hold
+	first.Close()
+	clone := t.TempDir()
+	if err := os.CopyFS(filepath.Join(clone, "tokens"), os.DirFS(filepath.Join(o.SoftHSMDir, "tokens"))); err != nil {
+		t.Fatal(err)
+	}
+	var members []*connector.Client
+	var quirks []*testkit.Quirk
+	for _, dir := range []string{o.SoftHSMDir, clone} {
+		q := testkit.NewQuirk(t)
+		conf := filepath.Join(dir, "member.conf")
+		if err := os.WriteFile(conf, []byte("directories.tokendir = "+filepath.Join(dir, "tokens")+"\nobjectstore.backend = file\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		m := o
+		m.SoftHSMDir, m.TokenLabel, m.Module, m.CallTimeout, m.Stderr = "", "kms", q.Module, time.Second, &log{}
+		m.Env = append(q.Env(), "SOFTHSM2_CONF="+conf)
+		c, err := connector.Start(t.Context(), m)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, m.Stderr)
+		}
+		members, quirks = append(members, c), append(quirks, q)
+	}
+	head := members[0]
+	head.Join(members[1])
+	t.Cleanup(head.Close)
+	for _, m := range head.Members() {
+		hook := unlock(m, &atomic.Int32{})
+		if err := hook(connector.Only(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		m.Reopen(hook)
+	}
+	l := startLoad(t, head)
+	for i := range strikes(t) {
+		before := l.good.Load()
+		for l.good.Load() < before+200 {
+			time.Sleep(time.Millisecond)
+		}
+		m, q := members[i%2], quirks[i%2]
+		switch i / 2 % 3 {
+		case 0:
+			_ = syscall.Kill(m.Pid(), syscall.SIGKILL)
+		case 1:
+			q.Set(t, "gone")
+		case 2:
+			q.Set(t, "hang")
+		}
+		time.Sleep(1500 * time.Millisecond) // as long as it is away
+		q.Set(t)
+		back(t, m)
+	}
+	l.end(t)
+	if n := l.failed.Load(); n > 0 {
+		t.Errorf("%d requests failed", n)
+	}
+	for i, q := range quirks {
+		if got := q.Logins(); slices.ContainsFunc(got, func(s string) bool { return s != "good" }) {
+			t.Errorf("member %d: logins %v", i, got)
+		}
+	}
+	t.Logf("%d strikes: %d good, %d failed; logins: %d and %d", strikes(t), l.good.Load(), l.failed.Load(), len(quirks[0].Logins()), len(quirks[1].Logins()))
+	if err := head.Ready(t.Context()); err != nil {
+		t.Errorf("%v", err)
+	}
+}
+
+// back waits until a member works by itself again.
+func back(t *testing.T, m *connector.Client) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if _, err := m.Sign(connector.Only(t.Context()), []byte("x")); err == nil {
+			return
+		}
+	}
+	t.Error("a member did not come back within 10 s")
+}
+
 // TestAStoppedConnectorIsReplaced: it cannot end itself, so its parent does.
 func TestAStoppedConnectorIsReplaced(t *testing.T) {
 	c, q, _ := network(t)

@@ -76,6 +76,11 @@ func NewQuirk(t *testing.T, modes ...string) *Quirk {
 	return q
 }
 
+// Env is what the library reads, for a program of its own.
+func (q *Quirk) Env() []string {
+	return []string{"QUIRK_MODULE=" + SoftHSM, "QUIRK_CONTROL=" + q.control, "QUIRK_LOG=" + q.log}
+}
+
 // Set changes the modes, from the next call on.
 func (q *Quirk) Set(t testing.TB, modes ...string) { //nolint:thelper // it is called from goroutines of benchmarks too
 	if err := os.WriteFile(q.control+".new", []byte(strings.Join(modes, " ")+"\n"), 0o600); err != nil {

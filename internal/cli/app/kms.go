@@ -7,7 +7,6 @@ import (
 	"crypto/hkdf"
 	"crypto/sha256"
 	"errors"
-	"fmt"
 	"log/slog"
 	"math/big"
 	"net"
@@ -58,16 +57,11 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	if err := plain.Whole(ctx); err != nil {
 		return nil, err
 	}
-	opened, err := kms.Unlock(ctx, plain, c.Token, c.Now)
+	opened, err := unlock(ctx, plain, c)
 	if err != nil {
 		return nil, err
 	}
 	defer opened.Zero()
-	c.Token.Reopen(func(ctx context.Context) error {
-		again, err := kms.Unlock(ctx, plain, c.Token, c.Now)
-		again.Zero()
-		return err
-	})
 	codec, err := record.NewCodec(opened.RecordKey)
 	if err != nil {
 		return nil, err
@@ -98,6 +92,30 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Limits: c.Limits})
 	k.gauges()
 	return k, nil
+}
+
+// unlock opens the first member that can be opened. Each member opens itself
+// again when it was away, by the ledger of logins, and so do those that could
+// not be opened now.
+func unlock(ctx context.Context, plain *store.Plain, c KMSConfig) (opened kms.Opened, err error) {
+	var errs []error
+	for _, m := range c.Token.Members() {
+		if opened, err = kms.Unlock(connector.Only(ctx), plain, m, c.Now); err == nil {
+			break
+		}
+		errs = append(errs, err)
+	}
+	if err != nil {
+		return opened, errors.Join(errs...)
+	}
+	for _, m := range c.Token.Members() {
+		m.Reopen(func(ctx context.Context) error {
+			again, err := kms.Unlock(ctx, plain, m, c.Now)
+			again.Zero()
+			return err
+		})
+	}
+	return opened, nil
 }
 
 // gauges shows in the metrics what the parts count.
@@ -255,12 +273,8 @@ func (k *KMS) healthy(ctx context.Context) []string {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	var out []string
-	info, err := k.Token.Describe(ctx)
-	switch {
-	case err != nil:
+	if err := k.Token.Ready(ctx); err != nil {
 		out = append(out, "hsm: "+err.Error())
-	case !info.LoggedIn:
-		out = append(out, fmt.Sprintf("hsm: not logged in to token %q", info.Label))
 	}
 	if k.store.Full() {
 		out = append(out, "storage: full, nothing can be written")

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -22,7 +23,7 @@ import (
 type apiOptions struct {
 	*app.App
 	listen      string
-	socket      string
+	sockets     []string
 	etcd        store.Remote
 	cert, key   string
 	adminHashes []string
@@ -47,7 +48,7 @@ refused is not tried again until the secret changes.`,
 	}
 	fs := cmd.Flags()
 	fs.StringVar(&o.listen, "listen", ":28674", "address of the API")
-	fs.StringVar(&o.socket, "connector-socket", "", "unix socket of kms-connector")
+	fs.StringSliceVar(&o.sockets, "connector-socket", nil, "unix socket of kms-connector; several of them serve HSMs with the same master keys")
 	fs.StringSliceVar(&o.etcd.Endpoints, "etcd-endpoints", nil, "https:// addresses of etcd")
 	fs.StringVar(&o.etcd.CAFile, "etcd-ca-file", "", "CA of etcd's certificates")
 	fs.StringVar(&o.etcd.CertFile, "etcd-cert-file", "", "client certificate for etcd")
@@ -65,7 +66,7 @@ refused is not tried again until the secret changes.`,
 // Check holds the rules of the flags.
 func (o *apiOptions) Check() error {
 	errs := []error{o.audit.Check(), o.limit.Check()}
-	for name, v := range map[string]string{"connector-socket": o.socket, "etcd-ca-file": o.etcd.CAFile, "etcd-cert-file": o.etcd.CertFile,
+	for name, v := range map[string]string{"connector-socket": strings.Join(o.sockets, ","), "etcd-ca-file": o.etcd.CAFile, "etcd-cert-file": o.etcd.CertFile,
 		"etcd-key-file": o.etcd.KeyFile, "tls-cert-file": o.cert, "tls-key-file": o.key, "audit-dir": o.auditDir} {
 		if v == "" {
 			errs = append(errs, fault.Usagef("--%s: missing", name))
@@ -140,7 +141,7 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 	}
 	defer func() { _ = client.Close() }() // the connection may be broken already
 	dial, cancel := context.WithTimeout(ctx, dialWait)
-	token, err := connector.Dial(dial, o.socket)
+	token, err := connector.DialAny(dial, o.sockets...)
 	cancel()
 	if err != nil {
 		return err
