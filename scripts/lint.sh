@@ -21,4 +21,4 @@ unformatted=$(git ls-files '*.go' | xargs gofmt -l)
 [[ -z $unformatted ]] || { echo "lint: not formatted: $unformatted" >&2; exit 1; }
 for f in $(git ls-files '*.sh') .ci/run; do bash -n "$f"; done
 "$tools/goreleaser-$goreleaser" check -q
-"$tools/golangci-lint-$golangci" run ./...
+"$tools/golangci-lint-$golangci" run --allow-parallel-runners ./... # another clone may lint at the same time
