@@ -102,9 +102,14 @@ func settingsOf(values map[string]any) hsm.Settings {
 
 // secretShape is what the bundle says about a Secret.
 type secretShape struct {
-	Name string         `json:"name"`
-	Type string         `json:"type"`
-	Keys map[string]int `json:"keys"` // with the number of bytes
+	Name string     `json:"name"`
+	Type string     `json:"type"`
+	Keys []keyShape `json:"keys"`
+}
+
+type keyShape struct {
+	Key   string `json:"key"`
+	Bytes int    `json:"bytes"`
 }
 
 // public are keys of Secrets that are none.
@@ -154,9 +159,9 @@ func (o *doctorOptions) fromCluster(ctx context.Context, c *kube.Cluster, b *dia
 	note(err)
 	shapes := []secretShape{}
 	for _, s := range secrets {
-		shape := secretShape{s.Name, s.Type, map[string]int{}}
+		shape := secretShape{s.Name, s.Type, []keyShape{}}
 		for _, k := range slices.Sorted(maps.Keys(s.Data)) {
-			shape.Keys[k] = len(s.Data[k])
+			shape.Keys = append(shape.Keys, keyShape{k, len(s.Data[k])})
 			if !slices.Contains(public, k) {
 				b.Known(s.Data[k])
 			}
