@@ -448,20 +448,25 @@ func (l *Log) run() {
 // written, its callers come back one by one, and the first of them must not
 // pay for an fsync of its own. Who is alone never waits.
 func (l *Log) gather() {
-	wait := min(l.synced/4, gatherMost)
-	for range 4 {
+	late := time.NewTimer(min(l.synced/2, gatherMost))
+	defer late.Stop()
+	for {
 		l.mu.Lock()
 		n := len(l.pending)
 		l.mu.Unlock()
 		if n >= l.group {
 			return
 		}
-		time.Sleep(wait / 4)
+		select {
+		case <-l.wake:
+		case <-late.C:
+			return
+		}
 	}
 }
 
 // gatherMost bounds what a call waits for others.
-const gatherMost = 500 * time.Microsecond
+const gatherMost = time.Millisecond
 
 func (l *Log) flush() {
 	l.rotate()
