@@ -35,6 +35,7 @@ cover: build ## coverage by package
 
 bench: build ## Go benchmarks and the comparisons with peers
 	@scripts/bench-start.sh
+	@scripts/bench-kms.sh
 	go test -run '^$$' -bench . -benchtime 1s ./...
 
 lock: ## renew the lock file of the images' Debian packages
