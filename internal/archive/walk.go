@@ -130,7 +130,7 @@ func walkTar(r io.Reader, what string, lim Limits, links bool, visit func(f file
 		}
 		var body io.Reader
 		if f.link == "" {
-			body = tr
+			body = content{tr, what}
 		}
 		if err := visit(f, body); err != nil {
 			return err
@@ -142,6 +142,20 @@ func walkTar(r io.Reader, what string, lim Limits, links bool, visit func(f file
 			}
 		}
 	}
+}
+
+// content is a file's bytes, with the errors of the archive in our own words.
+type content struct {
+	r    io.Reader
+	what string
+}
+
+func (c content) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = tarError(c.what, err)
+	}
+	return n, err
 }
 
 const notOurs = "no known tool writes such an archive; get it again from its maker"

@@ -20,7 +20,7 @@ manifest.yaml, charts/ and images/, as IBM's Passport Advantage has them.
 
 ARCHIVE is a file, a folder with the parts of a split archive (x.tar.gz.aa, x.tar.gz.ab),
 or - for standard input.`}
-	cmd.AddCommand(newBuildCmd(a, nil), newInspectCmd(a, nil), newVerifyCmd(a, nil), newRepackCmd(a, nil), newDiffCmd(a, nil))
+	cmd.AddCommand(newBuildCmd(a, nil), newInspectCmd(a, nil), newVerifyCmd(a, nil), newRepackCmd(a, nil), newDiffCmd(a, nil), newExtractCmd(a, nil))
 	return []*cobra.Command{cmd}
 }
 
