@@ -37,6 +37,10 @@ type Trouble struct {
 	Final     bool   `json:"-"`
 }
 
+// NotReady is the reason of a pod that runs and says itself that it is not
+// ready.
+const NotReady = "NotReady"
+
 // Statuses of a release, as Helm calls them.
 const (
 	Deployed        = "deployed"

@@ -283,3 +283,36 @@ func TestLock(t *testing.T) {
 	}
 	again()
 }
+
+// TestLastSaid: what a container said last, in our own programs' forms and in
+// others'.
+func TestLastSaid(t *testing.T) {
+	for _, c := range []struct {
+		lines []string
+		want  [3]string
+	}{
+		{nil, [3]string{}},
+		{[]string{"one", "two ", ""}, [3]string{"two", "", ""}},
+		{[]string{"kms-connector: error: no such library", "kms-connector: hint: check --module"}, [3]string{"kms-connector: error: no such library", "check --module", ""}},
+		{[]string{`{"level":"INFO","msg":"listening"}`, `{"level":"WARN","msg":"not ready","error":"log in: refused before","kind":"denied","hint":"correct hsm-pass"}`},
+			[3]string{"not ready: log in: refused before", "correct hsm-pass", "denied"}},
+		{[]string{"kmsctl: hint: old", `{"msg":"ready"}`}, [3]string{"ready", "", ""}},
+	} {
+		text, hint, kind := kube.LastSaid(c.lines...)
+		if got := [3]string{text, hint, kind}; got != c.want {
+			t.Errorf("%q: %q, want %q", c.lines, got, c.want)
+		}
+	}
+}
+
+// TestForwardNeedsAPod: a service that is absent, and one without a ready pod.
+func TestForwardNeedsAPod(t *testing.T) {
+	client := fake.NewClientset(&corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: "kms-oss", Namespace: "n"}, Spec: corev1.ServiceSpec{Selector: map[string]string{"app.kubernetes.io/instance": "kms"}}},
+		pod("starting", func(*corev1.Pod) {}))
+	if _, _, err := kube.NewFor(client).Forward(t.Context(), "n", "none", 1); fault.KindOf(err) != fault.NotFound {
+		t.Errorf("%v", err)
+	}
+	if _, _, err := kube.NewFor(client).Forward(t.Context(), "n", "kms-oss", 1); fault.KindOf(err) != fault.NotReady || !strings.Contains(err.Error(), "none of its 1 pods is ready") {
+		t.Errorf("%v", err)
+	}
+}

@@ -13,6 +13,7 @@ import (
 	"k8s.io/utils/ptr"
 
 	"github.com/kmsctl/kmsctl/internal/cluster"
+	"github.com/kmsctl/kmsctl/internal/fault"
 )
 
 // Pods lists the pods of a release, each with what is wrong with it.
@@ -65,7 +66,8 @@ func (c *Cluster) trouble(ctx context.Context, p *corev1.Pod) *cluster.Trouble {
 	}
 	for _, s := range p.Status.ContainerStatuses {
 		if s.State.Running != nil && !s.Ready {
-			return &cluster.Trouble{Pod: p.Name, Container: s.Name, Reason: "NotReady", Log: c.lastLine(ctx, p, s.Name, false)}
+			said := c.lastLine(ctx, p, s.Name, false)
+			return &cluster.Trouble{Pod: p.Name, Container: s.Name, Reason: cluster.NotReady, Log: said.text, Cure: said.hint, Final: slices.Contains(finalKinds, said.kind)}
 		}
 	}
 	return nil
@@ -111,7 +113,10 @@ func (c *Cluster) container(ctx context.Context, p *corev1.Pod, s corev1.Contain
 		t := &cluster.Trouble{Pod: p.Name, Container: s.Name, Reason: w.Reason, Message: w.Message, Cure: cures[w.Reason].cure, Final: cures[w.Reason].final}
 		if w.Reason == "CrashLoopBackOff" {
 			t.Final = s.RestartCount > 2
-			t.Log = c.lastLine(ctx, p, s.Name, true)
+			said := c.lastLine(ctx, p, s.Name, true)
+			if t.Log = said.text; said.hint != "" {
+				t.Cure = said.hint
+			}
 			if end := s.LastTerminationState.Terminated; end != nil {
 				t.Message = fmt.Sprintf("exited with %d (%s)", end.ExitCode, end.Reason)
 			}
@@ -119,7 +124,8 @@ func (c *Cluster) container(ctx context.Context, p *corev1.Pod, s corev1.Contain
 		return t
 	}
 	if end := s.State.Terminated; end != nil && end.ExitCode != 0 {
-		return &cluster.Trouble{Pod: p.Name, Container: s.Name, Reason: end.Reason, Message: fmt.Sprintf("exited with %d", end.ExitCode), Log: c.lastLine(ctx, p, s.Name, false)}
+		said := c.lastLine(ctx, p, s.Name, false)
+		return &cluster.Trouble{Pod: p.Name, Container: s.Name, Reason: end.Reason, Message: fmt.Sprintf("exited with %d", end.ExitCode), Log: said.text, Cure: said.hint}
 	}
 	return nil
 }
@@ -142,34 +148,56 @@ func (c *Cluster) event(ctx context.Context, p *corev1.Pod) *cluster.Trouble {
 	return t
 }
 
-// lastLine is a container's last line of log. Our own JSON lines are cut to
-// what went wrong.
-func (c *Cluster) lastLine(ctx context.Context, p *corev1.Pod, container string, previous bool) string {
+// say is what a container said last.
+type say struct {
+	text string
+	hint string
+	kind string // of the fault, in our own lines
+}
+
+// final kinds of faults: time alone does not cure them. A refused HSM
+// password is not even tried again.
+var finalKinds = []string{fault.Denied.String(), fault.Usage.String(), fault.BadContent.String()}
+
+// lastLine is a container's last line of log.
+func (c *Cluster) lastLine(ctx context.Context, p *corev1.Pod, container string, previous bool) say {
 	n := int64(10)
 	rc, err := c.client.CoreV1().Pods(p.Namespace).GetLogs(p.Name, &corev1.PodLogOptions{Container: container, TailLines: &n, Previous: previous}).Stream(ctx)
 	if err != nil {
-		return ""
+		return say{}
 	}
 	defer rc.Close()
-	last := ""
+	var lines []string
 	for s := bufio.NewScanner(rc); s.Scan(); {
-		if line := strings.TrimSpace(s.Text()); line != "" && !strings.HasPrefix(line, "kms-connector: hint:") && !strings.HasPrefix(line, "kmsctl: hint:") {
-			last = line
+		lines = append(lines, s.Text())
+	}
+	return lastSaid(lines)
+}
+
+// lastSaid finds the last line that says something. Our programs end with
+// `kmsctl: error: …` and a hint, or log one JSON object a line.
+func lastSaid(lines []string) say {
+	var out say
+	for _, line := range lines {
+		line = strings.TrimSpace(line)
+		if line == "" {
+			continue
 		}
-	}
-	var j struct {
-		Msg, Error, Hint string
-	}
-	if json.Unmarshal([]byte(last), &j) == nil && j.Msg != "" {
-		last = j.Msg
+		if _, hint, ok := strings.Cut(line, ": hint: "); ok && strings.HasPrefix(line, "kms") {
+			out.hint = hint
+			continue
+		}
+		var j struct{ Msg, Error, Hint, Kind string }
+		if json.Unmarshal([]byte(line), &j) != nil || j.Msg == "" {
+			out = say{text: line}
+			continue
+		}
+		out = say{text: j.Msg, hint: j.Hint, kind: j.Kind}
 		if j.Error != "" {
-			last += ": " + j.Error
-		}
-		if j.Hint != "" {
-			last += " (" + j.Hint + ")"
+			out.text += ": " + j.Error
 		}
 	}
-	return last
+	return out
 }
 
 // Workloads lists the Deployments and StatefulSets of a release.

@@ -31,6 +31,7 @@ type Config struct {
 	Server   string
 	Socket   string
 	CAFile   string
+	CA       []byte // the same as PEM, instead of a file
 	Instance string
 	APIKey   []byte
 }
@@ -81,14 +82,16 @@ func New(c Config) (*Client, error) {
 		return nil, fmt.Errorf("server %q is not an http:// or https:// URL", c.Server)
 	}
 	cl.base = strings.TrimRight(c.Server, "/")
+	pem := c.CA
 	if c.CAFile != "" {
-		pem, err := os.ReadFile(c.CAFile)
-		if err != nil {
+		if pem, err = os.ReadFile(c.CAFile); err != nil {
 			return nil, err
 		}
+	}
+	if len(pem) > 0 {
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("read %q: no certificate in it", c.CAFile)
+			return nil, fmt.Errorf("read the server's CA %q: no certificate in it", c.CAFile)
 		}
 		t.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 	}

@@ -15,8 +15,10 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/install"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 	"github.com/kmsctl/kmsctl/pkg/kmsclient"
+	"github.com/kmsctl/kmsctl/templates"
 )
 
 // ClientFlags say which KMS a command talks to, and as whom.
@@ -27,6 +29,8 @@ type ClientFlags struct {
 	APIKeyFile  string
 	APIKeyStdin bool
 	Data        string
+	InCluster   bool
+	kube        KubeFlags
 }
 
 // Add puts the flags into fs.
@@ -35,6 +39,11 @@ func (f *ClientFlags) Add(fs *pflag.FlagSet, a *App) {
 	fs.StringVar(&f.CAFile, "ca-file", "", "PEM file of the CA that signed the server's certificate")
 	fs.StringVar(&f.APIKeyFile, "api-key-file", "", "file with the API key (or KMSCTL_API_KEY in the environment)")
 	fs.BoolVar(&f.APIKeyStdin, "api-key-stdin", false, "read the API key from standard input")
+	fs.BoolVar(&f.InCluster, "in-cluster-service", false, "reach the release in the cluster of the kubeconfig, through its API server")
+	fs.StringVar(&f.kube.Kubeconfig, "kubeconfig", "", "kubeconfig of the cluster; without it, as kubectl finds it")
+	fs.StringVar(&f.kube.Context, "context", "", "context in the kubeconfig")
+	fs.StringVar(&f.kube.Release, "release", templates.ChartName, "name of the release")
+	fs.StringVar(&f.kube.Namespace, "release-namespace", "kube-system", "namespace of the release")
 	DataFlag(fs, a, &f.Data)
 }
 
@@ -71,6 +80,9 @@ func (f *ClientFlags) Check(needInstance bool) error {
 	if f.APIKeyFile != "" && f.APIKeyStdin {
 		errs = append(errs, fault.Usagef("--api-key-file, --api-key-stdin: only one of them"))
 	}
+	if f.Server != "" && f.InCluster {
+		errs = append(errs, fault.Usagef("--server, --in-cluster-service: only one of them"))
+	}
 	if f.Server != "" && !strings.HasPrefix(f.Server, "https://") && !strings.HasPrefix(f.Server, "http://") {
 		errs = append(errs, fault.Usagef("--server: %q is not a URL", f.Server).WithHint("as in https://kms-api.kube-system:28674"))
 	}
@@ -85,12 +97,21 @@ func (a *App) Client(ctx context.Context, f *ClientFlags) (*kmsclient.Client, er
 		return nil, err
 	}
 	cfg := kmsclient.Config{Server: f.Server, CAFile: f.CAFile, APIKey: key}
-	if f.Server == "" {
+	where := f.Server
+	if f.InCluster {
+		where = "release " + f.kube.Release
+	}
+	if where == "" {
 		if cfg.Socket, err = a.embedded(ctx, f.Data); err != nil {
 			return nil, err
 		}
 	} else if len(key) == 0 {
-		return nil, fault.Usagef("no API key for %q", f.Server).WithHint("give --api-key-file or --api-key-stdin, or set KMSCTL_API_KEY")
+		return nil, fault.Usagef("no API key for %q", where).WithHint("give --api-key-file or --api-key-stdin, or set KMSCTL_API_KEY")
+	}
+	if f.InCluster {
+		if err := a.inCluster(ctx, f, &cfg); err != nil {
+			return nil, err
+		}
 	}
 	c, err := kmsclient.New(cfg)
 	if err != nil {
@@ -105,6 +126,31 @@ func (a *App) Client(ctx context.Context, f *ClientFlags) (*kmsclient.Client, er
 	}
 	return c, nil
 }
+
+// inCluster makes the release's API reachable from here until the command ends.
+func (a *App) inCluster(ctx context.Context, f *ClientFlags, cfg *kmsclient.Config) error {
+	c, err := a.Cluster(&f.kube)
+	if err != nil {
+		return err
+	}
+	if cfg.CAFile == "" {
+		ca, err := c.Secret(ctx, f.kube.Namespace, install.CASecret(f.kube.Release))
+		if err != nil {
+			return withHint(err, "is the release in this namespace? without the right to read the Secret, give its CA with --ca-file")
+		}
+		cfg.CA = ca.Data["ca.crt"]
+	}
+	addr, stop, err := c.Forward(ctx, f.kube.Namespace, f.kube.Release+"-oss", apiPort)
+	if err != nil {
+		return err
+	}
+	a.atExit = append(a.atExit, stop)
+	cfg.Server = "https://" + addr
+	return nil
+}
+
+// apiPort is where the pods of the API listen.
+const apiPort = 28674
 
 func (a *App) apiKey(f *ClientFlags) ([]byte, error) {
 	var b []byte

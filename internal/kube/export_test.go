@@ -1,0 +1,7 @@
+package kube
+
+// LastSaid is lastSaid, for the tests.
+func LastSaid(lines ...string) (text, hint, kind string) {
+	s := lastSaid(lines)
+	return s.text, s.hint, s.kind
+}

@@ -1,0 +1,76 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/client-go/tools/portforward"
+	"k8s.io/client-go/transport/spdy"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+)
+
+// Forward makes a ready pod of a service reachable on a port of this host's
+// loopback, through the API server, until stop.
+func (c *Cluster) Forward(ctx context.Context, namespace, service string, port int) (addr string, stop func(), err error) {
+	object := namespace + "/" + service
+	pod, err := c.readyPod(ctx, namespace, service)
+	if err != nil {
+		return "", nil, err
+	}
+	cfg, err := c.flags.ToRESTConfig()
+	if err != nil {
+		return "", nil, c.fault("reach service", object, err)
+	}
+	transport, upgrader, err := spdy.RoundTripperFor(cfg)
+	if err != nil {
+		return "", nil, c.fault("reach service", object, err)
+	}
+	url := c.client.CoreV1().RESTClient().Post().Resource("pods").Namespace(namespace).Name(pod).SubResource("portforward").URL()
+	end, ready, failed := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	f, err := portforward.NewOnAddresses(spdy.NewDialer(upgrader, &http.Client{Transport: transport}, http.MethodPost, url),
+		[]string{"127.0.0.1"}, []string{fmt.Sprintf("0:%d", port)}, end, ready, io.Discard, io.Discard)
+	if err != nil {
+		return "", nil, c.fault("reach service", object, err)
+	}
+	go func() { failed <- f.ForwardPorts() }()
+	select {
+	case <-ready:
+	case err := <-failed:
+		return "", nil, c.fault("reach service", object, err)
+	case <-ctx.Done():
+		close(end)
+		return "", nil, c.fault("reach service", object, ctx.Err())
+	}
+	ports, err := f.GetPorts()
+	if err != nil || len(ports) != 1 {
+		close(end)
+		return "", nil, c.fault("reach service", object, errors.Join(err, errors.New("no port was opened")))
+	}
+	return fmt.Sprintf("127.0.0.1:%d", ports[0].Local), func() { close(end) }, nil
+}
+
+// readyPod picks a ready pod of a service.
+func (c *Cluster) readyPod(ctx context.Context, namespace, service string) (string, error) {
+	object := namespace + "/" + service
+	svc, err := c.client.CoreV1().Services(namespace).Get(ctx, service, metav1.GetOptions{})
+	if err != nil {
+		return "", c.fault("find service", object, err)
+	}
+	l, err := c.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: labels.FormatLabels(svc.Spec.Selector)})
+	if err != nil {
+		return "", c.fault("list pods of service", object, err)
+	}
+	for i := range l.Items {
+		if p := &l.Items[i]; ready(p) && p.DeletionTimestamp == nil && p.Status.Phase == corev1.PodRunning {
+			return p.Name, nil
+		}
+	}
+	return "", fault.Newf(fault.NotReady, "reach service", object, "none of its %d pods is ready", len(l.Items)).WithHint("see `kmsctl status`")
+}
