@@ -341,6 +341,10 @@ func (j Job) hsmSecret(ctx context.Context, o Options) error {
 		return err
 	}
 	j.report(changed, "Secret "+object+", verified")
+	if _, err := j.Releases.Get(o.Release); changed && err == nil {
+		// A pod that is logged in goes on with what it has.
+		j.Line("note", "running pods read the new hsm-secret at their next login; to have them do so now: kubectl rollout restart statefulset/"+o.Release+"-oss -n "+o.Namespace)
+	}
 	return nil
 }
 

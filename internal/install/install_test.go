@@ -321,6 +321,30 @@ func TestHopelessPod(t *testing.T) {
 	})
 }
 
+// TestCorrectedSecret: a pod that says no gets the time that a corrected
+// Secret needs to reach it, and not much more.
+func TestCorrectedSecret(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for heals, want := range map[time.Duration]bool{90 * time.Second: true, 5 * time.Minute: false} {
+			w, o := newWorld(), options(t)
+			o.Timeout = 10 * time.Minute
+			trouble := &cluster.Trouble{Pod: "kms-oss-0", Container: "oss", Reason: cluster.NotReady, Log: "refused", Final: true}
+			w.pods = []cluster.Pod{{Name: "kms-oss-0", Trouble: trouble}}
+			w.install = func(ctx context.Context) error {
+				select {
+				case <-ctx.Done():
+					return ctx.Err()
+				case <-time.After(heals):
+					return nil
+				}
+			}
+			if _, err := w.job().Run(t.Context(), o); (err == nil) != want {
+				t.Errorf("healed after %s: %v", heals, err)
+			}
+		}
+	})
+}
+
 // TestTimeout: what is merely slow gets the whole time, and then the same words.
 func TestTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

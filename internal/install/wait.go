@@ -17,6 +17,9 @@ const (
 	// patience with a trouble that waiting alone does not cure: a Secret may
 	// be mounted a moment later, a registry may answer the second time.
 	patience = 15 * time.Second
+	// refresh is patience with a pod that runs and says no, as after a wrong
+	// HSM password: kubelet brings a corrected Secret within a minute and a half.
+	refresh = 2 * time.Minute
 )
 
 // watched runs a change of the release, tells how its pods come up, and ends
@@ -78,7 +81,11 @@ func (j Job) follow(ctx context.Context, o Options, stop <-chan struct{}, give f
 				did, _, _ := strings.Cut(state, " ")
 				j.Line(did, "pod "+p.Name, troubleText(p.Trouble))
 			}
-			if p.Trouble != nil && p.Trouble.Final && lasts >= patience {
+			limit := patience
+			if p.Trouble != nil && p.Trouble.Reason == cluster.NotReady {
+				limit = refresh
+			}
+			if p.Trouble != nil && p.Trouble.Final && lasts >= limit {
 				give(troubleFault(o.Release, *p.Trouble))
 				return
 			}

@@ -133,6 +133,10 @@ func (o *changeOptions) read(base map[string]any) (inputs, error) {
 	if err := o.hsm.CheckValues(); err != nil {
 		return in, err
 	}
+	if in.hsm.HSM.ClearData {
+		return in, fault.Usagef("clear_data: this version of kmsctl does not clear an HSM").
+			WithHint("leave it out: a new installation makes keys of its own beside old ones, which the HSM's own tool can remove")
+	}
 	in.values = in.hsm.Helm()
 	o.persistence(in.values)
 	if in.secret, err = o.secret(in.hsm); err != nil {

@@ -124,7 +124,7 @@ func (o *apiOptions) openBehind(ctx context.Context, gate *server.Gate, log *slo
 			return
 		}
 		gate.Shut(err.Error())
-		log.Warn("not ready", "error", err, "hint", fault.HintOf(err), "again", pause.String())
+		log.Warn("not ready", "error", err, "kind", fault.KindOf(err).String(), "hint", fault.HintOf(err), "again", pause.String())
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
