@@ -108,18 +108,28 @@ type Config struct {
 // log that could not write tries again.
 const signEvery = time.Second
 
+// While the HSM signs nothing is written, so it is not waited for long, and
+// not asked again soon when it did not.
+const (
+	signMost  = 2 * time.Second
+	signPause = 15 * time.Second
+)
+
 // Log writes one chain. Safe for concurrent use.
 type Log struct {
 	cfg   Config
 	dir   string
 	chain string
 
-	// Only the writer (run, and Open and Close around it) uses these.
+	writing sync.Mutex // held by the one who writes: a leader, or the ticker
+
+	// Only who writes uses these.
 	file  *os.File
 	size  int64  // of file; every byte of it is on disk
 	first uint64 // number of the file's first line
 	lost  uint64 // calls that went by since the last line
 
+	noSign time.Time     // the HSM is not asked before
 	group  int           // calls in the last group
 	synced time.Duration // what writing it took
 
@@ -130,10 +140,13 @@ type Log struct {
 	signed  uint64 // seq of the last signed head
 	failed  error  // why the last write failed; nil when it did not
 
-	wake   chan struct{}
-	stop   chan struct{}
-	done   chan struct{}
+	led    bool // somebody leads
 	closed bool
+	busy   sync.WaitGroup // calls under way
+
+	wake chan struct{} // a call came: for the leader who gathers
+	stop chan struct{}
+	done chan struct{}
 
 	stats Stats
 }
@@ -148,7 +161,14 @@ func (l *Log) Stats() *Stats { return &l.stats }
 
 type request struct {
 	event Event
-	done  chan error
+	done  chan outcome
+}
+
+// outcome is what became of a request; or lead, when it is its turn to write
+// for all that wait.
+type outcome struct {
+	err  error
+	lead bool
 }
 
 // Open continues the log in dir, or begins it. A torn last line, which a
@@ -400,45 +420,74 @@ func (l *Log) Ready() error {
 }
 
 // Append writes e and returns when it is on disk. Calls that come together
-// share one fsync. When the disk is full, Config.WhenFull decides.
+// share one fsync: one of them writes for all, so that a call which is alone
+// wakes nobody. When the disk is full, Config.WhenFull decides. What was begun
+// is ended, whatever becomes of ctx.
 func (l *Log) Append(ctx context.Context, e Event) error {
-	r := &request{event: e, done: make(chan error, 1)}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	r := &request{event: e, done: make(chan outcome, 2)}
 	l.mu.Lock()
 	if l.closed {
 		l.mu.Unlock()
 		return errors.New("audit log is closed")
 	}
+	l.busy.Add(1)
+	defer l.busy.Done()
 	l.pending = append(l.pending, r)
+	lead := !l.led
+	l.led = true
 	l.mu.Unlock()
 	select {
 	case l.wake <- struct{}{}:
 	default:
 	}
-	select {
-	case err := <-r.done:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
+	for {
+		if lead {
+			l.lead()
+		}
+		o := <-r.done
+		if !o.lead {
+			return o.err
+		}
+		lead = true
 	}
 }
 
-// run is the only writer.
+// lead writes what is pending, and hands the lead to a call that came
+// meanwhile.
+func (l *Log) lead() {
+	l.gather()
+	l.writing.Lock()
+	l.flush()
+	l.writing.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.pending) == 0 {
+		l.led = false
+		return
+	}
+	l.pending[0].done <- outcome{lead: true}
+}
+
+// run signs the head, and finds out when a full disk has room again.
 func (l *Log) run() {
 	defer close(l.done)
 	tick := time.NewTicker(signEvery)
 	defer tick.Stop()
 	for {
 		select {
-		case <-l.wake:
-			l.gather()
-			l.flush()
 		case <-tick.C:
 			l.mu.Lock()
 			failed := l.failed != nil
 			l.mu.Unlock()
-			_ = l.signHead(context.Background(), failed) // tried again at the next tick; Verify reports how far signatures reach
+			l.writing.Lock()
+			if failed || time.Now().After(l.noSign) {
+				_ = l.signHead(context.Background(), failed) // tried again later; Verify reports how far signatures reach
+			}
+			l.writing.Unlock()
 		case <-l.stop:
-			l.flush()
 			return
 		}
 	}
@@ -494,7 +543,7 @@ func (l *Log) flush() {
 		err = nil
 	}
 	for _, r := range batch {
-		r.done <- err
+		r.done <- outcome{err: err}
 	}
 }
 
@@ -530,7 +579,7 @@ func headMessage(ln line) []byte {
 }
 
 // signHead writes a head line when there is anything new, or when it must.
-// Only the writer calls it, so that nothing is written between signing and
+// Whoever calls it writes, so that nothing is written between signing and
 // writing.
 func (l *Log) signHead(ctx context.Context, must bool) error {
 	l.mu.Lock()
@@ -543,10 +592,11 @@ func (l *Log) signHead(ctx context.Context, must bool) error {
 	l.gap(&b)
 	head := line{Seq: l.seq + 1, Time: l.cfg.Now().UTC(), Chain: l.chain, Prev: l.prev, Kind: "head"}
 	l.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, signMost)
 	defer cancel()
 	sig, err := l.cfg.Sign(ctx, headMessage(head))
 	if err != nil {
+		l.noSign = time.Now().Add(signPause)
 		l.mu.Lock()
 		l.seq, l.prev = seq, prev
 		l.mu.Unlock()
@@ -581,5 +631,6 @@ func (l *Log) Close() error {
 	l.mu.Unlock()
 	close(l.stop)
 	<-l.done
+	l.busy.Wait()
 	return errors.Join(l.signHead(context.Background(), false), l.file.Close())
 }

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -235,6 +236,41 @@ func TestFullDiskGoesOnAndCounts(t *testing.T) {
 	r, err := verify(read(t, dir), s.pub, s.head)
 	if err != nil || r.Lost != lost || r.Events != 101-lost {
 		t.Errorf("%d lost: %+v %v", lost, r, err)
+	}
+}
+
+// TestAnHSMThatHangsHoldsUpLittle: calls are written while heads cannot be
+// signed, and the HSM is not asked again and again.
+func TestAnHSMThatHangsHoldsUpLittle(t *testing.T) {
+	dir, s := t.TempDir(), newSigner(t)
+	var hangs atomic.Bool
+	var asked atomic.Int32
+	l := openWith(t, dir, s, func(c *audit.Config) {
+		sign := c.Sign
+		c.Sign = func(ctx context.Context, m []byte) ([]byte, error) {
+			if !hangs.Load() {
+				return sign(ctx, m)
+			}
+			asked.Add(1)
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+	})
+	hangs.Store(true)
+	began := time.Now()
+	for i := 0; time.Since(began) < 5*time.Second; i++ {
+		appendAll(t, l, i, 1)
+		time.Sleep(time.Millisecond)
+	}
+	if n := asked.Load(); n != 1 {
+		t.Errorf("asked %d times", n)
+	}
+	hangs.Store(false)
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := verify(read(t, dir), s.pub, s.head); err != nil || r.Events < 100 {
+		t.Errorf("%+v %v", r, err)
 	}
 }
 
