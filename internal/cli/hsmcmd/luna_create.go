@@ -21,6 +21,8 @@ import (
 
 type lunaCreateOptions struct {
 	*app.App
+	kube      app.KubeFlags
+	nodeLabel string
 	nodes     []string
 	dir       string
 	partition string
@@ -34,17 +36,22 @@ func newLunaCreateCmd(a *app.App, run func(context.Context, *lunaCreateOptions) 
 		run = runLunaCreate
 	}
 	cmd := &cobra.Command{
-		Use: "create --node IP...", Short: "Make a key and a certificate for each management node", Args: cobra.NoArgs,
+		Use: "create", Short: "Make a key and a certificate for each management node", Args: cobra.NoArgs,
 		Long: `Make a key and a certificate for each management node, as "vtl createCert -n IP" would:
 IP.pem and IPKey.pem, the name in the CN. Then print what the appliance's administrator has to type.
 
+The nodes are given by --node, else they are those of the cluster, or of its nodes with --node-label.
 A pair that is there and still good is kept, so the command can be run again when a node is added.`,
 		Example: `  kmsctl hsm luna-cert create --node 10.0.0.11 --node 10.0.0.12 --output-dir certs --partition kms
+  kmsctl hsm luna-cert create --node-label management=true --output-dir certs
   kmsctl hsm luna-cert create --node 10.0.0.11 --output-dir certs --renew`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
 	f := cmd.Flags()
-	f.StringSliceVar(&o.nodes, "node", nil, "IPv4 address of a management node; repeatable")
+	f.StringSliceVar(&o.nodes, "node", nil, "IPv4 address of a management node; repeatable; without it, the cluster is asked")
+	f.StringVar(&o.nodeLabel, "node-label", "", "label of the cluster's nodes that count, as key or key=value; without it, all")
+	f.StringVar(&o.kube.Kubeconfig, "kubeconfig", "", "kubeconfig of the cluster; without it, as kubectl finds it")
+	f.StringVar(&o.kube.Context, "context", "", "context in the kubeconfig")
 	f.StringVar(&o.dir, "output-dir", ".", "folder for the files")
 	f.StringVar(&o.partition, "partition", "PARTITION", "name of the partition, for the printed commands")
 	f.StringVar(&o.hsmIP, "hsm-ip", "APPLIANCE", "address of the appliance, for the printed commands")
@@ -55,9 +62,14 @@ A pair that is there and still good is kept, so the command can be run again whe
 // Check holds the rules of the flags.
 func (o *lunaCreateOptions) Check() error {
 	var errs []error
-	if len(o.nodes) == 0 {
-		errs = append(errs, fault.Usagef("--node: missing").WithHint("give every management node: kubectl get nodes -o wide"))
+	if len(o.nodes) > 0 && o.nodeLabel != "" {
+		errs = append(errs, fault.Usagef("--node, --node-label: only one of them"))
 	}
+	return errors.Join(append(errs, o.checkNodes())...)
+}
+
+func (o *lunaCreateOptions) checkNodes() error {
+	var errs []error
 	for i, ip := range o.nodes {
 		if err := hsm.CheckNodeIP(ip); err != nil {
 			errs = append(errs, fault.Usagef("--node: %w", err))
@@ -97,7 +109,36 @@ func (l lunaPairs) Table() ([]string, [][]string) {
 	return []string{"NODE", "PAIR", "CERTIFICATE", "KEY", "EXPIRES"}, rows
 }
 
-func runLunaCreate(_ context.Context, o *lunaCreateOptions) error {
+// find asks the cluster for its nodes.
+func (o *lunaCreateOptions) find(ctx context.Context) error {
+	missing := func(err error) error {
+		return fault.Usagef("--node: missing, and the cluster does not tell: %w", err).WithHint("give every management node: kubectl get nodes -o wide")
+	}
+	c, err := o.Cluster(&o.kube)
+	if err != nil {
+		return missing(err)
+	}
+	nodes, err := c.Nodes(ctx)
+	if err != nil {
+		return missing(err)
+	}
+	for _, n := range nodes {
+		if n.Matches(o.nodeLabel) {
+			o.nodes = append(o.nodes, n.IP)
+		}
+	}
+	if len(o.nodes) == 0 {
+		return missing(fmt.Errorf("none of its %d nodes has the label %s", len(nodes), o.nodeLabel))
+	}
+	return o.checkNodes()
+}
+
+func runLunaCreate(ctx context.Context, o *lunaCreateOptions) error {
+	if len(o.nodes) == 0 {
+		if err := o.find(ctx); err != nil {
+			return err
+		}
+	}
 	if err := os.MkdirAll(o.dir, 0o700); err != nil {
 		return fault.New(fault.Other, "make folder", o.dir, err)
 	}
