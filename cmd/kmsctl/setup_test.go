@@ -6,8 +6,10 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -136,12 +138,18 @@ func (s *site) write(t *testing.T, name string, b []byte) {
 // start runs `kmsctl setup --dry-run` on a terminal.
 func (s *site) start(t *testing.T, args ...string) (*testkit.Pty, *bytes.Buffer) {
 	t.Helper()
+	return s.program(t, append([]string{"setup", "--dry-run", "--insecure"}, args...)...)
+}
+
+// program runs kmsctl on a terminal, its standard output apart.
+func (s *site) program(t *testing.T, args ...string) (*testkit.Pty, *bytes.Buffer) {
+	t.Helper()
 	var out bytes.Buffer
 	program, err := filepath.Abs("../../bin/kmsctl")
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(program, append([]string{"setup", "--dry-run", "--insecure"}, args...)...)
+	cmd := exec.Command(program, args...)
 	cmd.Dir, cmd.Env, cmd.Stdout = s.dir, s.env, &out
 	return testkit.StartPty(t, cmd), &out
 }
@@ -344,5 +352,68 @@ func TestSetupResumes(t *testing.T) {
 	}
 	if strings.Contains(out.String(), "hsm-ip") || !strings.Contains(out.String(), "--model softhsm") {
 		t.Error(out)
+	}
+}
+
+// TestSetupBeginsOnlyWhenTold: after the plan comes a question, and no leaves
+// everything as it was.
+func TestSetupBeginsOnlyWhenTold(t *testing.T) {
+	s := newSite(t)
+	s.write(t, "pw", []byte(pin))
+	p, out := s.program(t, "setup", "--model", "softhsm", "--archive", "", "--repo", "charts", "--namespace", "kms", "--version", "1", "--storage-class", "slow",
+		"--hsm-password-file", "pw", "--admin-key-file", "admin.key")
+	p.Expect("apply Secret kms/hsm-secret")
+	choose(p, "Begin?", "no", 1)
+	if code := p.Wait(); code != 130 || out.Len() > 0 {
+		t.Fatalf("exit %d\n%s%s", code, p.Screen(), out)
+	}
+	if _, err := os.Stat(filepath.Join(s.dir, "admin.key")); err == nil {
+		t.Error("something was begun")
+	}
+}
+
+// TestFetchServerAsks: the appliance's certificate is saved when the person
+// has compared the fingerprint, and not otherwise.
+func TestFetchServerAsks(t *testing.T) {
+	s := newSite(t)
+	cert, key, err := hsm.NewLunaClient("127.0.0.1", time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{pair}, MaxVersion: tls.VersionTLS12})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_ = c.(*tls.Conn).Handshake() // the client says how it went
+			_ = c.Close()
+		}
+	}()
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"hsm", "luna-cert", "fetch-server", "--hsm-ip", "127.0.0.1", "--port", port, "--output-file", "got.pem"}
+	for answer, code := range []int{130, 0} { // no, yes
+		p, _ := s.program(t, args...)
+		p.Expect(hsm.Fingerprint(pair.Certificate[0]))
+		choose(p, "Is that the fingerprint", "yes", answer)
+		if got := p.Wait(); got != code {
+			t.Errorf("exit %d, want %d\n%s", got, code, p.Screen())
+		}
+		_, err := os.Stat(filepath.Join(s.dir, "got.pem"))
+		if (err == nil) != (code == 0) {
+			t.Errorf("exit %d: %v", code, err)
+		}
 	}
 }
