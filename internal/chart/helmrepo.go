@@ -51,7 +51,7 @@ type HelmRepo struct {
 	Insecure bool   `json:"insecure_skip_tls_verify,omitempty"`
 	// Username and Password are Helm's own keys; we read them and write none.
 	Username string `json:"username,omitempty"`
-	Password string `json:"password,omitempty"` //nolint:gosec // Helm's key for it
+	Password string `json:"password,omitempty"`
 }
 
 type helmList struct {
@@ -121,7 +121,7 @@ func (f HelmFiles) Add(ctx context.Context, r HelmRepo, h *HTTP, now time.Time) 
 	if err != nil {
 		return err
 	}
-	b, err := yaml.Marshal(r)
+	b, err := yaml.Marshal(r) //nolint:gosec // repo add takes no password, so that there is none in it
 	if err != nil {
 		return err
 	}

@@ -62,7 +62,7 @@ func (l *load) foreign(ctx context.Context) error {
 	if l.DryRun {
 		return s.dryRun(ctx)
 	}
-	s.pool = newPool(24)
+	s.pool = newPool(16)
 	s.workers = make(chan struct{}, max(min(l.Jobs, 4), 1))
 	s.tap = sha256.New()
 	for pass := 1; ; pass++ {

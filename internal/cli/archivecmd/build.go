@@ -25,6 +25,9 @@ type buildOptions struct {
 	lunaClient    string
 	nshieldClient string
 	batch         bool
+	charts        []string
+	images        []string
+	sources       pack.Sources
 	sign          signFlags
 }
 
@@ -43,9 +46,12 @@ The Debian packages are pinned by name, version and SHA-256. They come from the 
 the cache (KMSCTL_CACHE, else $XDG_CACHE_HOME/kmsctl), and from apt-get where that has none.
 
 The vendors' clients for Luna and nShield may not be passed on, so that the images for them
-have none, unless a tar of the installed client is given.`,
+have none, unless a tar of the installed client is given.
+
+With --chart and --image, an archive of those is built instead.`,
 		Example: `  kmsctl archive build --output-file key-management-hsm-amd64.tar.gz
-  tar -C / -czf luna.tar.gz usr/safenet && kmsctl archive build --luna-client luna.tar.gz --output-file key-management-hsm-amd64.tar.gz`,
+  tar -C / -czf luna.tar.gz usr/safenet && kmsctl archive build --luna-client luna.tar.gz --output-file key-management-hsm-amd64.tar.gz
+  kmsctl archive build --chart ./app --image org/app:1.0=app.tar --output-file app.tar.gz`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
 	fs := cmd.Flags()
@@ -55,6 +61,8 @@ have none, unless a tar of the installed client is given.`,
 	fs.StringVar(&o.lunaClient, "luna-client", "", "tar of the installed Luna client, for kms-gemaltov6")
 	fs.StringVar(&o.nshieldClient, "nshield-client", "", "tar of the installed nShield client, for kms-thalesv12")
 	fs.BoolVar(&o.batch, "batch-images", false, "put all images into one member, each layer once: smaller, and IBM's loader from 3.1.2 on reads it")
+	fs.StringArrayVar(&o.charts, "chart", nil, "build an archive of other content: a chart package or folder; repeatable")
+	fs.StringArrayVar(&o.images, "image", nil, "build an archive of other content: NAME:TAG=FILE, where FILE is a tar of docker save or of an OCI layout; repeatable")
 	o.sign.add(fs)
 	return cmd
 }
@@ -62,6 +70,12 @@ have none, unless a tar of the installed client is given.`,
 // Check holds the rules of the flags.
 func (o *buildOptions) Check() error {
 	errs := []error{o.sign.password.Check()}
+	for _, s := range o.images {
+		i, err := pack.ParseImageSource(s)
+		errs = append(errs, err)
+		o.sources.Images = append(o.sources.Images, i)
+	}
+	o.sources.Charts = o.charts
 	if o.outputFile == "" {
 		errs = append(errs, fault.Usagef("--output-file: missing"))
 	}
@@ -69,6 +83,9 @@ func (o *buildOptions) Check() error {
 }
 
 func runBuild(ctx context.Context, o *buildOptions) error {
+	if len(o.images)+len(o.charts) > 0 {
+		return runBuildOther(ctx, o)
+	}
 	c, err := chart.FromFS(templates.Chart())
 	if err != nil {
 		return err
@@ -93,6 +110,17 @@ func runBuild(ctx context.Context, o *buildOptions) error {
 		o.Progress().Line("warning", w)
 	}
 	return write(o.App, o.outputFile, &o.sign, b, warnings)
+}
+
+// runBuildOther builds an archive of the charts and images that were named.
+func runBuildOther(ctx context.Context, o *buildOptions) error {
+	p := &pack.Repack{Limits: archive.DefaultLimits, Batch: o.batch, Temp: filepath.Dir(o.outputFile), Level: 6}
+	defer p.Close()
+	b, err := o.sources.Build(ctx, p)
+	if err != nil {
+		return err
+	}
+	return write(o.App, o.outputFile, &o.sign, b, nil)
 }
 
 // builtResult is what build prints.

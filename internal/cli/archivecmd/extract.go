@@ -81,7 +81,7 @@ func runExtract(ctx context.Context, o *extractOptions) error {
 	if err != nil {
 		return fault.New(fault.Other, "open folder", o.dir, err)
 	}
-	defer root.Close()
+	defer func() { _ = root.Close() }() // nothing is written through it any more
 	err = a.Walk(ctx, o.limits.limits(), nil, func(name string, size int64, r io.Reader) error {
 		if !all && !wanted[name] {
 			return nil

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -93,7 +94,13 @@ func (o *loadOptions) Check() error {
 	return errors.Join(errs...)
 }
 
+// memoryLimit is where the collector begins to work harder. What a load holds
+// at once is under 64 MiB whatever the archive's size; without a limit the
+// collector lets twice that grow.
+const memoryLimit = 80 << 20
+
 func runLoad(ctx context.Context, o *loadOptions) error {
+	debug.SetMemoryLimit(memoryLimit)
 	a, err := o.open(ctx)
 	if err != nil {
 		return err
