@@ -35,7 +35,7 @@ func (s *Sources) Build(ctx context.Context, p *Repack) (archive.Build, error) {
 	}
 	pr, pw := io.Pipe()
 	go func() { _ = pw.CloseWithError(s.write(pw, m, files)) }() // a pipe's close does not fail
-	defer func() { _ = pr.Close() }() // ends the writer
+	defer func() { _ = pr.Close() }()                            // ends the writer
 	a, err := archive.Open("-", pr)
 	if err != nil {
 		return archive.Build{}, err
