@@ -65,6 +65,7 @@ type ServiceID struct {
 	Description string    `json:"description,omitempty"`
 	CreatedAt   time.Time `json:"createdAt"`
 	CreatedBy   string    `json:"createdBy"`
+	Subjects    []string  `json:"subjects,omitempty"` // see subject.go
 }
 
 // APIKey proves a service ID, or an administrator. Hash is the SHA-256 of the
@@ -293,8 +294,9 @@ func checkName(name string) error {
 }
 
 // CreateServiceID makes a service ID; its name is unique.
-func (s *Service) CreateServiceID(ctx context.Context, who Principal, name, description string) (ServiceID, error) {
-	sid, changes, err := s.newServiceID(who, name, description)
+// Subjects are further ways to prove it, besides API keys.
+func (s *Service) CreateServiceID(ctx context.Context, who Principal, name, description string, subjects ...string) (ServiceID, error) {
+	sid, changes, err := s.newServiceID(who, name, description, subjects...)
 	if err != nil {
 		return sid, err
 	}
@@ -303,17 +305,18 @@ func (s *Service) CreateServiceID(ctx context.Context, who Principal, name, desc
 
 func taken(name string, err error) error {
 	if errors.Is(err, record.ErrConflict) {
-		return fault.Newf(fault.Conflict, "create service ID", name, "a service ID of this name exists").WithHint("choose another name, or delete it first: kmsctl iam service-ids delete %s", name)
+		return fault.Newf(fault.Conflict, "create service ID", name, "a service ID of this name, or with one of its subjects, exists").WithHint("choose another name, or delete it first: kmsctl iam service-ids delete %s", name)
 	}
 	return err
 }
 
-func (s *Service) newServiceID(who Principal, name, description string) (ServiceID, []record.Change, error) {
+func (s *Service) newServiceID(who Principal, name, description string, subjects ...string) (ServiceID, []record.Change, error) {
 	if err := checkName(name); err != nil {
 		return ServiceID{}, nil, err
 	}
-	sid := ServiceID{ID: "ServiceId-" + uuid.NewString(), Name: name, Description: description, CreatedAt: s.stamp(), CreatedBy: who.String()}
-	return sid, []record.Change{{Path: serviceIDs + sid.ID, Value: sid}, {Path: names + name, Value: sid.ID}}, nil
+	sid := ServiceID{ID: "ServiceId-" + uuid.NewString(), Name: name, Description: description, CreatedAt: s.stamp(), CreatedBy: who.String(), Subjects: subjects}
+	bound, err := subjectChanges(sid)
+	return sid, append([]record.Change{{Path: serviceIDs + sid.ID, Value: sid}, {Path: names + name, Value: sid.ID}}, bound...), err
 }
 
 // ServiceIDs lists all service IDs.
@@ -370,6 +373,11 @@ func (s *Service) DeleteServiceID(ctx context.Context, nameOrID string) error {
 		return err
 	}
 	changes := []record.Change{{Path: serviceIDs + sid.ID, Rev: rev}, {Path: names + sid.Name, Rev: nameRev}}
+	freed, err := s.dropSubjects(ctx, sid)
+	if err != nil {
+		return err
+	}
+	changes = append(changes, freed...)
 	err = s.store.List(ctx, apiKeys, func(m record.Meta, decode func(any) error) error {
 		var k APIKey
 		if err := decode(&k); err != nil {

@@ -185,7 +185,7 @@ func createServiceID(ctx context.Context, c *call) (any, error) {
 	if err := c.decode(&in); err != nil {
 		return nil, err
 	}
-	s, err := c.IAM.CreateServiceID(ctx, c.who, in.Name, in.Description)
+	s, err := c.IAM.CreateServiceID(ctx, c.who, in.Name, in.Description, in.Subjects...)
 	return kmsapi.ServiceID(s), err
 }
 

@@ -52,6 +52,9 @@ type Config struct {
 	AuditHeads func(ctx context.Context) (kmsapi.AuditHeads, error)
 	// Backup writes a copy of the store.
 	Backup func(ctx context.Context, w io.Writer) error
+	// Review asks Kubernetes whose a token is: a ServiceAccount as
+	// namespace:name, or "". Nil where there is no Kubernetes.
+	Review func(ctx context.Context, token string) (account string, err error)
 	// Healthy lists what is wrong with the HSM; empty means ready.
 	Healthy func(ctx context.Context) []string
 	Limits  Limits
@@ -64,6 +67,7 @@ type Server struct {
 	mux     *http.ServeMux
 	limits  *limiter
 	metrics *metrics
+	reviews *reviews
 }
 
 // New builds the routes.
@@ -72,6 +76,7 @@ func New(c Config) *Server {
 		c.Now = time.Now
 	}
 	s := &Server{Config: c, mux: http.NewServeMux(), limits: newLimiter(c.Limits, c.Now), metrics: newMetrics(c.Now)}
+	s.reviews = &reviews{ask: c.Review, now: c.Now}
 	s.metrics.ibm.name = s.instanceName
 	s.Gauge("kmsctl_store_view_age_seconds", "Age of the view of the store; above 1 every request is refused.", func() float64 { return c.Lag().Seconds() })
 	actions := map[string]route{}
@@ -359,21 +364,6 @@ func (c *call) readBody() (err error) {
 		return fault.Newf(fault.Usage, "read", "body", "more than %d bytes", kmsapi.MaxBody).WithReason(kmsapi.TooLarge)
 	}
 	return nil
-}
-
-func (s *Server) authenticate(ctx context.Context, r *http.Request) (iam.Principal, error) {
-	if local, _ := ctx.Value(localKey{}).(bool); local {
-		return iam.LocalAdmin(), nil
-	}
-	kind, token, ok := strings.Cut(r.Header.Get("Authorization"), " ")
-	if !ok || !strings.EqualFold(kind, "Bearer") {
-		return iam.Principal{}, fault.Newf(fault.Denied, "authenticate", "", "no bearer token").WithReason(kmsapi.Unauthorized)
-	}
-	p, err := s.IAM.Authenticate(ctx, strings.TrimSpace(token))
-	if fault.KindOf(err) == fault.Denied {
-		return p, fault.New(fault.Denied, "authenticate", "", err).WithReason(kmsapi.Unauthorized)
-	}
-	return p, err
 }
 
 func (s *Server) authorize(ctx context.Context, rt route, c *call) error {

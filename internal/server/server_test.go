@@ -507,3 +507,49 @@ func TestICPsIAMPaths(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+// TestServiceAccountTokens: the token of a ServiceAccount proves the service ID
+// that names it, Kubernetes is asked once in a while, and nobody else is let in.
+func TestServiceAccountTokens(t *testing.T) {
+	w := newWorld(t)
+	root := w.root(t, "shop")
+	k := root.create(t, `"name":"root"`)
+	var sid kmsapi.ServiceID
+	root.do(t, "POST", "/kmsctl/v1/iam/service-ids", `{"name":"orders","subjects":["serviceaccount:shop:orders"]}`).into(t, &sid)
+	root.do(t, "POST", "/kmsctl/v1/iam/policies", `{"serviceId":"orders","role":"Viewer","instance":"`+root.instance+`","key":"`+k.ID+`"}`)
+	w.accounts.Store("a.b.c", "shop:orders")
+	w.accounts.Store("d.e.f", "shop:billing")
+	s := client{w: w, token: "a.b.c", instance: root.instance}
+	for range 3 {
+		if r := s.act(t, k.ID, "wrap", ""); r.status != 200 {
+			t.Fatalf("%+v", r)
+		}
+	}
+	if e := w.audit.last(); e.Principal != sid.ID {
+		t.Errorf("%+v", e)
+	}
+	if n := w.reviews.Load(); n != 1 {
+		t.Errorf("Kubernetes was asked %d times", n)
+	}
+	for _, token := range []string{"d.e.f", "g.h.i", "no JWT", w.admin} {
+		s.token = token
+		if r := s.act(t, k.ID, "wrap", ""); r.status != 401 {
+			t.Errorf("%s: %+v", token, r)
+		}
+	}
+	for _, bad := range []string{"serviceaccount:shop", "cert:", "user:x", "serviceaccount:shop:orders"} { // the last is taken
+		if r := root.do(t, "POST", "/kmsctl/v1/iam/service-ids", `{"name":"another","subjects":["`+bad+`"]}`); r.status != 400 && r.status != 409 {
+			t.Errorf("%s: %+v", bad, r)
+		}
+	}
+	s.token = "a.b.c"
+	if r := root.do(t, "DELETE", "/kmsctl/v1/iam/service-ids/orders", ""); r.status != 204 {
+		t.Fatal(r)
+	}
+	if r := s.act(t, k.ID, "wrap", ""); r.status != 401 {
+		t.Errorf("the service ID is gone: %+v", r)
+	}
+	if r := root.do(t, "POST", "/kmsctl/v1/iam/service-ids", `{"name":"again","subjects":["serviceaccount:shop:orders"]}`); r.status != 201 {
+		t.Errorf("the subject is free again: %+v", r)
+	}
+}

@@ -81,7 +81,9 @@ type world struct {
 	clock       atomic.Int64 // nanoseconds after start
 	lag         atomic.Int64
 	sick        atomic.Pointer[[]string]
-	admin       string // an administrator's API key
+	admin       string   // an administrator's API key
+	accounts    sync.Map // tokens of Kubernetes
+	reviews     atomic.Int64
 }
 
 var start = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -133,6 +135,12 @@ func newWorldWith(tb testing.TB, limits server.Limits) *world {
 	log := slog.New(slog.NewJSONHandler(&safeBuffer{b: w.log}, nil))
 	s := server.New(server.Config{
 		KMS: w.kms, IAM: w.iam, Audit: w.audit, Log: log,
+		Review: func(_ context.Context, token string) (string, error) {
+			w.reviews.Add(1)
+			account, _ := w.accounts.Load(token)
+			s, _ := account.(string)
+			return s, nil
+		},
 		AuditHeads: func(context.Context) (kmsapi.AuditHeads, error) {
 			return kmsapi.AuditHeads{PublicKey: w.token.PublicKey(), Heads: []kmsapi.AuditHead{}}, nil
 		},

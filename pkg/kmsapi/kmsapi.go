@@ -395,12 +395,16 @@ type ServiceID struct {
 	Description string    `json:"description,omitempty"`
 	CreatedAt   time.Time `json:"createdAt"`
 	CreatedBy   string    `json:"createdBy"`
+	Subjects    []string  `json:"subjects,omitempty"`
 }
 
-// CreateServiceID is the body of POST /kmsctl/v1/iam/service-ids.
+// CreateServiceID is the body of POST /kmsctl/v1/iam/service-ids. Subjects are
+// further ways to prove it, besides API keys: cert:COMMON-NAME for a client
+// certificate, serviceaccount:NAMESPACE:NAME for a token of Kubernetes.
 type CreateServiceID struct {
-	Name        string `json:"name"`
-	Description string `json:"description,omitempty"`
+	Name        string   `json:"name"`
+	Description string   `json:"description,omitempty"`
+	Subjects    []string `json:"subjects,omitempty"`
 }
 
 // ServiceIDs is the answer of GET /kmsctl/v1/iam/service-ids.

@@ -334,7 +334,7 @@ func LocalListener(ctx context.Context, path string) (net.Listener, error) {
 }
 
 // TLS makes or reuses DATA/tls: a CA, and the API's leaf with the given names.
-func (e *Embedded) TLS(now time.Time, listen string, san []string) (*tls.Config, error) {
+func (e *Embedded) TLS(now time.Time, listen string, san []string, clientCA string) (*tls.Config, error) {
 	dir := filepath.Join(e.Data, "tls")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fault.New(fault.Other, "make folder", dir, err)
@@ -373,5 +373,5 @@ func (e *Embedded) TLS(now time.Time, listen string, san []string) (*tls.Config,
 			return nil, err
 		}
 	}
-	return FileTLS(filepath.Join(dir, "api.pem"), filepath.Join(dir, "api-key.pem"))
+	return FileTLS(filepath.Join(dir, "api.pem"), filepath.Join(dir, "api-key.pem"), clientCA)
 }

@@ -35,6 +35,7 @@ type KMSConfig struct {
 	Now      func() time.Time
 	Log      *slog.Logger
 	Windows  kms.Windows
+	Review   func(ctx context.Context, token string) (account string, err error) // see server.Config
 }
 
 // KMS is an open KMS: the HSM unlocked, the records read.
@@ -88,7 +89,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		return nil, err
 	}
 	k.kms = kms.New(st, c.Token, c.Token, c.Now, c.Windows)
-	k.Server = server.New(server.Config{KMS: k.kms, IAM: k.IAM, Audit: k.audit, Log: c.Log,
+	k.Server = server.New(server.Config{KMS: k.kms, Review: c.Review, IAM: k.IAM, Audit: k.audit, Log: c.Log,
 		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Limits: c.Limits})
 	k.gauges()
 	return k, nil

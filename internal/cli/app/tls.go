@@ -2,6 +2,7 @@ package app
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"os"
 	"sync"
 	"time"
@@ -10,13 +11,26 @@ import (
 )
 
 // FileTLS serves the certificate of two PEM files, and reads them again when
-// they change, so that a renewed certificate needs no restart.
-func FileTLS(cert, key string) (*tls.Config, error) {
+// they change, so that a renewed certificate needs no restart. With a CA for
+// clients, who shows a certificate must show one of that CA; nobody has to.
+func FileTLS(cert, key, clientCA string) (*tls.Config, error) {
 	f := &certFile{cert: cert, key: key}
 	if _, err := f.get(nil); err != nil {
 		return nil, err
 	}
-	return &tls.Config{GetCertificate: f.get, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}}, nil
+	c := &tls.Config{GetCertificate: f.get, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}}
+	if clientCA == "" {
+		return c, nil
+	}
+	b, err := os.ReadFile(clientCA)
+	if err != nil {
+		return nil, fault.New(fault.NotFound, "read the CA of clients", clientCA, err).WithHint("check --client-ca-file")
+	}
+	c.ClientAuth, c.ClientCAs = tls.VerifyClientCertIfGiven, x509.NewCertPool()
+	if !c.ClientCAs.AppendCertsFromPEM(b) {
+		return nil, fault.Newf(fault.BadContent, "read the CA of clients", clientCA, "no certificate in it").WithHint("check --client-ca-file")
+	}
+	return c, nil
 }
 
 type certFile struct {

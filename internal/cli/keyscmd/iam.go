@@ -54,6 +54,7 @@ type iamOptions struct {
 	client                     app.ClientFlags
 	name, description          string
 	serviceID, role, key, ring string
+	certs, accounts            []string
 	needInstance, needService  bool
 }
 
@@ -96,6 +97,8 @@ func newIAMCmd(a *app.App) *cobra.Command {
 		iamVerb(a, "create NAME", "Create a service ID", "  kmsctl iam service-ids create orders", cobra.ExactArgs(1), runServiceIDCreate,
 			func(c *cobra.Command, o *iamOptions) {
 				c.Flags().StringVar(&o.description, "description", "", "what it is for")
+				c.Flags().StringSliceVar(&o.certs, "client-cert", nil, "common name of a client certificate that proves it too")
+				c.Flags().StringSliceVar(&o.accounts, "service-account", nil, "NAMESPACE/NAME of a Kubernetes ServiceAccount whose token proves it too")
 			}),
 		iamVerb(a, "list", "List the service IDs", "  kmsctl iam service-ids list", cobra.NoArgs, runServiceIDList, nil),
 		iamVerb(a, "delete NAME", "Delete a service ID with its API keys and policies, at once", "  kmsctl iam service-ids delete orders", cobra.ExactArgs(1), runServiceIDDelete, nil),
@@ -146,6 +149,12 @@ func (o *iamOptions) call(ctx context.Context, op, object, method, path string, 
 func runServiceIDCreate(ctx context.Context, o *iamOptions) error {
 	var out kmsapi.ServiceID
 	in := kmsapi.CreateServiceID{Name: o.name, Description: o.description}
+	for _, cn := range o.certs {
+		in.Subjects = append(in.Subjects, "cert:"+cn)
+	}
+	for _, a := range o.accounts {
+		in.Subjects = append(in.Subjects, "serviceaccount:"+strings.Replace(a, "/", ":", 1))
+	}
 	if err := o.call(ctx, "create service ID", o.name, http.MethodPost, "/kmsctl/v1/iam/service-ids", in, &out); err != nil {
 		return err
 	}

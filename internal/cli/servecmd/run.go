@@ -16,6 +16,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/connector"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/kube"
 	"github.com/kmsctl/kmsctl/internal/server"
 	"github.com/kmsctl/kmsctl/internal/store"
 )
@@ -26,6 +27,8 @@ type apiOptions struct {
 	sockets     []string
 	etcd        store.Remote
 	cert, key   string
+	clientCA    string
+	accounts    bool
 	adminHashes []string
 	auditDir    string
 	windows     app.WindowFlags
@@ -55,6 +58,8 @@ refused is not tried again until the secret changes.`,
 	fs.StringVar(&o.etcd.KeyFile, "etcd-key-file", "", "its key")
 	fs.StringVar(&o.cert, "tls-cert-file", "", "certificate of the API")
 	fs.StringVar(&o.key, "tls-key-file", "", "its key")
+	fs.StringVar(&o.clientCA, "client-ca-file", "", "CA of client certificates, by which service IDs can be proved")
+	fs.BoolVar(&o.accounts, "service-account-tokens", false, "take tokens of this cluster's ServiceAccounts too; needs the right to create TokenReviews")
 	fs.StringArrayVar(&o.adminHashes, "admin-key-hash-file", nil, "JSON with id and hash of an administrator's API key; repeatable")
 	fs.StringVar(&o.auditDir, "audit-dir", "", "folder of the audit log")
 	o.windows.Add(fs)
@@ -83,7 +88,7 @@ func (o *apiOptions) Check() error {
 
 func runAPI(ctx context.Context, o *apiOptions) error {
 	log := newLogger(o.Err)
-	cfg, err := app.FileTLS(o.cert, o.key)
+	cfg, err := app.FileTLS(o.cert, o.key, o.clientCA)
 	if err != nil {
 		return err
 	}
@@ -155,7 +160,12 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 	if err != nil {
 		return err
 	}
-	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Name: name, Now: o.Now, Log: log, Windows: windows})
+	review, err := o.review()
+	if err != nil {
+		return err
+	}
+	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Name: name,
+		Now: o.Now, Log: log, Windows: windows, Review: review})
 	if err != nil {
 		return err
 	}
@@ -182,6 +192,18 @@ func registerAdmin(ctx context.Context, k *app.KMS, file string) error {
 		return fault.New(fault.BadContent, "read", file, err)
 	}
 	return k.IAM.EnsureAdmin(ctx, h.ID, h.Hash)
+}
+
+// review asks this cluster about tokens; nil when that is not wanted.
+func (o *apiOptions) review() (func(context.Context, string) (string, error), error) {
+	if !o.accounts {
+		return nil, nil
+	}
+	c, err := kube.InCluster()
+	if err != nil {
+		return nil, err
+	}
+	return c.ReviewToken, nil
 }
 
 type storageOptions struct {

@@ -33,6 +33,7 @@ type serveOptions struct {
 	plainHTTP    bool
 	adminKeyFile string
 	san          []string
+	clientCA     string
 }
 
 func newServeCmd(a *app.App, run func(context.Context, *serveOptions) error) *cobra.Command {
@@ -66,6 +67,7 @@ is not running: the folder remembers where the two files are (and nothing that i
 	fs.BoolVar(&o.plainHTTP, "plain-http", false, "serve without TLS, on a loopback address only")
 	fs.StringVar(&o.adminKeyFile, "admin-key-file", "", "make a first administrator's API key and write it here, once")
 	fs.StringSliceVar(&o.san, "san", nil, "further DNS names or addresses in the API's certificate")
+	fs.StringVar(&o.clientCA, "client-ca-file", "", "CA of client certificates, by which service IDs can be proved")
 	o.kms.Pass.Add(fs)
 	o.kms.Windows.Add(fs)
 	o.kms.Audit.Add(cmd)
@@ -157,7 +159,7 @@ func (o *serveOptions) open(ctx context.Context) (net.Listener, string, error) {
 	if o.plainHTTP {
 		return l, "http://" + l.Addr().String(), nil
 	}
-	cfg, err := o.kms.TLS(o.Now(), o.listen, o.san)
+	cfg, err := o.kms.TLS(o.Now(), o.listen, o.san, o.clientCA)
 	if err != nil {
 		return nil, "", errors.Join(err, l.Close())
 	}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/cli"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/pki"
 	"github.com/kmsctl/kmsctl/internal/testkit"
 )
 
@@ -86,6 +87,7 @@ var ready = regexp.MustCompile(`(?m)^ready +(\S+)`)
 // serve runs `kmsctl serve` over SoftHSM until the test ends.
 func serve(t *testing.T, data string, flags ...string) *running {
 	t.Helper()
+	testkit.Connector(t) // here, where a failure can end the test
 	secret, values := files(t, "a-pass-phrase")
 	r := &running{data: data, log: &buffer{}}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -257,4 +259,61 @@ func TestCommandsStartTheKMSForOneCall(t *testing.T) {
 		t.Errorf("%+v", l)
 	}
 	r.run(t, nil, "audit", "verify")
+}
+
+// TestClientCertificates: a certificate of the CA for clients proves the
+// service ID that names it; another one does not.
+func TestClientCertificates(t *testing.T) {
+	dir := t.TempDir()
+	ca, err := pki.NewCA("clients", time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign, err := pki.NewCA("foreign", time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	caFile := filepath.Join(dir, "clients.pem")
+	if err := os.WriteFile(caFile, ca.Cert, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := serve(t, filepath.Join(dir, "d"), "--client-ca-file", caFile)
+	var in, key struct{ ID string }
+	r.run(t, &in, "instances", "create", "shop")
+	r.run(t, &key, "keys", "create", "root", "--instance", "shop")
+	r.run(t, nil, "iam", "service-ids", "create", "orders", "--client-cert", "orders-client")
+	r.run(t, nil, "iam", "policies", "create", "--service-id", "orders", "--instance", "shop", "--role", "Viewer", "--key", key.ID)
+	wrap := func(ca pki.Pair, name string) (int, error) {
+		h := r.client(t)
+		if name != "" {
+			p, err := pki.Issue(ca, name, pki.Client, nil, time.Now())
+			if err != nil {
+				t.Fatal(err)
+			}
+			cert, err := tls.X509KeyPair(p.Cert, p.Key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			h.Transport.(*http.Transport).TLSClientConfig.Certificates = []tls.Certificate{cert}
+		}
+		req, err := http.NewRequestWithContext(t.Context(), "POST", r.url+"/api/v2/keys/"+key.ID+"/actions/wrap", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Bluemix-Instance", in.ID)
+		res, err := h.Do(req)
+		if err != nil {
+			return 0, err
+		}
+		res.Body.Close()
+		return res.StatusCode, nil
+	}
+	for name, want := range map[string]int{"orders-client": 200, "billing-client": 401, "": 401} {
+		if got, err := wrap(ca, name); err != nil || got != want {
+			t.Errorf("%q: %d %v, want %d", name, got, err, want)
+		}
+	}
+	if got, err := wrap(foreign, "orders-client"); err == nil && got == 200 {
+		t.Errorf("a certificate of another CA: %d", got)
+	}
 }
