@@ -9,6 +9,7 @@ import (
 	"errors"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -96,6 +97,23 @@ func pair(t *testing.T, ip string, at time.Time) (cert, key []byte) {
 func appliance(t *testing.T, client []byte) (port string, cert []byte) {
 	t.Helper()
 	cert, key := pair(t, "127.0.0.1", time.Now())
+	return serve(t, cert, key, client), cert
+}
+
+// usual are the pairs of a good world, made once: RSA keys take their time.
+var usual = sync.OnceValue(func() (p [2][2][]byte) {
+	for i, ip := range []string{"10.0.0.11", "127.0.0.1"} {
+		cert, key, err := hsm.NewLunaClient(ip, time.Now())
+		if err != nil {
+			panic(err)
+		}
+		p[i] = [2][]byte{cert, key}
+	}
+	return p
+})
+
+func serve(t *testing.T, cert, key, client []byte) (port string) {
+	t.Helper()
 	p, err := tls.X509KeyPair(cert, key)
 	if err != nil {
 		t.Fatal(err)
@@ -125,7 +143,7 @@ func appliance(t *testing.T, client []byte) (port string, cert []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return port, cert
+	return port
 }
 
 func good(t *testing.T) *world {
@@ -134,8 +152,8 @@ func good(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cert, key := pair(t, "10.0.0.11", time.Now())
-	port, server := appliance(t, cert)
+	cert, key, server := usual()[0][0], usual()[0][1], usual()[1][0]
+	port := serve(t, server, usual()[1][1], cert)
 	return &world{
 		version: "v1.37.2", groups: []string{"apps/v1"},
 		objects: []runtime.Object{
