@@ -112,6 +112,9 @@ func once[R any](ctx context.Context, c *Client, op string, f func(context.Conte
 	if err == nil {
 		return r, nil
 	}
+	if broken(octx, err) { // also when our own Close of the way cancelled the call
+		return none, fault.New(fault.Unreachable, op, "", errors.New("the connector ended during the call"))
+	}
 	if notOpen(err) {
 		c.tasks.Go(func() { _ = c.reopen(c.life) }) // who calls meanwhile uses the others
 	}
