@@ -76,14 +76,8 @@ func (r *memberRun) entry(got *archive.Images, e ppa.Image) error {
 	if err != nil {
 		return err
 	}
-	o := Object{Kind: "image", Name: e.Ref(), Target: r.s.target(repo, e.Tag), Digest: archive.DigestOf(body), Status: Pushed}
-	have, err := r.s.Registry.ManifestDigest(r.s.ctx, repo, e.Tag)
+	o, err := r.s.put(e, "image", repo, kind, body)
 	if err != nil {
-		return err
-	}
-	if have == o.Digest {
-		o.Status = Present
-	} else if err := r.s.Registry.PutManifest(r.s.ctx, repo, e.Tag, kind, body); err != nil {
 		return err
 	}
 	r.s.mu.Lock()
@@ -92,6 +86,20 @@ func (r *memberRun) entry(got *archive.Images, e ppa.Image) error {
 	r.s.mu.Unlock()
 	r.s.done(o, nil)
 	return nil
+}
+
+// put gives a manifest its tag, unless the registry has it there already.
+func (s *stream) put(e ppa.Image, what, repo, kind string, body []byte) (Object, error) {
+	o := Object{Kind: what, Name: e.Ref(), Target: s.target(repo, e.Tag), Digest: archive.DigestOf(body), Status: Pushed}
+	have, err := s.Registry.ManifestDigest(s.ctx, repo, e.Tag)
+	if err == nil && have == o.Digest {
+		o.Status = Present
+		return o, nil
+	}
+	if err == nil {
+		err = s.Registry.PutManifest(s.ctx, repo, e.Tag, kind, body)
+	}
+	return o, err
 }
 
 func diffIDs(img archive.Image) []string {
@@ -218,14 +226,8 @@ func (r *memberRun) list(got *archive.Images, l archive.List, repo string, e ppa
 			return err
 		}
 	}
-	o := Object{Kind: "list", Name: e.Ref(), Target: r.s.target(repo, e.Tag), Digest: archive.DigestOf(body), Status: Pushed}
-	have, err := r.s.Registry.ManifestDigest(r.s.ctx, repo, e.Tag)
+	o, err := r.s.put(e, "list", repo, kind, body)
 	if err != nil {
-		return err
-	}
-	if have == o.Digest {
-		o.Status = Present
-	} else if err := r.s.Registry.PutManifest(r.s.ctx, repo, e.Tag, kind, body); err != nil {
 		return err
 	}
 	r.s.mu.Lock()
