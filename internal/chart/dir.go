@@ -12,6 +12,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/file"
 )
 
 // Result says what happened to a chart.
@@ -119,23 +120,10 @@ func versions(index map[string]any, name string) []map[string]any {
 	return all
 }
 
-// writeFile writes under a temporary name first.
 func writeFile(path string, b []byte) error { return writeMode(path, b, 0o644) }
 
 func writeMode(path string, b []byte, mode os.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
-		return fault.New(fault.Other, "write", path, err)
-	}
-	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename, as it should
-	_, err = f.Write(b)
-	for _, step := range []func() error{func() error { return f.Chmod(mode) }, f.Close, func() error { return os.Rename(f.Name(), path) }} {
-		if err == nil {
-			err = step()
-		}
-	}
-	if err != nil {
-		_ = f.Close()
+	if err := file.Write(path, b, mode); err != nil {
 		return fault.New(fault.Other, "write", path, err)
 	}
 	return nil

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/file"
 	"github.com/kmsctl/kmsctl/internal/install"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 	"github.com/kmsctl/kmsctl/pkg/kmsclient"
@@ -250,22 +251,9 @@ func (a *App) ReadInput(flag, path string, limit int64) ([]byte, error) {
 	return b, nil
 }
 
-// WriteFile writes b to path with mode perm by way of a temporary name, so
-// that a reader never sees half of it.
+// WriteFile writes b to path with mode perm, whole or not at all.
 func WriteFile(path string, b []byte, perm os.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
-		return fault.New(fault.Other, "write", path, err)
-	}
-	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename, as it should
-	_, err = f.Write(b)
-	for _, step := range []func() error{func() error { return f.Chmod(perm) }, f.Sync, f.Close, func() error { return os.Rename(f.Name(), path) }} {
-		if err == nil {
-			err = step()
-		}
-	}
-	if err != nil {
-		_ = f.Close()
+	if err := file.Write(path, b, perm); err != nil {
 		return fault.New(fault.Other, "write", path, err)
 	}
 	return nil

@@ -1,0 +1,29 @@
+// Package file writes files so that a reader sees the old one or the new one,
+// never half of one, whenever the writer is killed.
+package file
+
+import (
+	"os"
+	"path/filepath"
+)
+
+// Write puts b at path with the mode, by way of a temporary name in the same
+// folder; it is on disk when Write returns. On failure path is as it was, and
+// the error is the system's own.
+func Write(path string, b []byte, mode os.FileMode) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename, as it should
+	_, err = f.Write(b)
+	for _, step := range []func() error{func() error { return f.Chmod(mode) }, f.Sync, f.Close, func() error { return os.Rename(f.Name(), path) }} {
+		if err == nil {
+			err = step()
+		}
+	}
+	if err != nil {
+		_ = f.Close() // closed already, unless a step before failed
+	}
+	return err
+}
