@@ -35,11 +35,11 @@ stop() {
 }
 
 # answers NAME CMD [ARG...] waits until the command succeeds, as long as the
-# process NAME lives; at most a minute.
+# process NAME lives; at most five minutes, for the slowest machine.
 answers() {
   local name=$1 n
   shift
-  for ((n = 0; n < 600; n++)); do
+  for ((n = 0; n < 3000; n++)); do
     ! "$@" >/dev/null 2>&1 || return 0
     running "$name" || break
     sleep 0.1
