@@ -24,4 +24,5 @@ registry
 "$CLUSTER_SH" expose "${registry##*:}"
 eval "$("$CLUSTER_SH" env)"
 export REGISTRY=$registry
-go test -tags e2e -count=1 -timeout 15m -v -run '^TestE2E$' "$@" ./cmd/kmsctl
+# One after another: some scripts install into the same namespace.
+go test -tags e2e -count=1 -parallel 1 -timeout 30m -v -run '^TestE2E$' "$@" ./cmd/kmsctl
