@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kmsctl/kmsctl/internal/connector"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/hsm"
@@ -317,6 +319,10 @@ func TestAStoppedConnectorIsReplaced(t *testing.T) {
 	}
 	old, began := c.Pid(), time.Now()
 	if err := syscall.Kill(old, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	// kill returns before every thread stands still; waitid after (waitid(2), WSTOPPED).
+	if err := unix.Waitid(unix.P_PID, old, nil, unix.WSTOPPED|unix.WNOWAIT, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := c.Wrap(t.Context(), k.Blob, []byte("x"), nil); err != nil {
