@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -16,7 +15,6 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
-	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/install"
 	"github.com/kmsctl/kmsctl/internal/release"
@@ -32,25 +30,17 @@ func New(a *app.App) []*cobra.Command {
 // changeOptions are what install and upgrade have in common.
 type changeOptions struct {
 	*app.App
-	kube         app.KubeFlags
-	chart        app.ChartFlags
-	hsm          app.HSMFlags
-	pass         app.PassphraseFlags
-	secretFile   string
-	valuesFile   string
-	storageClass string
-	hostPath     string
-	ephemeral    bool
-	pullSecrets  []string
-	san          []string
-	domain       string
-	adminKeyFile string
-	repair       bool
-	atomic       bool
-	dryRun       bool
-	wait         bool
-	timeout      time.Duration
-	upgrade      bool
+	kube       app.KubeFlags
+	chart      app.ChartFlags
+	hsm        app.HSMFlags
+	rel        app.ReleaseFlags
+	pass       app.PassphraseFlags
+	secretFile string
+	valuesFile string
+	atomic     bool
+	dryRun     bool
+	wait       bool
+	upgrade    bool
 }
 
 func (o *changeOptions) add(cmd *cobra.Command) {
@@ -64,26 +54,22 @@ func (o *changeOptions) add(cmd *cobra.Command) {
 	fs.StringVar(&o.secretFile, "secret", "", "hsm-Secret.yaml, plain or encrypted, as \"kmsctl render secret\" writes it")
 	fs.StringVar(&o.valuesFile, "values", "", "overrides_hsm.yaml, plain or encrypted")
 	fs.StringVar(&o.hsm.Registry, "registry", "", "site's registry for all images; without it, the chart's own references hold")
-	fs.StringVar(&o.storageClass, "storage-class", "", "storage class of the volumes; without it, the cluster's default")
-	fs.StringVar(&o.hostPath, "host-path", "", "folder of the node for the volumes, for a one-node site without a provisioner")
-	fs.BoolVar(&o.ephemeral, "ephemeral", false, "keep nothing: all data and SoftHSM's keys die with the pods (trials)")
-	fs.StringSliceVar(&o.pullSecrets, "image-pull-secret", nil, "Secret for the registry; repeatable")
-	fs.StringSliceVar(&o.san, "san", nil, "further DNS names or addresses of the API, for its certificate")
-	fs.StringVar(&o.domain, "cluster-domain", "cluster.local", "domain of the cluster's DNS")
-	fs.StringVar(&o.adminKeyFile, "admin-key-file", "", "where the first administrator's API key is written (mode 0600)")
-	fs.BoolVar(&o.repair, "repair", false, "end a change that is pending although nobody works on it")
+	o.rel.Add(fs)
 	fs.BoolVar(&o.atomic, "atomic", false, "undo a change that fails: back to the last good revision, or nothing")
-	addWait(fs, &o.wait, &o.timeout)
+	addWait(fs, &o.wait)
 }
 
-func addWait(fs *pflag.FlagSet, wait *bool, timeout *time.Duration) {
+func addWait(fs *pflag.FlagSet, wait *bool) {
 	fs.BoolVar(wait, "wait", true, "wait until all pods are ready")
-	fs.DurationVar(timeout, "timeout", app.DefaultTimeout, "how long to wait at most")
+}
+
+func addTimeout(fs *pflag.FlagSet, timeout *time.Duration) {
+	fs.DurationVar(timeout, "timeout", app.DefaultTimeout, "how long the change may take at most")
 }
 
 // Check holds the rules of the flags.
 func (o *changeOptions) Check() error {
-	errs := []error{o.chart.Check(), o.pass.Check(), o.hsm.Password.Check()}
+	errs := []error{o.chart.Check(), o.pass.Check(), o.hsm.Password.Check(), o.rel.Check()}
 	if o.valuesFile == "" && !o.keeps() {
 		errs = append(errs, o.hsm.CheckValues())
 	}
@@ -92,15 +78,6 @@ func (o *changeOptions) Check() error {
 	}
 	if o.secretFile != "" && (o.hsm.Password.File != "" || o.hsm.Password.Stdin) {
 		errs = append(errs, fault.Usagef("--secret, --hsm-password-file, --hsm-password-stdin: only one of them"))
-	}
-	if o.hostPath != "" && o.ephemeral {
-		errs = append(errs, fault.Usagef("--host-path, --ephemeral: only one of them"))
-	}
-	if o.hostPath != "" && !strings.HasPrefix(o.hostPath, "/") {
-		errs = append(errs, fault.Usagef("--host-path: %q is not an absolute path", o.hostPath))
-	}
-	if o.timeout <= 0 {
-		errs = append(errs, fault.Usagef("--timeout: %s is not positive", o.timeout))
 	}
 	return errors.Join(errs...)
 }
@@ -138,7 +115,7 @@ func (o *changeOptions) read(base map[string]any) (inputs, error) {
 			WithHint("leave it out: a new installation makes keys of its own beside old ones, which the HSM's own tool can remove")
 	}
 	in.values = in.hsm.Helm()
-	o.persistence(in.values)
+	o.rel.Beat(in.values)
 	if in.secret, err = o.secret(in.hsm); err != nil {
 		return in, err
 	}
@@ -200,35 +177,6 @@ func (o *changeOptions) open(flag, path string) ([]byte, error) {
 	return o.pass.Open(o.App, path, raw)
 }
 
-func (o *changeOptions) persistence(values map[string]any) {
-	p, _ := values["persistence"].(map[string]any)
-	if p == nil {
-		p = map[string]any{}
-	}
-	if o.storageClass != "" {
-		p["storageClass"] = o.storageClass
-	}
-	if o.hostPath != "" {
-		p["hostPath"] = o.hostPath
-	}
-	if o.ephemeral {
-		p["emptyDir"] = true
-	}
-	if len(p) > 0 {
-		values["persistence"] = p
-	}
-	if len(o.pullSecrets) > 0 {
-		var list []any
-		for _, s := range o.pullSecrets {
-			list = append(list, map[string]any{"name": s})
-		}
-		values["imagePullSecrets"] = list
-	}
-	if o.domain != "cluster.local" {
-		values["clusterDomain"] = o.domain
-	}
-}
-
 // secret reads --secret or the flags in its place, and takes in what the
 // values file had that belongs there. nil when nothing was given.
 func (o *changeOptions) secret(ov render.Overrides) (*render.Secret, error) {
@@ -280,11 +228,8 @@ func (o *changeOptions) secret(ov render.Overrides) (*render.Secret, error) {
 }
 
 func (o *changeOptions) job(in inputs) install.Options {
-	out := install.Options{Release: o.kube.Release, Namespace: o.kube.Namespace, Domain: o.domain, HSMSecretName: render.SecretName, SANs: o.san,
-		AdminKeyFile: o.adminKeyFile, Repair: o.repair, Atomic: o.atomic, Wait: o.wait, Timeout: o.timeout}
-	if in.secret != nil {
-		out.HSMSecret = &cluster.Secret{Namespace: o.kube.Namespace, Name: render.SecretName, Data: in.secret.Data()}
-	}
+	out := o.rel.Job(o.kube, in.values, in.secret)
+	out.Atomic, out.Wait = o.atomic, o.wait
 	return out
 }
 
@@ -335,7 +280,7 @@ func runInstall(ctx context.Context, o *changeOptions) error {
 }
 
 func (o *changeOptions) release() release.Options {
-	return release.Options{Wait: o.wait, Timeout: o.timeout}
+	return release.Options{Wait: o.wait, Timeout: o.rel.Timeout}
 }
 
 // planVersion is the Kubernetes that --dry-run renders for.

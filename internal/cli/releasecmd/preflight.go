@@ -59,7 +59,7 @@ It takes install's flags; what is not given is not checked. Exits 7 when a check
 // Check holds the rules of the flags: what is missing is not checked, so less
 // is required than by install.
 func (o *preflightOptions) Check() error {
-	errs := []error{o.pass.Check(), o.hsm.Password.Check(), o.pull.Check()}
+	errs := []error{o.pass.Check(), o.hsm.Password.Check(), o.pull.Check(), o.rel.Check()}
 	if o.chart.Repo != "" && o.chart.Chart != "" {
 		errs = append(errs, fault.Usagef("--repo, --chart: only one of them"))
 	}
@@ -84,8 +84,8 @@ func runPreflight(ctx context.Context, o *preflightOptions) error {
 
 // preflight joins the flags to the checks.
 func (o *preflightOptions) preflight(ctx context.Context) (*diagnose.Preflight, error) {
-	p := &diagnose.Preflight{Release: o.kube.Release, Namespace: o.kube.Namespace, StorageClass: o.storageClass, NoVolumes: o.hostPath != "" || o.ephemeral,
-		NodeLabel: o.nodeLabel, PullSecrets: o.pullSecrets, HSMPort: o.hsmPort, Now: o.Now}
+	p := &diagnose.Preflight{Release: o.kube.Release, Namespace: o.kube.Namespace, StorageClass: o.rel.StorageClass, NoVolumes: o.rel.NoClaims(),
+		NodeLabel: o.nodeLabel, PullSecrets: o.rel.PullSecrets, HSMPort: o.hsmPort, Now: o.Now}
 	c, err := o.Cluster(&o.kube)
 	if err != nil {
 		p.ClusterErr = err

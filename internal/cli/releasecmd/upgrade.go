@@ -123,7 +123,8 @@ hsm-secret, certificates, keys and data stay as they are.`,
 	}
 	o.kube.Add(cmd.Flags())
 	cmd.Flags().BoolVar(&o.repair, "repair", false, "end a change that is pending although nobody works on it")
-	addWait(cmd.Flags(), &o.wait, &o.timeout)
+	addWait(cmd.Flags(), &o.wait)
+	addTimeout(cmd.Flags(), &o.timeout)
 	return cmd
 }
 

@@ -10,7 +10,6 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/archive"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
-	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/install"
 	"github.com/kmsctl/kmsctl/internal/push"
@@ -72,21 +71,8 @@ func (o *options) prepare() (prepared, error) {
 		o.Warn("%s", w)
 	}
 	p.values = p.overrides.Helm()
-	keep := map[string]any{}
-	switch {
-	case o.ephemeral:
-		keep["emptyDir"] = true
-	case o.hostPath != "":
-		keep["hostPath"] = o.hostPath
-	case o.storageClass != "":
-		keep["storageClass"] = o.storageClass
-	}
-	if len(keep) > 0 {
-		p.values["persistence"] = keep
-	}
-	p.job = install.Options{Release: o.kube.Release, Namespace: o.kube.Namespace, Domain: "cluster.local", HSMSecretName: render.SecretName,
-		AdminKeyFile: o.adminKeyFile, Wait: true, Timeout: o.timeout,
-		HSMSecret: &cluster.Secret{Namespace: o.kube.Namespace, Name: render.SecretName, Data: p.secret.Data()}}
+	o.rel.Beat(p.values)
+	p.job = o.rel.Job(o.kube, p.values, &p.secret)
 	p.plan = o.planOf(p)
 	return p, nil
 }
@@ -211,7 +197,7 @@ func (o *options) install(ctx context.Context, p prepared) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	res, err := o.InstallJob(c, h, app.Change{Chart: chart, Values: p.values, Options: release.Options{Wait: true, Timeout: o.timeout}}).Run(ctx, p.job)
+	res, err := o.InstallJob(c, h, app.Change{Chart: chart, Values: p.values, Options: release.Options{Wait: true, Timeout: o.rel.Timeout}}).Run(ctx, p.job)
 	if err != nil {
 		if fault.KindOf(err) == fault.NotReady || fault.KindOf(err) == fault.Unreachable {
 			o.Warn("see `kmsctl doctor`; run the same command again to go on")

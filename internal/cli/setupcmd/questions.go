@@ -98,7 +98,7 @@ func questions() []question {
 		{name: "hsm-password", title: "HSM password", help: "of the partition or the token; it goes into the Secret hsm-secret and into no file", secret: true,
 			check: func(_ *options, s string) error { return hsm.CheckPIN([]byte(s)) }},
 		{name: "storage-class", title: "Storage class of the volumes", help: "empty for the cluster's default", optional: true,
-			when: func(o *options) bool { return o.hostPath == "" && !o.ephemeral }, preset: defaultClass, check: checkClass},
+			when: func(o *options) bool { return !o.rel.NoClaims() }, preset: defaultClass, check: checkClass},
 		{name: "admin-key-file", title: "File for the administrator's API key", help: "it is made with the first installation, and only its hash is kept in the cluster",
 			preset: func(context.Context, *options) string { return "admin.key" }, check: required},
 	}

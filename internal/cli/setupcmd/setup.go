@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -24,21 +23,17 @@ func New(a *app.App) []*cobra.Command { return []*cobra.Command{newSetupCmd(a, n
 
 type options struct {
 	*app.App
-	kube         app.KubeFlags
-	hsm          app.HSMFlags
-	delivery     app.DeliveryFlags
-	archive      string
-	version      string
-	certDir      string
-	nodeLabel    string
-	storageClass string
-	hostPath     string
-	ephemeral    bool
-	adminKeyFile string
-	answersFile  string
-	saveAnswers  string
-	yes, dryRun  bool
-	timeout      time.Duration
+	kube        app.KubeFlags
+	hsm         app.HSMFlags
+	delivery    app.DeliveryFlags
+	rel         app.ReleaseFlags
+	archive     string
+	version     string
+	certDir     string
+	nodeLabel   string
+	answersFile string
+	saveAnswers string
+	yes, dryRun bool
 
 	flags        *pflag.FlagSet
 	answered     map[string]bool // by the person, not by flag, environment or file
@@ -97,15 +92,11 @@ func (o *options) add(cmd *cobra.Command) {
 	fs.StringVar(&o.version, "version", "", "version of the chart; without it, the newest")
 	fs.StringVar(&o.certDir, "cert-dir", "", "gemalto: folder with IP.pem and IPKey.pem of each --node, instead of --client-cert and --client-key")
 	fs.StringVar(&o.nodeLabel, "node-label", "", "gemalto: label of the nodes that run the pods")
-	fs.StringVar(&o.storageClass, "storage-class", "", "storage class of the volumes; without it, the cluster's default")
-	fs.StringVar(&o.hostPath, "host-path", "", "folder of the node for the volumes, for a one-node site without a provisioner")
-	fs.BoolVar(&o.ephemeral, "ephemeral", false, "keep nothing: all data and SoftHSM's keys die with the pods (trials)")
-	fs.StringVar(&o.adminKeyFile, "admin-key-file", "", "where the first administrator's API key is written (mode 0600)")
+	o.rel.Add(fs)
 	fs.StringVar(&o.answersFile, "answers", "", "file of answers: flags' names and their values, as YAML")
 	fs.StringVar(&o.saveAnswers, "save-answers", "kmsctl-answers.yaml", "where the answers that were typed are written, without secrets")
 	fs.BoolVar(&o.yes, "yes", false, "ask nothing")
 	fs.BoolVar(&o.dryRun, "dry-run", false, "end after the plan")
-	fs.DurationVar(&o.timeout, "timeout", app.DefaultTimeout, "how long the installation may take")
 }
 
 func (o *options) readFile() error {
@@ -121,13 +112,7 @@ func (o *options) readFile() error {
 
 // Check holds the rules of the flags that need no answers.
 func (o *options) Check() error {
-	errs := []error{o.hsm.Password.Check()}
-	if o.hostPath != "" && o.ephemeral {
-		errs = append(errs, fault.Usagef("--host-path, --ephemeral: only one of them"))
-	}
-	if o.timeout <= 0 {
-		errs = append(errs, fault.Usagef("--timeout: %s is not positive", o.timeout))
-	}
+	errs := []error{o.hsm.Password.Check(), o.rel.Check()}
 	for _, q := range questions() {
 		if v := o.value(q.name); v != "" && !q.secret && q.check != nil && (q.when == nil || q.when(o)) {
 			if err := q.check(o, v); err != nil {

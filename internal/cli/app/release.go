@@ -1,0 +1,134 @@
+package app
+
+import (
+	"errors"
+	"path"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/kmsctl/kmsctl/internal/cluster"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/install"
+	"github.com/kmsctl/kmsctl/internal/render"
+)
+
+// VolumeFlags say on what the release keeps its data.
+type VolumeFlags struct {
+	StorageClass string
+	HostPath     string
+	Ephemeral    bool
+}
+
+// Add puts the flags into fs.
+func (f *VolumeFlags) Add(fs *pflag.FlagSet) {
+	fs.StringVar(&f.StorageClass, "storage-class", "", "storage class of the volumes; without it, the cluster's default")
+	fs.StringVar(&f.HostPath, "host-path", "", "folder of the node for the volumes, for a one-node site without a provisioner")
+	fs.BoolVar(&f.Ephemeral, "ephemeral", false, "keep nothing: all data and SoftHSM's keys die with the pods (trials)")
+}
+
+// Check holds the rules of the flags.
+func (f *VolumeFlags) Check() error {
+	var given []string
+	if f.StorageClass != "" {
+		given = append(given, "--storage-class")
+	}
+	if f.HostPath != "" {
+		given = append(given, "--host-path")
+	}
+	if f.Ephemeral {
+		given = append(given, "--ephemeral")
+	}
+	var errs []error
+	if len(given) > 1 {
+		errs = append(errs, fault.Usagef("%s: only one of them", strings.Join(given, ", ")).WithHint("each says on what the release keeps its data"))
+	}
+	if f.HostPath != "" && !path.IsAbs(f.HostPath) { // of the node, which is no Windows
+		errs = append(errs, fault.Usagef("--host-path: %q is not an absolute path", f.HostPath))
+	}
+	return errors.Join(errs...)
+}
+
+// NoClaims says that no volume is claimed of the cluster.
+func (f *VolumeFlags) NoClaims() bool { return f.HostPath != "" || f.Ephemeral }
+
+// beat lets the flags take the place of what the values say of the volumes.
+func (f *VolumeFlags) beat(values map[string]any) {
+	var kind string
+	var v any
+	switch {
+	case f.Ephemeral:
+		kind, v = "emptyDir", true
+	case f.HostPath != "":
+		kind, v = "hostPath", f.HostPath
+	case f.StorageClass != "":
+		kind, v = "storageClass", f.StorageClass
+	default:
+		return
+	}
+	values["persistence"] = map[string]any{kind: v}
+}
+
+// ReleaseFlags are what install, upgrade and setup ask of a release beside
+// its chart and its HSM.
+type ReleaseFlags struct {
+	VolumeFlags
+	PullSecrets  []string
+	SANs         []string
+	Domain       string
+	AdminKeyFile string
+	Repair       bool
+	Timeout      time.Duration
+}
+
+const defaultDomain = "cluster.local"
+
+// Add puts the flags into fs.
+func (f *ReleaseFlags) Add(fs *pflag.FlagSet) {
+	f.VolumeFlags.Add(fs)
+	fs.StringSliceVar(&f.PullSecrets, "image-pull-secret", nil, "Secret for the registry; repeatable")
+	fs.StringSliceVar(&f.SANs, "san", nil, "further DNS names or addresses of the API, for its certificate")
+	fs.StringVar(&f.Domain, "cluster-domain", "", "domain of the cluster's DNS; without it, what the settings say, or "+defaultDomain)
+	fs.StringVar(&f.AdminKeyFile, "admin-key-file", "", "where the first administrator's API key is written (mode 0600)")
+	fs.BoolVar(&f.Repair, "repair", false, "end a change that is pending although nobody works on it")
+	fs.DurationVar(&f.Timeout, "timeout", DefaultTimeout, "how long the change may take at most")
+}
+
+// Check holds the rules of the flags.
+func (f *ReleaseFlags) Check() error {
+	errs := []error{f.VolumeFlags.Check()}
+	if f.Timeout <= 0 {
+		errs = append(errs, fault.Usagef("--timeout: %s is not positive", f.Timeout))
+	}
+	return errors.Join(errs...)
+}
+
+// Beat lets the flags beat the values.
+func (f *ReleaseFlags) Beat(values map[string]any) {
+	f.beat(values)
+	if len(f.PullSecrets) > 0 {
+		var list []any
+		for _, s := range f.PullSecrets {
+			list = append(list, map[string]any{"name": s})
+		}
+		values["imagePullSecrets"] = list
+	}
+	if f.Domain != "" {
+		values["clusterDomain"] = f.Domain
+	}
+}
+
+// Job is the job's options for a release with these values; a secret of nil is
+// in the cluster.
+func (f *ReleaseFlags) Job(k KubeFlags, values map[string]any, s *render.Secret) install.Options {
+	o := install.Options{Release: k.Release, Namespace: k.Namespace, Domain: defaultDomain, HSMSecretName: render.SecretName, SANs: f.SANs,
+		AdminKeyFile: f.AdminKeyFile, Repair: f.Repair, Wait: true, Timeout: f.Timeout}
+	if d, _ := values["clusterDomain"].(string); d != "" {
+		o.Domain = d
+	}
+	if s != nil {
+		o.HSMSecret = &cluster.Secret{Namespace: k.Namespace, Name: render.SecretName, Data: s.Data()}
+	}
+	return o
+}
