@@ -50,6 +50,7 @@ type Client struct {
 	hook    func(context.Context) error
 	running bool      // the hook, at this moment
 	openErr error     // of its last run
+	opens   uint64    // runs that succeeded
 	openAt  time.Time // not before this time
 	pause   time.Duration
 
@@ -160,6 +161,13 @@ func (c *Client) Reopen(hook func(ctx context.Context) error) {
 	c.hook = hook
 }
 
+// seen is how often the hook has succeeded; see reopen.
+func (c *Client) seen() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.opens
+}
+
 func (c *Client) hasHook() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -176,8 +184,9 @@ const (
 	deniedPause = 15 * time.Second
 )
 
-// reopen runs the hook, once for all who ask at the same time.
-func (c *Client) reopen(ctx context.Context) error {
+// reopen runs the hook, once for all who ask at the same time, and not at all
+// when it succeeded since the caller saw seen.
+func (c *Client) reopen(ctx context.Context, seen uint64) error {
 	c.mu.Lock()
 	hook, err, early := c.hook, c.openErr, time.Now().Before(c.openAt) && !c.running
 	c.mu.Unlock()
@@ -189,8 +198,12 @@ func (c *Client) reopen(ctx context.Context) error {
 	}
 	done := c.opening.DoChan("", func() (any, error) {
 		c.mu.Lock()
-		c.running = true
+		c.running = c.opens == seen
+		run := c.running
 		c.mu.Unlock()
+		if !run {
+			return nil, nil // it succeeded a moment ago
+		}
 		ctx, cancel := context.WithTimeout(Only(c.life), openCall)
 		defer cancel()
 		err := hook(ctx)
@@ -200,6 +213,7 @@ func (c *Client) reopen(ctx context.Context) error {
 		switch {
 		case err == nil:
 			c.openAt, c.pause = time.Time{}, 0
+			c.opens++
 			c.away.Store(false)
 		case fault.KindOf(err) == fault.Denied:
 			c.openAt = time.Now().Add(deniedPause)
@@ -286,13 +300,14 @@ func callMember[R any](ctx context.Context, c *Client, op string, limit time.Dur
 		if err != nil {
 			return none, err
 		}
+		seen := c.seen()
 		r, err := f(ctx, l)
 		again := try < 2 && op != opLogin && ctx.Err() == nil
 		switch {
 		case err == nil:
 			return r, nil
 		case notOpen(err) && again && !inside && c.hasHook():
-			if err := c.reopen(ctx); err != nil {
+			if err := c.reopen(ctx, seen); err != nil {
 				return none, err
 			}
 		case broken(ctx, err) && again && l.proc != nil:
@@ -328,7 +343,7 @@ func (c *Client) watch() {
 		case <-tick.C:
 		}
 		c.mu.Lock()
-		l, hook := c.now, c.hook
+		l, hook, seen := c.now, c.hook, c.opens
 		c.mu.Unlock()
 		if l == nil {
 			answered = time.Now()
@@ -342,7 +357,7 @@ func (c *Client) watch() {
 		}
 		switch {
 		case err == nil && (!d.LoggedIn || c.away.Load()) && hook != nil:
-			_ = c.reopen(c.life) // who calls meanwhile gets the error
+			_ = c.reopen(c.life, seen) // who calls meanwhile gets the error
 		case l.proc != nil && time.Since(answered) > c.start.callTimeout+hungBeats*beat:
 			fmt.Fprintln(c.start.stderr, "kmsctl: the HSM connector hangs; it is replaced")
 			l.proc.kill()

@@ -101,7 +101,7 @@ const firstTry = 3 * time.Second
 func once[R any](ctx context.Context, c *Client, op string, f func(context.Context, *link) (R, error)) (R, error) {
 	var none R
 	c.mu.Lock()
-	l := c.now
+	l, seen := c.now, c.opens
 	c.mu.Unlock()
 	if l == nil {
 		return none, fault.Newf(fault.Unreachable, op, "", "the connector is being started again")
@@ -116,7 +116,7 @@ func once[R any](ctx context.Context, c *Client, op string, f func(context.Conte
 		return none, fault.New(fault.Unreachable, op, "", errors.New("the connector ended during the call"))
 	}
 	if notOpen(err) {
-		c.tasks.Go(func() { _ = c.reopen(c.life) }) // who calls meanwhile uses the others
+		c.tasks.Go(func() { _ = c.reopen(c.life, seen) }) // who calls meanwhile uses the others
 	}
 	return none, toFault(op, err)
 }

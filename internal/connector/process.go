@@ -156,8 +156,9 @@ func (c *Client) supervise() {
 		if l = c.startAgain(&pause); l == nil {
 			return
 		}
+		seen := c.seen()
 		c.setLink(l, nil)
-		c.tasks.Go(func() { _ = c.reopen(c.life) }) // who calls meanwhile gets the error
+		c.tasks.Go(func() { _ = c.reopen(c.life, seen) }) // who calls meanwhile gets the error
 	}
 }
 
