@@ -508,6 +508,30 @@ func (c *Client) Random(ctx context.Context, n int) ([]byte, error) {
 	}))
 }
 
+// Installations lists what installations of this product left in the token.
+func (c *Client) Installations(ctx context.Context) ([]hsm.Installation, error) {
+	r, err := call(ctx, c, "list the installations on the token", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.InstallationsReply, error) {
+		return r.Installations(ctx, &wire.InstallationsRequest{})
+	})
+	out := []hsm.Installation{}
+	for _, i := range r.GetInstallations() {
+		out = append(out, hsm.Installation{ID: i.Id, Objects: i.Objects})
+	}
+	return out, err
+}
+
+// Clear destroys the objects of one installation in this member's token, and
+// gives their number. A proof of nil asks for none: a person has named the
+// installation just now.
+func (c *Client) Clear(ctx context.Context, install string, proof *hsm.Proof) (int, error) {
+	q := &wire.ClearRequest{Install: install}
+	if proof != nil {
+		q.Sealed, q.Aad = proof.Sealed, proof.AAD
+	}
+	r, err := call(Only(ctx), c, "clear installation", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.ClearReply, error) { return r.Clear(ctx, q) })
+	return int(r.GetObjects()), err
+}
+
 func data(b *wire.Bytes, err error) ([]byte, error) {
 	if err != nil {
 		return nil, err

@@ -39,6 +39,16 @@ type Master struct {
 	Notes     []string `json:"notes"`     // what an operator should know: weaker attributes, missing mechanisms
 }
 
+// Installation is what one installation of this product left in a token.
+type Installation struct {
+	ID      string   `json:"id"`
+	Objects []string `json:"objects"` // their labels, without the installation
+}
+
+// Proof shows that a clearing was asked for by the installation itself: a text
+// that its sealing key sealed. The additional data say what is asked for.
+type Proof struct{ Sealed, AAD []byte }
+
 // Cipher suites. Each ciphertext names its own.
 const (
 	SuiteGCM       uint8 = 1 // AES-256-GCM, 12-byte IV from C_GenerateRandom, 16-byte tag appended

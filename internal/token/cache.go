@@ -130,3 +130,19 @@ func (c *cache) evict(id [32]byte, forget func(keyPair)) {
 		forget(k.keys)
 	}
 }
+
+// empty takes every key out; who uses one may go on.
+func (c *cache) empty(forget func(keyPair)) {
+	c.mu.Lock()
+	var out []keyPair
+	for _, k := range c.keys {
+		if k.users == 0 {
+			out = append(out, k.keys)
+		}
+		c.remove(k)
+	}
+	c.mu.Unlock()
+	for _, h := range out {
+		forget(h)
+	}
+}

@@ -8,7 +8,9 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 
@@ -69,7 +71,7 @@ func (f fixture) ready(t *testing.T) (*token.Token, hsm.MasterIDs, hsm.Master) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if n, err := tok.Clear(ids.Install); err != nil || n < 4 {
+		if n, err := tok.Clear(ids.Install, nil); err != nil || n < 4 {
 			t.Errorf("clear: %d, %v", n, err)
 		}
 	})
@@ -103,6 +105,7 @@ func contract(t *testing.T, f fixture) {
 		}
 	})
 	t.Run("many at once", func(t *testing.T) { manyAtOnce(t, tok) })
+	t.Run("cleared", func(t *testing.T) { cleared(t, tok, ids, m) })
 }
 
 func keysKeep(t *testing.T, tok *token.Token) {
@@ -272,4 +275,72 @@ func manyAtOnce(t *testing.T, tok *token.Token) {
 		})
 	}
 	wg.Wait()
+}
+
+// cleared: what one installation made goes, by its own proof only, and another
+// one's keys on the same token stay.
+func cleared(t *testing.T, tok *token.Token, ids hsm.MasterIDs, m hsm.Master) {
+	t.Helper()
+	aad := []byte("what is asked for")
+	prove := func() *hsm.Proof {
+		sealed, err := tok.Seal([]byte("clear"), aad)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &hsm.Proof{Sealed: sealed, AAD: aad}
+	}
+	foreign := prove()
+	other := newIDs()
+	if _, err := tok.OpenMaster(other, true); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _, _ = tok.Clear(other.Install, nil) })
+	good := prove()
+	before := installed(t, tok)
+	if len(before[other.Install]) < 4 || !slices.Equal(before[ids.Install], before[other.Install]) {
+		t.Errorf("on the token: %q", before)
+	}
+	for name, bad := range map[string]*hsm.Proof{
+		"of another installation": foreign, "for something else": {Sealed: good.Sealed, AAD: []byte("other")}, "cut": {Sealed: good.Sealed[:20], AAD: aad}, "none": {},
+	} {
+		if n, err := tok.Clear(other.Install, bad); n != 0 || fault.KindOf(err) != fault.BadContent {
+			t.Errorf("proof %s: %d, %v", name, n, err)
+		}
+	}
+	if got := installed(t, tok); !slices.Equal(got[other.Install], before[other.Install]) {
+		t.Errorf("a bad proof destroyed something: %q", got)
+	}
+	if n, err := tok.Clear(other.Install, good); err != nil || n < 4 {
+		t.Errorf("%d, %v", n, err)
+	}
+	if n, err := tok.Clear(other.Install, good); err != nil || n != 0 {
+		t.Errorf("again: %d, %v", n, err)
+	}
+	if _, err := tok.Seal([]byte("x"), nil); !errors.Is(err, token.ErrNotOpen) {
+		t.Errorf("the keys that went are in use: %v", err)
+	}
+	got := installed(t, tok)
+	if _, there := got[other.Install]; there || !slices.Equal(got[ids.Install], before[ids.Install]) {
+		t.Errorf("on the token: %q", got)
+	}
+	again, err := tok.OpenMaster(ids, false)
+	if err != nil || !hsm.SameKey(m.WrapKCV, again.WrapKCV) {
+		t.Errorf("the other installation: %+v %v", again, err)
+	}
+	if _, err := tok.Clear("", nil); fault.KindOf(err) != fault.Usage {
+		t.Errorf("nobody's keys: %v", err)
+	}
+}
+
+func installed(t *testing.T, tok *token.Token) map[string][]string {
+	t.Helper()
+	all, err := tok.Installations()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string][]string{}
+	for _, i := range all {
+		out[i.ID] = i.Objects
+	}
+	return out
 }

@@ -345,13 +345,22 @@ func (t *Token) Unseal(b, aad []byte) (out []byte, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(b) < 2 || len(b) < 2+int(b[1])+tagLen {
-		return nil, errBad
+	c, err := parseSealed(b)
+	if err != nil {
+		return nil, err
 	}
-	n := 2 + int(b[1])
 	err = t.with(func(s pkcs11.SessionHandle) error {
-		out, err = t.decrypt(s, a, m.seal, hsm.Sealed{Suite: b[0], IV: bytes.Clone(b[2:n]), Ciphertext: b[n:]}, aad)
+		out, err = t.decrypt(s, a, m.seal, c, aad)
 		return err
 	})
 	return out, err
+}
+
+// parseSealed reads the form that Seal writes.
+func parseSealed(b []byte) (hsm.Sealed, error) {
+	if len(b) < 2 || len(b) < 2+int(b[1])+tagLen {
+		return hsm.Sealed{}, errBad
+	}
+	n := 2 + int(b[1])
+	return hsm.Sealed{Suite: b[0], IV: bytes.Clone(b[2:n]), Ciphertext: b[n:]}, nil
 }

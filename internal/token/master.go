@@ -9,7 +9,6 @@ import (
 	"encoding/hex"
 	"math/big"
 	"slices"
-	"strings"
 
 	"github.com/miekg/pkcs11"
 
@@ -25,7 +24,7 @@ type masterKeys struct {
 }
 
 // label is the name of a master key: clear looks for this prefix and no other.
-func label(install, what string) string { return "kms:" + install + ":" + what + ":v1" }
+func label(install, what string) string { return labelRoot + install + ":" + what + ":v1" }
 
 // OpenMaster finds out what the token can do, then finds the master keys by
 // their ids, or makes those that are missing when create is set. Their
@@ -34,22 +33,17 @@ func (t *Token) OpenMaster(ids hsm.MasterIDs, create bool) (hsm.Master, error) {
 	t.opening.Lock()
 	defer t.opening.Unlock()
 	t.mu.Lock()
-	logged, m, a := t.logged, t.master, t.can
+	m := t.master
 	t.mu.Unlock()
-	if !logged {
-		return hsm.Master{}, ErrNotOpen
+	a, err := t.abilities()
+	if err != nil {
+		return hsm.Master{}, err
 	}
 	if m != nil && bytes.Equal(m.ids.Wrap, ids.Wrap) {
 		return m.info, nil
 	}
-	if a == nil {
-		var err error
-		if a, err = t.explore(false); err != nil {
-			return hsm.Master{}, err
-		}
-		if err := a.usable(t.module); err != nil {
-			return hsm.Master{}, err
-		}
+	if m != nil && m.ids.Install != ids.Install { // that one was cleared by another process
+		t.cache.empty(t.forget)
 	}
 	m = &masterKeys{ids: ids}
 	if err := t.with(func(s pkcs11.SessionHandle) error { return t.findMaster(s, a, m, create) }); err != nil {
@@ -57,8 +51,33 @@ func (t *Token) OpenMaster(ids hsm.MasterIDs, create bool) (hsm.Master, error) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.can, t.master = a, m
+	t.master = m
 	return m.info, nil
+}
+
+// abilities are what the token can do, found out once. The caller holds
+// opening.
+func (t *Token) abilities() (*abilities, error) {
+	t.mu.Lock()
+	logged, a := t.logged, t.can
+	t.mu.Unlock()
+	if !logged {
+		return nil, ErrNotOpen
+	}
+	if a != nil {
+		return a, nil
+	}
+	a, err := t.explore(false)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.usable(t.module); err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.can = a
+	return a, nil
 }
 
 func (t *Token) findMaster(s pkcs11.SessionHandle, a *abilities, m *masterKeys, create bool) (err error) {
@@ -419,61 +438,4 @@ func (t *Token) checkValue(s pkcs11.SessionHandle, k pkcs11.ObjectHandle) ([]byt
 		return nil, t.device("encrypt on", err)
 	}
 	return checkOf(checkECB, b), nil
-}
-
-// Clear destroys what has the label of an installation, and nothing else. It
-// gives the number of objects that went.
-func (t *Token) Clear(install string) (n int, err error) {
-	if install == "" {
-		return 0, fault.Usagef("which installation's keys are to go?")
-	}
-	t.opening.Lock()
-	defer t.opening.Unlock()
-	err = t.with(func(s pkcs11.SessionHandle) error {
-		hs, err := t.listAll(s)
-		if err != nil {
-			return err
-		}
-		for _, h := range hs {
-			v, err := t.ctx.GetAttributeValue(s, h, []*pkcs11.Attribute{attr(pkcs11.CKA_LABEL, nil)})
-			if err != nil || !strings.HasPrefix(string(v[0].Value), "kms:"+install+":") {
-				continue // no label, or named twice and gone already
-			}
-			if err := t.ctx.DestroyObject(s, h); err != nil {
-				return t.device("destroy a key on", err)
-			}
-			n++
-		}
-		return nil
-	})
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.master != nil && t.master.ids.Install == install {
-		t.master = nil
-	}
-	return n, err
-}
-
-// listAll gives every object. Labels have no prefix search in PKCS#11.
-func (t *Token) listAll(s pkcs11.SessionHandle) (all []pkcs11.ObjectHandle, err error) {
-	t.objects.Lock()
-	defer t.objects.Unlock()
-	if err := t.ctx.FindObjectsInit(s, nil); err != nil {
-		return nil, t.device("search", err)
-	}
-	for {
-		hs, _, err := t.ctx.FindObjects(s, 256)
-		if err != nil || len(hs) == 0 {
-			if ferr := t.ctx.FindObjectsFinal(s); err == nil {
-				err = ferr
-			}
-			if err != nil {
-				return nil, t.device("search", err)
-			}
-			break
-		}
-		all = append(all, hs...)
-	}
-	slices.Sort(all)
-	return slices.Compact(all), nil
 }

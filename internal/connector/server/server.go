@@ -328,3 +328,27 @@ func (s *Server) Random(ctx context.Context, q *wire.RandomRequest) (*wire.Bytes
 	}
 	return use(ctx, s, func(t *token.Token) (*wire.Bytes, error) { return asBytes(t.Random(int(q.N))) })
 }
+
+// Installations lists what installations left in the token.
+func (s *Server) Installations(ctx context.Context, _ *wire.InstallationsRequest) (*wire.InstallationsReply, error) {
+	return use(ctx, s, func(t *token.Token) (*wire.InstallationsReply, error) {
+		all, err := t.Installations()
+		out := &wire.InstallationsReply{}
+		for _, i := range all {
+			out.Installations = append(out.Installations, &wire.Installation{Id: i.ID, Objects: i.Objects})
+		}
+		return out, err
+	})
+}
+
+// Clear destroys the objects of one installation.
+func (s *Server) Clear(ctx context.Context, q *wire.ClearRequest) (*wire.ClearReply, error) {
+	var proof *hsm.Proof
+	if len(q.Sealed) > 0 {
+		proof = &hsm.Proof{Sealed: q.Sealed, AAD: q.Aad}
+	}
+	return use(ctx, s, func(t *token.Token) (*wire.ClearReply, error) {
+		n, err := t.Clear(q.Install, proof)
+		return &wire.ClearReply{Objects: uint32(n)}, err
+	})
+}

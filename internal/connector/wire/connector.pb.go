@@ -1036,6 +1036,243 @@ func (x *RandomRequest) GetN() uint32 {
 	return 0
 }
 
+type InstallationsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InstallationsRequest) Reset() {
+	*x = InstallationsRequest{}
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InstallationsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InstallationsRequest) ProtoMessage() {}
+
+func (x *InstallationsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InstallationsRequest.ProtoReflect.Descriptor instead.
+func (*InstallationsRequest) Descriptor() ([]byte, []int) {
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{18}
+}
+
+type InstallationsReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Installations []*Installation        `protobuf:"bytes,1,rep,name=installations,proto3" json:"installations,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InstallationsReply) Reset() {
+	*x = InstallationsReply{}
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InstallationsReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InstallationsReply) ProtoMessage() {}
+
+func (x *InstallationsReply) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InstallationsReply.ProtoReflect.Descriptor instead.
+func (*InstallationsReply) Descriptor() ([]byte, []int) {
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *InstallationsReply) GetInstallations() []*Installation {
+	if x != nil {
+		return x.Installations
+	}
+	return nil
+}
+
+type Installation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Objects       []string               `protobuf:"bytes,2,rep,name=objects,proto3" json:"objects,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Installation) Reset() {
+	*x = Installation{}
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Installation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Installation) ProtoMessage() {}
+
+func (x *Installation) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Installation.ProtoReflect.Descriptor instead.
+func (*Installation) Descriptor() ([]byte, []int) {
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Installation) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Installation) GetObjects() []string {
+	if x != nil {
+		return x.Objects
+	}
+	return nil
+}
+
+// sealed empty: whoever asks has the person's word alone.
+type ClearRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Install       string                 `protobuf:"bytes,1,opt,name=install,proto3" json:"install,omitempty"`
+	Sealed        []byte                 `protobuf:"bytes,2,opt,name=sealed,proto3" json:"sealed,omitempty"`
+	Aad           []byte                 `protobuf:"bytes,3,opt,name=aad,proto3" json:"aad,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClearRequest) Reset() {
+	*x = ClearRequest{}
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClearRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClearRequest) ProtoMessage() {}
+
+func (x *ClearRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClearRequest.ProtoReflect.Descriptor instead.
+func (*ClearRequest) Descriptor() ([]byte, []int) {
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ClearRequest) GetInstall() string {
+	if x != nil {
+		return x.Install
+	}
+	return ""
+}
+
+func (x *ClearRequest) GetSealed() []byte {
+	if x != nil {
+		return x.Sealed
+	}
+	return nil
+}
+
+func (x *ClearRequest) GetAad() []byte {
+	if x != nil {
+		return x.Aad
+	}
+	return nil
+}
+
+type ClearReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Objects       uint32                 `protobuf:"varint,1,opt,name=objects,proto3" json:"objects,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClearReply) Reset() {
+	*x = ClearReply{}
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClearReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClearReply) ProtoMessage() {}
+
+func (x *ClearReply) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClearReply.ProtoReflect.Descriptor instead.
+func (*ClearReply) Descriptor() ([]byte, []int) {
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ClearReply) GetObjects() uint32 {
+	if x != nil {
+		return x.Objects
+	}
+	return 0
+}
+
 // Fault travels as a detail of the gRPC status.
 type Fault struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1051,7 +1288,7 @@ type Fault struct {
 
 func (x *Fault) Reset() {
 	*x = Fault{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1063,7 +1300,7 @@ func (x *Fault) String() string {
 func (*Fault) ProtoMessage() {}
 
 func (x *Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1076,7 +1313,7 @@ func (x *Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fault.ProtoReflect.Descriptor instead.
 func (*Fault) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{18}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Fault) GetKind() string {
@@ -1130,7 +1367,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1142,7 +1379,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1155,7 +1392,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{19}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Batch) GetOps() []*Op {
@@ -1185,7 +1422,7 @@ type Op struct {
 
 func (x *Op) Reset() {
 	*x = Op{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1197,7 +1434,7 @@ func (x *Op) String() string {
 func (*Op) ProtoMessage() {}
 
 func (x *Op) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1210,7 +1447,7 @@ func (x *Op) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Op.ProtoReflect.Descriptor instead.
 func (*Op) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{20}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Op) GetId() uint64 {
@@ -1394,7 +1631,20 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\x06sealed\x18\x01 \x01(\fR\x06sealed\x12\x10\n" +
 	"\x03aad\x18\x02 \x01(\fR\x03aad\"\x1d\n" +
 	"\rRandomRequest\x12\f\n" +
-	"\x01n\x18\x01 \x01(\rR\x01n\"\x7f\n" +
+	"\x01n\x18\x01 \x01(\rR\x01n\"\x16\n" +
+	"\x14InstallationsRequest\"]\n" +
+	"\x12InstallationsReply\x12G\n" +
+	"\rinstallations\x18\x01 \x03(\v2!.kmsctl.connector.v1.InstallationR\rinstallations\"8\n" +
+	"\fInstallation\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\aobjects\x18\x02 \x03(\tR\aobjects\"R\n" +
+	"\fClearRequest\x12\x18\n" +
+	"\ainstall\x18\x01 \x01(\tR\ainstall\x12\x16\n" +
+	"\x06sealed\x18\x02 \x01(\fR\x06sealed\x12\x10\n" +
+	"\x03aad\x18\x03 \x01(\fR\x03aad\"&\n" +
+	"\n" +
+	"ClearReply\x12\x18\n" +
+	"\aobjects\x18\x01 \x01(\rR\aobjects\"\x7f\n" +
 	"\x05Fault\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x0e\n" +
 	"\x02op\x18\x02 \x01(\tR\x02op\x12\x16\n" +
@@ -1413,7 +1663,7 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\tunwrapped\x18\x06 \x01(\v2\x1a.kmsctl.connector.v1.BytesH\x00R\tunwrapped\x122\n" +
 	"\x05fault\x18\a \x01(\v2\x1a.kmsctl.connector.v1.FaultH\x00R\x05fault\x12\x12\n" +
 	"\x04code\x18\b \x01(\rR\x04codeB\x06\n" +
-	"\x04body2\xb9\b\n" +
+	"\x04body2\xeb\t\n" +
 	"\tConnector\x12T\n" +
 	"\bDescribe\x12$.kmsctl.connector.v1.DescribeRequest\x1a\".kmsctl.connector.v1.DescribeReply\x12R\n" +
 	"\vFingerprint\x12'.kmsctl.connector.v1.FingerprintRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12K\n" +
@@ -1428,7 +1678,9 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\x04Seal\x12 .kmsctl.connector.v1.SealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
 	"\x06Unseal\x12\".kmsctl.connector.v1.UnsealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12>\n" +
 	"\x04Sign\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
-	"\x06Random\x12\".kmsctl.connector.v1.RandomRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12B\n" +
+	"\x06Random\x12\".kmsctl.connector.v1.RandomRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12c\n" +
+	"\rInstallations\x12).kmsctl.connector.v1.InstallationsRequest\x1a'.kmsctl.connector.v1.InstallationsReply\x12K\n" +
+	"\x05Clear\x12!.kmsctl.connector.v1.ClearRequest\x1a\x1f.kmsctl.connector.v1.ClearReply\x12B\n" +
 	"\x04Work\x12\x1a.kmsctl.connector.v1.Batch\x1a\x1a.kmsctl.connector.v1.Batch(\x010\x01B2Z0github.com/kmsctl/kmsctl/internal/connector/wireb\x06proto3"
 
 var (
@@ -1443,7 +1695,7 @@ func file_internal_connector_wire_connector_proto_rawDescGZIP() []byte {
 	return file_internal_connector_wire_connector_proto_rawDescData
 }
 
-var file_internal_connector_wire_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_internal_connector_wire_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_internal_connector_wire_connector_proto_goTypes = []any{
 	(*Bytes)(nil),                // 0: kmsctl.connector.v1.Bytes
 	(*DescribeRequest)(nil),      // 1: kmsctl.connector.v1.DescribeRequest
@@ -1463,52 +1715,62 @@ var file_internal_connector_wire_connector_proto_goTypes = []any{
 	(*SealRequest)(nil),          // 15: kmsctl.connector.v1.SealRequest
 	(*UnsealRequest)(nil),        // 16: kmsctl.connector.v1.UnsealRequest
 	(*RandomRequest)(nil),        // 17: kmsctl.connector.v1.RandomRequest
-	(*Fault)(nil),                // 18: kmsctl.connector.v1.Fault
-	(*Batch)(nil),                // 19: kmsctl.connector.v1.Batch
-	(*Op)(nil),                   // 20: kmsctl.connector.v1.Op
+	(*InstallationsRequest)(nil), // 18: kmsctl.connector.v1.InstallationsRequest
+	(*InstallationsReply)(nil),   // 19: kmsctl.connector.v1.InstallationsReply
+	(*Installation)(nil),         // 20: kmsctl.connector.v1.Installation
+	(*ClearRequest)(nil),         // 21: kmsctl.connector.v1.ClearRequest
+	(*ClearReply)(nil),           // 22: kmsctl.connector.v1.ClearReply
+	(*Fault)(nil),                // 23: kmsctl.connector.v1.Fault
+	(*Batch)(nil),                // 24: kmsctl.connector.v1.Batch
+	(*Op)(nil),                   // 25: kmsctl.connector.v1.Op
 }
 var file_internal_connector_wire_connector_proto_depIdxs = []int32{
 	10, // 0: kmsctl.connector.v1.WrapReply.sealed:type_name -> kmsctl.connector.v1.Sealed
 	10, // 1: kmsctl.connector.v1.UnwrapRequest.sealed:type_name -> kmsctl.connector.v1.Sealed
-	20, // 2: kmsctl.connector.v1.Batch.ops:type_name -> kmsctl.connector.v1.Op
-	11, // 3: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
-	13, // 4: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
-	12, // 5: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
-	0,  // 6: kmsctl.connector.v1.Op.unwrapped:type_name -> kmsctl.connector.v1.Bytes
-	18, // 7: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
-	1,  // 8: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
-	3,  // 9: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
-	4,  // 10: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
-	6,  // 11: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
-	8,  // 12: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
-	0,  // 13: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
-	11, // 14: kmsctl.connector.v1.Connector.Wrap:input_type -> kmsctl.connector.v1.WrapRequest
-	13, // 15: kmsctl.connector.v1.Connector.Unwrap:input_type -> kmsctl.connector.v1.UnwrapRequest
-	0,  // 16: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
-	15, // 17: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
-	16, // 18: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
-	0,  // 19: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
-	17, // 20: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
-	19, // 21: kmsctl.connector.v1.Connector.Work:input_type -> kmsctl.connector.v1.Batch
-	2,  // 22: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
-	0,  // 23: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
-	5,  // 24: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
-	7,  // 25: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
-	9,  // 26: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
-	9,  // 27: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
-	12, // 28: kmsctl.connector.v1.Connector.Wrap:output_type -> kmsctl.connector.v1.WrapReply
-	0,  // 29: kmsctl.connector.v1.Connector.Unwrap:output_type -> kmsctl.connector.v1.Bytes
-	14, // 30: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
-	0,  // 31: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 32: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 33: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 34: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
-	19, // 35: kmsctl.connector.v1.Connector.Work:output_type -> kmsctl.connector.v1.Batch
-	22, // [22:36] is the sub-list for method output_type
-	8,  // [8:22] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	20, // 2: kmsctl.connector.v1.InstallationsReply.installations:type_name -> kmsctl.connector.v1.Installation
+	25, // 3: kmsctl.connector.v1.Batch.ops:type_name -> kmsctl.connector.v1.Op
+	11, // 4: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
+	13, // 5: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
+	12, // 6: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
+	0,  // 7: kmsctl.connector.v1.Op.unwrapped:type_name -> kmsctl.connector.v1.Bytes
+	23, // 8: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
+	1,  // 9: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
+	3,  // 10: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
+	4,  // 11: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
+	6,  // 12: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
+	8,  // 13: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
+	0,  // 14: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
+	11, // 15: kmsctl.connector.v1.Connector.Wrap:input_type -> kmsctl.connector.v1.WrapRequest
+	13, // 16: kmsctl.connector.v1.Connector.Unwrap:input_type -> kmsctl.connector.v1.UnwrapRequest
+	0,  // 17: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
+	15, // 18: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
+	16, // 19: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
+	0,  // 20: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
+	17, // 21: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
+	18, // 22: kmsctl.connector.v1.Connector.Installations:input_type -> kmsctl.connector.v1.InstallationsRequest
+	21, // 23: kmsctl.connector.v1.Connector.Clear:input_type -> kmsctl.connector.v1.ClearRequest
+	24, // 24: kmsctl.connector.v1.Connector.Work:input_type -> kmsctl.connector.v1.Batch
+	2,  // 25: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
+	0,  // 26: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
+	5,  // 27: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
+	7,  // 28: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
+	9,  // 29: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
+	9,  // 30: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
+	12, // 31: kmsctl.connector.v1.Connector.Wrap:output_type -> kmsctl.connector.v1.WrapReply
+	0,  // 32: kmsctl.connector.v1.Connector.Unwrap:output_type -> kmsctl.connector.v1.Bytes
+	14, // 33: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
+	0,  // 34: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 35: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 36: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 37: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
+	19, // 38: kmsctl.connector.v1.Connector.Installations:output_type -> kmsctl.connector.v1.InstallationsReply
+	22, // 39: kmsctl.connector.v1.Connector.Clear:output_type -> kmsctl.connector.v1.ClearReply
+	24, // 40: kmsctl.connector.v1.Connector.Work:output_type -> kmsctl.connector.v1.Batch
+	25, // [25:41] is the sub-list for method output_type
+	9,  // [9:25] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_internal_connector_wire_connector_proto_init() }
@@ -1516,7 +1778,7 @@ func file_internal_connector_wire_connector_proto_init() {
 	if File_internal_connector_wire_connector_proto != nil {
 		return
 	}
-	file_internal_connector_wire_connector_proto_msgTypes[20].OneofWrappers = []any{
+	file_internal_connector_wire_connector_proto_msgTypes[25].OneofWrappers = []any{
 		(*Op_Wrap)(nil),
 		(*Op_Unwrap)(nil),
 		(*Op_Wrapped)(nil),
@@ -1529,7 +1791,7 @@ func file_internal_connector_wire_connector_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_connector_wire_connector_proto_rawDesc), len(file_internal_connector_wire_connector_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

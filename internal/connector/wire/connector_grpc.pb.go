@@ -35,6 +35,8 @@ const (
 	Connector_Unseal_FullMethodName        = "/kmsctl.connector.v1.Connector/Unseal"
 	Connector_Sign_FullMethodName          = "/kmsctl.connector.v1.Connector/Sign"
 	Connector_Random_FullMethodName        = "/kmsctl.connector.v1.Connector/Random"
+	Connector_Installations_FullMethodName = "/kmsctl.connector.v1.Connector/Installations"
+	Connector_Clear_FullMethodName         = "/kmsctl.connector.v1.Connector/Clear"
 	Connector_Work_FullMethodName          = "/kmsctl.connector.v1.Connector/Work"
 )
 
@@ -61,6 +63,10 @@ type ConnectorClient interface {
 	Unseal(ctx context.Context, in *UnsealRequest, opts ...grpc.CallOption) (*Bytes, error)
 	Sign(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*Bytes, error)
 	Random(ctx context.Context, in *RandomRequest, opts ...grpc.CallOption) (*Bytes, error)
+	// Installations lists what installations of this product left in the token.
+	Installations(ctx context.Context, in *InstallationsRequest, opts ...grpc.CallOption) (*InstallationsReply, error)
+	// Clear destroys the objects of one installation.
+	Clear(ctx context.Context, in *ClearRequest, opts ...grpc.CallOption) (*ClearReply, error)
 	// Work carries many wraps and unwraps in one message: at some ten
 	// thousand a second, a call each would cost more than the token does.
 	// Replies come in any order.
@@ -205,6 +211,26 @@ func (c *connectorClient) Random(ctx context.Context, in *RandomRequest, opts ..
 	return out, nil
 }
 
+func (c *connectorClient) Installations(ctx context.Context, in *InstallationsRequest, opts ...grpc.CallOption) (*InstallationsReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(InstallationsReply)
+	err := c.cc.Invoke(ctx, Connector_Installations_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *connectorClient) Clear(ctx context.Context, in *ClearRequest, opts ...grpc.CallOption) (*ClearReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ClearReply)
+	err := c.cc.Invoke(ctx, Connector_Clear_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *connectorClient) Work(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Batch, Batch], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Connector_ServiceDesc.Streams[0], Connector_Work_FullMethodName, cOpts...)
@@ -241,6 +267,10 @@ type ConnectorServer interface {
 	Unseal(context.Context, *UnsealRequest) (*Bytes, error)
 	Sign(context.Context, *Bytes) (*Bytes, error)
 	Random(context.Context, *RandomRequest) (*Bytes, error)
+	// Installations lists what installations of this product left in the token.
+	Installations(context.Context, *InstallationsRequest) (*InstallationsReply, error)
+	// Clear destroys the objects of one installation.
+	Clear(context.Context, *ClearRequest) (*ClearReply, error)
 	// Work carries many wraps and unwraps in one message: at some ten
 	// thousand a second, a call each would cost more than the token does.
 	// Replies come in any order.
@@ -293,6 +323,12 @@ func (UnimplementedConnectorServer) Sign(context.Context, *Bytes) (*Bytes, error
 }
 func (UnimplementedConnectorServer) Random(context.Context, *RandomRequest) (*Bytes, error) {
 	return nil, status.Error(codes.Unimplemented, "method Random not implemented")
+}
+func (UnimplementedConnectorServer) Installations(context.Context, *InstallationsRequest) (*InstallationsReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Installations not implemented")
+}
+func (UnimplementedConnectorServer) Clear(context.Context, *ClearRequest) (*ClearReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Clear not implemented")
 }
 func (UnimplementedConnectorServer) Work(grpc.BidiStreamingServer[Batch, Batch]) error {
 	return status.Error(codes.Unimplemented, "method Work not implemented")
@@ -552,6 +588,42 @@ func _Connector_Random_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Connector_Installations_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(InstallationsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).Installations(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_Installations_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).Installations(ctx, req.(*InstallationsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Connector_Clear_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ClearRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).Clear(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_Clear_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).Clear(ctx, req.(*ClearRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Connector_Work_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(ConnectorServer).Work(&grpc.GenericServerStream[Batch, Batch]{ServerStream: stream})
 }
@@ -617,6 +689,14 @@ var Connector_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Random",
 			Handler:    _Connector_Random_Handler,
+		},
+		{
+			MethodName: "Installations",
+			Handler:    _Connector_Installations_Handler,
+		},
+		{
+			MethodName: "Clear",
+			Handler:    _Connector_Clear_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
