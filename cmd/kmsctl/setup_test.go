@@ -230,7 +230,7 @@ func TestSetupAsks(t *testing.T) {
 		"thales": {1, func(p *testkit.Pty) {
 			p.Answer("Address of the HSM", "127.0.0.1")
 			p.Expect("does not answer on port 9004")
-			p.Answer("Address of the remote file system", "10.0.0.2")
+			p.Answer("Address of the remote file system", "127.0.0.2")
 			p.Answer("Slot", "0x1D")
 			p.Expect("decimal digits")
 			p.Answer("Slot", "?")
@@ -240,7 +240,7 @@ func TestSetupAsks(t *testing.T) {
 			p.Expect("has not the form of 1111-2222-3333")
 			p.Answer("Serial number of the Connect", "1111-2222-3333")
 			p.Answer("Key hash of the Connect", strings.Repeat("0a", 20))
-		}, []string{"--rfs-ip 10.0.0.2", "--slot-id 492971158", "--esn 1111-2222-3333"}},
+		}, []string{"--rfs-ip 127.0.0.2", "--slot-id 492971158", "--esn 1111-2222-3333"}},
 		"softhsm": {2, func(*testkit.Pty) {}, nil},
 	} {
 		t.Run(model, func(t *testing.T) {
@@ -317,9 +317,9 @@ func TestSetupResumes(t *testing.T) {
 	p, _ := s.start(t)
 	s.beginning(p, 1)
 	p.Answer("Address of the HSM", "127.0.0.1")
-	p.Answer("Address of the remote file system", "10.0.0.2")
+	p.Answer("Address of the remote file system", "127.0.0.2")
 	p.Answer("Slot", "<")
-	p.Expect("(10.0.0.2)")
+	p.Expect("(127.0.0.2)")
 	p.Type("\x03")
 	if code := p.Wait(); code != 130 {
 		t.Fatalf("exit %d\n%s", code, p.Screen())
@@ -363,7 +363,11 @@ func TestSetupBeginsOnlyWhenTold(t *testing.T) {
 	p, out := s.program(t, "setup", "--model", "softhsm", "--archive", "", "--repo", "charts", "--namespace", "kms", "--version", "1", "--storage-class", "slow",
 		"--hsm-password-file", "pw", "--admin-key-file", "admin.key")
 	p.Expect("apply Secret kms/hsm-secret")
-	choose(p, "Begin?", "no", 1)
+	p.Expect("fail  chart: ")
+	p.Expect("cure: ")
+	choose(p, "Begin all the same?", "yes", 1) // check again
+	p.Expect("fail  chart: ")
+	choose(p, "Begin all the same?", "yes", 0)
 	if code := p.Wait(); code != 130 || out.Len() > 0 {
 		t.Fatalf("exit %d\n%s%s", code, p.Screen(), out)
 	}

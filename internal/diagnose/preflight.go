@@ -61,7 +61,11 @@ type Preflight struct {
 	HSMSecret          *Secret // nil: only what is in the cluster
 	SecretErr          error   // what is wrong with the given one
 	HSMPort            string  // "": the model's
+	Repair             bool    // the installation ends a pending change
 
+	// Answers says whether the registry lets us in, where the images come only
+	// with the installation; Images is nil then.
+	Answers func(ctx context.Context) error
 	Images  func(ctx context.Context) ([]Image, error)
 	Chart   func(ctx context.Context) (name, version string, err error)
 	Current func(ctx context.Context) (cluster.Release, error)
@@ -244,7 +248,13 @@ func (p Preflight) storage(ctx context.Context) []Finding {
 }
 
 func (p Preflight) images(ctx context.Context) []Finding {
-	if p.Images == nil {
+	switch {
+	case p.Answers != nil:
+		if err := p.Answers(ctx); err != nil {
+			return failErr(err, "is the registry running, and is the login right?")
+		}
+		return ok("%s answers; the images are loaded into it", p.Registry)
+	case p.Images == nil:
 		return skip("no registry was given")
 	}
 	imgs, err := p.Images(ctx)
@@ -550,6 +560,8 @@ func (p Preflight) release(ctx context.Context) []Finding {
 		return ok("%s is not installed yet", p.Release)
 	case err != nil:
 		return failErr(err, "")
+	case cluster.Pending(r.Status) && p.Repair:
+		return warn("make sure that no other kmsctl or helm works on it", "revision %d is %s since %s; --repair ends that", r.Revision, r.Status, r.Updated.UTC().Format(time.RFC3339))
 	case cluster.Pending(r.Status):
 		return fail("another kmsctl or helm works on it, or died; when nobody does, install or upgrade with --repair",
 			"revision %d is %s since %s", r.Revision, r.Status, r.Updated.UTC().Format(time.RFC3339))

@@ -304,6 +304,15 @@ func TestEachCheckFails(t *testing.T) {
 				return cluster.Release{Status: cluster.PendingUpgrade, Revision: 3}, nil
 			}
 		}, "release", diagnose.Fail, "revision 3 is pending-upgrade", "--repair"},
+		"pending release to be repaired": {func(_ *testing.T, w *world) {
+			w.pre.Repair = true
+			w.pre.Current = func(context.Context) (cluster.Release, error) {
+				return cluster.Release{Status: cluster.PendingUpgrade, Revision: 3}, nil
+			}
+		}, "release", diagnose.Warn, "revision 3 is pending-upgrade", "no other kmsctl"},
+		"registry to be loaded": {func(_ *testing.T, w *world) {
+			w.pre.Images, w.pre.Answers = nil, func(context.Context) error { return errors.New("connection refused") }
+		}, "registry", diagnose.Fail, "connection refused", "is the registry running"},
 		"failed release": {func(_ *testing.T, w *world) {
 			w.pre.Current = func(context.Context) (cluster.Release, error) {
 				return cluster.Release{Status: cluster.Failed, Revision: 3, Note: "timed out"}, nil

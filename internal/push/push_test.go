@@ -223,6 +223,56 @@ func (s *site) chart(t *testing.T) {
 	}
 }
 
+// TestChart: a chart read straight from the archive has the bytes that a load
+// puts into the repository, whatever the archive's shape.
+func TestChart(t *testing.T) {
+	all := map[string][]byte{"ours": ours(t)}
+	for _, n := range []string{"good", "manifest-last", "spec-only"} {
+		all[n] = testkit.Archives()[n]
+	}
+	for name, b := range all {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t)
+			if _, err := s.load(t, b, false); err != nil {
+				t.Fatal(err)
+			}
+			want, err := os.ReadFile(filepath.Join(s.charts, "app-1.0.0.tgz"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := filepath.Join(t.TempDir(), "a.tar.gz")
+			if err := os.WriteFile(p, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			a, err := archive.Open(p, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer a.Close()
+			o := push.Options{Archive: a, Host: s.host, Repository: func(n string) string { return "site/" + n }, RegistryValue: s.host + "/site", Limits: archive.DefaultLimits}
+			if got, err := push.Chart(t.Context(), o, "app", ""); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("%d bytes, want %d as loaded: %v", len(got), len(want), err)
+			}
+			o.Host = ""
+			if got, err := push.Chart(t.Context(), o, "app", "1.0.0"); err != nil || !bytes.Equal(got, testkit.ChartTgz("app", "1.0.0", "org/one")) {
+				t.Errorf("without a registry it is not the archive's own: %v", err)
+			}
+			if _, err := push.Chart(t.Context(), o, "app", "2.0.0"); fault.KindOf(err) != fault.NotFound || !strings.Contains(err.Error(), "its charts are: app 1.0.0") {
+				t.Errorf("another version: %v", err)
+			}
+		})
+	}
+	a, err := archive.Open("-", bytes.NewReader(all["good"]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if _, err := push.Chart(t.Context(), push.Options{Archive: a}, "app", ""); fault.KindOf(err) != fault.Usage {
+		t.Errorf("from standard input: %v", err)
+	}
+}
+
 func TestStandardInput(t *testing.T) {
 	want := testkit.Images()
 	for name, b := range map[string][]byte{"ours": ours(t), "good": testkit.Archives()["good"], "batch": testkit.Archives()["batch"]} {

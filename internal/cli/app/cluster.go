@@ -9,11 +9,13 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/kmsctl/kmsctl/internal/archive"
 	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/iam"
 	"github.com/kmsctl/kmsctl/internal/install"
 	"github.com/kmsctl/kmsctl/internal/kube"
+	"github.com/kmsctl/kmsctl/internal/push"
 	"github.com/kmsctl/kmsctl/internal/release"
 	"github.com/kmsctl/kmsctl/templates"
 )
@@ -47,6 +49,8 @@ func (a *App) Cluster(f *KubeFlags) (*kube.Cluster, error) {
 type ChartFlags struct {
 	Repo         string
 	Chart        string
+	Archive      string
+	Site         *DeliveryFlags // --archive: where its images went; nil: the chart is left as it is
 	Version      string
 	CAFile       string
 	CertFile     string
@@ -60,6 +64,7 @@ type ChartFlags struct {
 func (f *ChartFlags) Add(fs *pflag.FlagSet) {
 	fs.StringVar(&f.Repo, "repo", "", "chart repository: a folder with index.yaml, oci://…, https://…, or a name that \"kmsctl repo add\" gave")
 	fs.StringVar(&f.Chart, "chart", "", "packed chart or its folder, instead of --repo")
+	fs.StringVar(&f.Archive, "archive", "", "archive with the chart in it, instead of --repo")
 	fs.StringVar(&f.Version, "version", "", "version of the chart; without it, the newest")
 	fs.StringVar(&f.CAFile, "repo-ca-file", "", "PEM file of the CA of the repository")
 	fs.StringVar(&f.CertFile, "repo-cert-file", "", "client certificate for the repository")
@@ -71,11 +76,32 @@ func (f *ChartFlags) Add(fs *pflag.FlagSet) {
 
 // Check holds the rules of the flags.
 func (f *ChartFlags) Check() error {
-	if (f.Repo == "") == (f.Chart == "") {
-		return fault.Usagef("--repo, --chart: exactly one of them").WithHint("--repo is what `kmsctl load --repo` filled")
+	if f.given() != 1 {
+		return fault.Usagef("--repo, --chart, --archive: exactly one of them").WithHint("--repo is what `kmsctl load --repo` filled")
 	}
 	return nil
 }
+
+// CheckOptional is Check for who can do without a chart.
+func (f *ChartFlags) CheckOptional() error {
+	if f.given() > 1 {
+		return f.Check()
+	}
+	return nil
+}
+
+func (f *ChartFlags) given() int {
+	n := 0
+	for _, s := range []string{f.Repo, f.Chart, f.Archive} {
+		if s != "" {
+			n++
+		}
+	}
+	return n
+}
+
+// Given says that there is a chart to find.
+func (f *ChartFlags) Given() bool { return f.given() > 0 }
 
 // ChartFlags is the same repository for who reads charts from it.
 func (f *DeliveryFlags) ChartFlags() ChartFlags {
@@ -85,9 +111,12 @@ func (f *DeliveryFlags) ChartFlags() ChartFlags {
 }
 
 // FindChart gets the chart.
-func (a *App) FindChart(f *ChartFlags) (*release.Chart, error) {
-	if f.Chart != "" {
+func (a *App) FindChart(ctx context.Context, f *ChartFlags) (*release.Chart, error) {
+	switch {
+	case f.Chart != "":
 		return release.LoadFile(f.Chart)
+	case f.Archive != "":
+		return a.chartInArchive(ctx, f)
 	}
 	s := release.Source{Repo: f.Repo, CAFile: f.CAFile, CertFile: f.CertFile, KeyFile: f.KeyFile, User: f.User, Insecure: f.Insecure}
 	if f.PasswordFile != "" {
@@ -98,6 +127,25 @@ func (a *App) FindChart(f *ChartFlags) (*release.Chart, error) {
 		s.Password = strings.TrimSpace(string(b))
 	}
 	return release.Find(s, templates.ChartName, f.Version)
+}
+
+// chartInArchive is the chart as a load of the archive would put it into a
+// repository.
+func (a *App) chartInArchive(ctx context.Context, f *ChartFlags) (*release.Chart, error) {
+	in, err := archive.Open(f.Archive, a.In)
+	if err != nil {
+		return nil, err
+	}
+	defer in.Close()
+	o := push.Options{Archive: in, Limits: archive.DefaultLimits}
+	if f.Site != nil {
+		o.Host, o.Repository, o.RegistryValue = f.Site.Host(), f.Site.Repository, f.Site.RegistryValue()
+	}
+	b, err := push.Chart(ctx, o, templates.ChartName, f.Version)
+	if err != nil {
+		return nil, err
+	}
+	return release.LoadBytes(f.Archive, b)
 }
 
 // Helm opens Helm in the release's namespace.

@@ -33,6 +33,11 @@ func (f *PullFlags) Add(fs *pflag.FlagSet) {
 // Check holds the rules of the flags.
 func (f *PullFlags) Check() error { return errors.Join(f.password.Check(), f.tls.check("registry-")) }
 
+// Pull is the same registry for who only looks.
+func (f *DeliveryFlags) Pull() *PullFlags {
+	return &PullFlags{user: f.User, password: f.password, tls: f.registry.or(f.all)}
+}
+
 // LookAtImages asks the registries of the references what they are for. All
 // that are missing are named at once.
 func (a *App) LookAtImages(ctx context.Context, f *PullFlags, refs []string, insecure bool) ([]diagnose.Image, error) {

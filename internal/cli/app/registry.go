@@ -63,6 +63,11 @@ type DeliveryFlags struct {
 
 const defaultMap = "{prefix}/{namespace}/{path}"
 
+// SiteAt is where a load with no other flag than --registry puts images.
+func SiteAt(registry string) *DeliveryFlags {
+	return &DeliveryFlags{Registry: registry, Map: defaultMap}
+}
+
 // Add puts the flags into fs.
 func (f *DeliveryFlags) Add(fs *pflag.FlagSet) {
 	f.password = SecretInput{Name: "registry-password", Title: "password of the registry's user"}

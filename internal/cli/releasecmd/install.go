@@ -128,6 +128,7 @@ func (o *changeOptions) read(base map[string]any) (inputs, error) {
 // overrides reads --values and lets the flags beat it; afterwards the flags
 // hold what is in force, so that one check serves both.
 func (o *changeOptions) overrides(base map[string]any) (render.Overrides, error) {
+	o.aim()
 	switch {
 	case o.keeps():
 		return o.kept(base)
@@ -145,6 +146,14 @@ func (o *changeOptions) overrides(base map[string]any) (render.Overrides, error)
 	}
 	o.hsm.Beat(&ov)
 	return ov, nil
+}
+
+// aim points the chart of an archive at --registry as a load of it does, so
+// that the values need not.
+func (o *changeOptions) aim() {
+	if o.chart.Archive != "" && o.hsm.Registry != "" {
+		o.chart.Site, o.hsm.Registry = app.SiteAt(o.hsm.Registry), ""
+	}
 }
 
 // kept takes the values of the release that is there, and lets the flags beat
@@ -247,6 +256,7 @@ Settings come from the manual's two files (--secret, --values), or from flags in
 place. Run it again at any time: what is done already is left alone.`,
 		Example: `  kmsctl install --repo ./charts --secret hsm-Secret.yaml --values overrides_hsm.yaml --admin-key-file admin.key
   kmsctl install --repo mgmt-charts --model softhsm --hsm-password-file pw --admin-key-file admin.key
+  kmsctl install --archive key-management-hsm-amd64.tar.gz --registry registry.site:5000 --model softhsm --hsm-password-file pw
   kmsctl install --repo oci://registry.site/charts --model softhsm --dry-run`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
@@ -261,7 +271,7 @@ func runInstall(ctx context.Context, o *changeOptions) error {
 		return err
 	}
 	defer in.zero()
-	chart, err := o.FindChart(&o.chart)
+	chart, err := o.FindChart(ctx, &o.chart)
 	if err != nil {
 		return err
 	}
@@ -283,9 +293,6 @@ func (o *changeOptions) release() release.Options {
 	return release.Options{Wait: o.wait, Timeout: o.rel.Timeout}
 }
 
-// planVersion is the Kubernetes that --dry-run renders for.
-const planVersion = "1.30.0"
-
 // dryRun is what --dry-run prints.
 type dryRun struct {
 	Plan     []string `json:"plan"`
@@ -295,7 +302,7 @@ type dryRun struct {
 // showPlan prints the plan as comments and the manifests as YAML, secrets
 // masked.
 func (o *changeOptions) showPlan(chart *release.Chart, in inputs, opts install.Options) error {
-	m, err := release.Template(chart, opts.Release, opts.Namespace, in.values, planVersion)
+	m, err := release.Template(chart, opts.Release, opts.Namespace, in.values, app.PlanVersion)
 	if err != nil {
 		return err
 	}

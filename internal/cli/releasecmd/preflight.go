@@ -3,21 +3,13 @@ package releasecmd
 import (
 	"context"
 	"errors"
-	"regexp"
-	"slices"
-	"strings"
-	"sync"
 
 	"github.com/spf13/cobra"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
-	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/diagnose"
 	"github.com/kmsctl/kmsctl/internal/fault"
-	"github.com/kmsctl/kmsctl/internal/hsm"
-	"github.com/kmsctl/kmsctl/internal/release"
 	"github.com/kmsctl/kmsctl/internal/render"
-	"github.com/kmsctl/kmsctl/templates"
 )
 
 // preflightOptions are those of install, so that the same flags can be tried
@@ -59,10 +51,7 @@ It takes install's flags; what is not given is not checked. Exits 7 when a check
 // Check holds the rules of the flags: what is missing is not checked, so less
 // is required than by install.
 func (o *preflightOptions) Check() error {
-	errs := []error{o.pass.Check(), o.hsm.Password.Check(), o.pull.Check(), o.rel.Check()}
-	if o.chart.Repo != "" && o.chart.Chart != "" {
-		errs = append(errs, fault.Usagef("--repo, --chart: only one of them"))
-	}
+	errs := []error{o.pass.Check(), o.hsm.Password.Check(), o.pull.Check(), o.rel.Check(), o.chart.CheckOptional()}
 	if o.hsm.Model != "" {
 		_, err := o.hsm.CheckModel()
 		errs = append(errs, err)
@@ -84,134 +73,53 @@ func runPreflight(ctx context.Context, o *preflightOptions) error {
 
 // preflight joins the flags to the checks.
 func (o *preflightOptions) preflight(ctx context.Context) (*diagnose.Preflight, error) {
-	p := &diagnose.Preflight{Release: o.kube.Release, Namespace: o.kube.Namespace, StorageClass: o.rel.StorageClass, NoVolumes: o.rel.NoClaims(),
-		NodeLabel: o.nodeLabel, PullSecrets: o.rel.PullSecrets, HSMPort: o.hsmPort, Now: o.Now}
-	c, err := o.Cluster(&o.kube)
-	if err != nil {
-		p.ClusterErr = err
-	} else if _, err := c.Version(ctx); err != nil {
-		p.ClusterErr = err
-	} else {
-		p.Cluster = c
-		h, err := o.Helm(c, &o.kube)
-		if err != nil {
-			return nil, err
-		}
-		p.Current = func(context.Context) (cluster.Release, error) { return h.Get(o.kube.Release) }
-	}
-	ov, err := o.given(p)
-	if err != nil {
+	in := app.PreflightInput{Kube: o.kube, Release: o.rel, NodeLabel: o.nodeLabel, HSMPort: o.hsmPort, Pull: &o.pull, Insecure: o.chart.Insecure}
+	if err := o.given(&in); err != nil {
 		return nil, err
 	}
-	var chart *release.Chart
-	if o.chart.Repo != "" || o.chart.Chart != "" {
-		find := sync.OnceValues(func() (*release.Chart, error) { return o.FindChart(&o.chart) })
-		p.Chart = func(context.Context) (string, string, error) {
-			chart, err := find()
-			if err != nil {
-				return "", "", err
-			}
-			return chart.Name(), chart.Version(), nil
-		}
-		chart, _ = find() // the check chart tells
-	}
-	if refs := o.images(chart, ov); len(refs) > 0 {
-		p.Registry, _, _ = strings.Cut(refs[0], "/")
-		var once sync.Mutex
-		var imgs []diagnose.Image
-		var ierr error
-		p.Images = func(ctx context.Context) ([]diagnose.Image, error) { // two checks want them
-			once.Lock()
-			defer once.Unlock()
-			if imgs == nil && ierr == nil {
-				imgs, ierr = o.LookAtImages(ctx, &o.pull, refs, o.chart.Insecure)
-			}
-			return imgs, ierr
-		}
-	}
-	return p, nil
+	in.Chart = &o.chart // after the settings, by which it is pointed at the registry
+	return o.Preflight(ctx, in)
 }
 
 // given reads the settings and the secret as far as they were given. What is
 // wrong with them is a finding; what cannot be read at all is an error.
-func (o *preflightOptions) given(p *diagnose.Preflight) (*render.Overrides, error) {
-	var ov *render.Overrides
+func (o *preflightOptions) given(in *app.PreflightInput) error {
 	if o.valuesFile != "" || o.hsm.Model != "" {
 		v, err := o.overrides(nil)
-		if err != nil {
-			if fault.KindOf(err) != fault.Usage {
-				return nil, err
-			}
-			p.SettingsErr = err
-			return nil, nil
-		}
-		ov, p.SettingsErr = &v, o.hsm.CheckValues()
-		p.Settings = v.HSM
-		if p.Model, err = hsm.Lookup(v.HSM.Model); err != nil {
-			return nil, err
+		switch {
+		case err == nil:
+			in.Settings, in.SettingsErr = &v, o.hsm.CheckValues()
+		case fault.KindOf(err) == fault.Usage:
+			in.SettingsErr = err
+			return nil
+		default:
+			return err
 		}
 	}
 	switch {
 	case o.secretFile != "":
 		text, err := o.open("--secret", o.secretFile)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		defer clear(text)
 		s, err := render.ParseSecret(text)
 		if err != nil {
-			p.SecretErr = fault.New(fault.Usage, "read", o.secretFile, err).WithHint("%s", hintOr(err, "make it with `kmsctl render secret`"))
-			return ov, nil
+			in.SecretErr = fault.New(fault.Usage, "read", o.secretFile, err).WithHint("%s", hintOr(err, "make it with `kmsctl render secret`"))
+			return nil
 		}
-		p.HSMSecret = checkable(s)
+		in.Secret = &s
 	case o.hsm.Password.Given(o.App):
 		o.hsm.Namespace = o.kube.Namespace
-		if p.SecretErr = o.hsm.CheckSecret(); p.SecretErr != nil {
-			return ov, nil
+		if in.SecretErr = o.hsm.CheckSecret(); in.SecretErr != nil {
+			return nil
 		}
 		s, err := o.hsm.Secret(o.App)
 		if err != nil {
-			p.SecretErr = err
-			return ov, nil
+			in.SecretErr = err
+			return nil
 		}
-		p.HSMSecret = checkable(s)
+		in.Secret = &s
 	}
-	return ov, nil
-}
-
-func checkable(s render.Secret) *diagnose.Secret {
-	out := &diagnose.Secret{Password: s.Password.Reveal(), ServerCA: s.ServerCA, Cert: map[string][]byte{}, Key: map[string][]byte{}}
-	for ip, p := range s.Clients {
-		out.Cert[ip], out.Key[ip] = p.Cert, p.Key
-	}
-	return out
-}
-
-var imageLine = regexp.MustCompile(`(?m)^\s*image: "?([^"\s]+)"?$`)
-
-// images are the references that the pods will have: those of the rendered
-// chart, else those of the values.
-func (o *preflightOptions) images(chart *release.Chart, ov *render.Overrides) []string {
-	var refs []string
-	if ov == nil {
-		return nil // without a model the release's images are not known
-	}
-	if chart != nil {
-		m, err := release.Template(chart, o.kube.Release, o.kube.Namespace, ov.Helm(), planVersion)
-		if err == nil {
-			for _, f := range imageLine.FindAllStringSubmatch(m, -1) {
-				refs = append(refs, f[1])
-			}
-		}
-	}
-	if len(refs) == 0 {
-		for _, i := range ov.SortedImages() {
-			if i.Tag == "" {
-				i.Tag = templates.ChartVersion
-			}
-			refs = append(refs, i.Repository+":"+i.Tag)
-		}
-	}
-	slices.Sort(refs)
-	return slices.Compact(refs)
+	return nil
 }

@@ -51,7 +51,7 @@ func runUpgrade(ctx context.Context, o *changeOptions) error {
 		return err
 	}
 	defer in.zero()
-	chart, err := o.FindChart(&o.chart)
+	chart, err := o.FindChart(ctx, &o.chart)
 	if err != nil {
 		return err
 	}

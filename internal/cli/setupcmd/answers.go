@@ -19,7 +19,7 @@ import (
 )
 
 // notAnswers are flags that are about the run and not about the site.
-var notAnswers = []string{"answers", "save-answers", "yes", "dry-run", "help", "output", "debug"}
+var notAnswers = []string{"answers", "save-answers", "yes", "dry-run", "skip-preflight", "help", "output", "debug"}
 
 // answerNames are the keys of an answers file: the flags' names.
 func answerNames(flags *pflag.FlagSet) []string {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/archive"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/diagnose"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/install"
 	"github.com/kmsctl/kmsctl/internal/push"
@@ -28,10 +29,11 @@ type prepared struct {
 
 // result is what setup prints at its end.
 type result struct {
-	Plan        []string `json:"plan"`
-	Done        []string `json:"done"`
-	Command     string   `json:"command"`
-	AnswersFile string   `json:"answersFile,omitempty"`
+	Plan        []string           `json:"plan"`
+	Checks      []diagnose.Finding `json:"checks,omitempty"`
+	Done        []string           `json:"done"`
+	Command     string             `json:"command"`
+	AnswersFile string             `json:"answersFile,omitempty"`
 }
 
 // Table is what was done, and how to do it again.
@@ -64,6 +66,9 @@ func (o *options) prepare() (prepared, error) {
 	if p.overrides, err = o.hsm.Overrides(); err != nil {
 		return p, err
 	}
+	if p.overrides.Images, err = o.imagesOfChartFile(); err != nil {
+		return p, err
+	}
 	if p.secret, err = o.hsmSecret(); err != nil {
 		return p, err
 	}
@@ -75,6 +80,39 @@ func (o *options) prepare() (prepared, error) {
 	p.job = o.rel.Job(o.kube, p.values, &p.secret)
 	p.plan = o.planOf(p)
 	return p, nil
+}
+
+// chart says where the chart of the release comes from: a file, a repository,
+// else the archive itself.
+func (o *options) chart() app.ChartFlags {
+	f := o.delivery.ChartFlags()
+	f.Version = o.version
+	switch {
+	case o.chartFile != "":
+		f.Chart = o.chartFile
+	case f.Repo == "":
+		f.Archive, f.Site = o.archive, &o.delivery
+	}
+	return f
+}
+
+// imagesOfChartFile points a chart that no load has pointed anywhere at the
+// registry, by the values; nil when the chart is pointed there.
+func (o *options) imagesOfChartFile() (map[string]render.Image, error) {
+	if o.chartFile == "" || o.delivery.Registry == "" {
+		return nil, nil
+	}
+	m, err := o.hsm.CheckModel()
+	if err != nil {
+		return nil, err
+	}
+	host := o.delivery.Host()
+	images := render.Images(host, "", m)
+	for block, i := range images {
+		i.Repository = host + "/" + o.delivery.Repository(strings.TrimPrefix(i.Repository, host+"/"))
+		images[block] = i
+	}
+	return images, nil
 }
 
 // pairs turns --cert-dir into the pairs of the nodes.
@@ -100,14 +138,28 @@ func (o *options) hsmSecret() (render.Secret, error) {
 func (o *options) planOf(p prepared) []string {
 	var plan []string
 	if o.archive != "" {
-		plan = append(plan, fmt.Sprintf("load %s: images to registry %s, chart to %s", o.archive, o.delivery.Registry, o.delivery.Repo))
+		load := fmt.Sprintf("load %s: images to registry %s", o.archive, o.delivery.Registry)
+		if o.delivery.Repo != "" {
+			load += ", chart to " + o.delivery.Repo
+		}
+		plan = append(plan, load)
 	}
 	plan = append(plan, fmt.Sprintf("render overrides_hsm.yaml and hsm-Secret.yaml for the model %s, in memory", o.hsm.Model))
+	return append(plan, install.Plan(p.job, o.chartInWords())...)
+}
+
+func (o *options) chartInWords() string {
 	version := o.version
 	if version == "" {
 		version = "(the newest)"
 	}
-	return append(plan, install.Plan(p.job, version+" in "+o.delivery.Repo)...)
+	switch f := o.chart(); {
+	case f.Chart != "":
+		return f.Chart
+	case f.Archive != "":
+		return "in " + f.Archive
+	}
+	return version + " in " + o.delivery.Repo
 }
 
 // carryOut shows the plan, asks, and goes through the phases.
@@ -118,8 +170,16 @@ func (o *options) carryOut(ctx context.Context, p prepared) error {
 			fmt.Fprintf(o.Err, "%2d. %s\n", i+1, s)
 		}
 	}
+	checks, err := o.checked(ctx, p)
+	if err != nil {
+		return err
+	}
+	r.Checks = checks.Findings
 	if !o.dryRun {
-		if err := o.confirm(); err != nil {
+		if err := o.decide(ctx, p, checks); err != nil {
+			if o.yes && o.Format != "table" { // a pipeline reads there what failed
+				err = errors.Join(o.Print(r), err)
+			}
 			return err
 		}
 		for _, phase := range []func(context.Context, prepared) (string, error){o.load, o.install} {
@@ -147,6 +207,36 @@ func (o *options) carryOut(ctx context.Context, p prepared) error {
 		}
 	}
 	return o.Print(r)
+}
+
+// checked looks whether the plan will work, and shows what stands against it.
+func (o *options) checked(ctx context.Context, p prepared) (diagnose.Report, error) {
+	if o.skipChecks {
+		return diagnose.Report{}, nil
+	}
+	chart := o.chart()
+	in := app.PreflightInput{Kube: o.kube, Release: o.rel, NodeLabel: o.nodeLabel, Settings: &p.overrides, Secret: &p.secret,
+		Chart: &chart, Pull: o.delivery.Pull(), Insecure: o.delivery.Insecure}
+	if o.archive != "" {
+		in.ToLoad = &o.delivery
+		if chart.Repo != "" { // it comes there only with the load
+			chart.Repo, chart.Archive, chart.Site = "", o.archive, &o.delivery
+		}
+	}
+	checks, err := o.Preflight(ctx, in)
+	if err != nil {
+		return diagnose.Report{}, err
+	}
+	report := diagnose.Run(ctx, checks.Checks())
+	if o.Format != "table" {
+		return report, nil
+	}
+	for _, f := range report.Findings {
+		if f.Verdict == diagnose.Fail || f.Verdict == diagnose.Warn {
+			fmt.Fprintf(o.Err, "%s  %s: %s\n      cure: %s\n", f.Verdict, f.Check, f.Reason, f.Cure)
+		}
+	}
+	return report, nil
 }
 
 func (o *options) writeAnswers() error {
@@ -187,9 +277,8 @@ func (o *options) load(ctx context.Context, _ prepared) (string, error) {
 
 // install applies hsm-secret and installs the release, as the verb does.
 func (o *options) install(ctx context.Context, p prepared) (string, error) {
-	f := o.delivery.ChartFlags()
-	f.Version = o.version
-	chart, err := o.FindChart(&f)
+	f := o.chart()
+	chart, err := o.FindChart(ctx, &f)
 	if err != nil {
 		return "", err
 	}

@@ -25,7 +25,7 @@ type question struct {
 	name     string
 	title    string
 	help     string
-	optional bool                                                  // may stay empty
+	optional func(o *options) bool                                 // may stay empty; nil: never
 	secret   bool                                                  // typed twice, kept in memory alone
 	when     func(o *options) bool                                 // asked at all; nil: always
 	options  func(o *options) []string                             // one of these
@@ -34,6 +34,12 @@ type question struct {
 	verify   func(ctx context.Context, o *options, s string) error // as check, at a terminal only: it takes a moment
 	try      func(ctx context.Context, o *options, s string) error // whether it works from here; told, and taken
 }
+
+func (q question) mayBeEmpty(o *options) bool { return q.optional != nil && q.optional(o) }
+
+func always(*options) bool { return true }
+
+func hasArchive(o *options) bool { return o.archive != "" }
 
 func needs(f func(hsm.Model) bool) func(*options) bool {
 	return func(o *options) bool {
@@ -60,7 +66,7 @@ func questions() []question {
 		{name: "model", title: "HSM model", help: "gemalto is a SafeNet Luna, thales an nCipher nShield, softhsm a token in software for trials",
 			options: func(*options) []string { return hsm.Names() },
 			check:   func(_ *options, s string) error { _, err := hsm.Lookup(s); return err }},
-		{name: "archive", title: "Archive with images and chart", help: "the file key-management-hsm-amd64.tar.gz; none when both are loaded already", optional: true,
+		{name: "archive", title: "Archive with images and chart", help: "the file key-management-hsm-amd64.tar.gz; none when both are loaded already", optional: always,
 			preset: foundArchive, check: checkArchive, verify: lookIntoArchive},
 		{name: "registry", title: "Registry for the images", help: "HOST[:PORT][/PATH] that this machine and the nodes reach, as in registry.example:5000",
 			check: func(_ *options, s string) error {
@@ -68,17 +74,18 @@ func questions() []question {
 					return errors.New("give HOST[:PORT][/PATH], without a scheme")
 				}
 				return nil
-			}, when: func(o *options) bool { return o.archive != "" }, try: tryRegistry},
-		{name: "repo", title: "Chart repository", help: "a folder, oci://HOST/PATH, icp+https://HOST:8443/mgmt-repo/charts, or a name that `kmsctl repo add` gave",
+			}, when: hasArchive, try: tryRegistry},
+		{name: "repo", title: "Chart repository", help: "a folder, oci://HOST/PATH, icp+https://HOST:8443/mgmt-repo/charts, or a name that `kmsctl repo add` gave; none installs straight from the archive",
+			optional: hasArchive, when: func(o *options) bool { return o.chartFile == "" },
 			preset: func(_ context.Context, o *options) string {
 				if o.delivery.Registry == "" {
 					return ""
 				}
 				return "oci://" + o.delivery.Host() + "/charts"
-			}, check: required},
+			}, check: checkRepo},
 		{name: "namespace", title: "Namespace of the release", help: "the manual's is kube-system",
 			preset: func(context.Context, *options) string { return "kube-system" }, check: checkName},
-		{name: "version", title: "Version of the chart", help: "empty for the newest in the repository", optional: true, preset: archiveVersion},
+		{name: "version", title: "Version of the chart", help: "empty for the newest in the repository", optional: always, preset: archiveVersion},
 		{name: "hsm-ip", title: "Address of the HSM", help: "the IP address of the Luna appliance or the nShield Connect", when: needsHSM, check: checkIP, try: tryHSM},
 		{name: "rfs-ip", title: "Address of the remote file system", help: "the IP address of the machine with the Security World's files (RFS)", when: needsRFS, check: checkIP},
 		{name: "slot-id", title: "Slot", help: "decimal digits, as the commands nfkminfo and cklist show it: 492971158", when: needsSlot, check: func(_ *options, s string) error {
@@ -87,8 +94,8 @@ func questions() []question {
 			}
 			return nil
 		}},
-		{name: "esn", title: "Serial number of the Connect", help: "as in 1111-2222-3333, at the front panel; with the key hash nothing is trusted on first use", when: needsSlot, optional: true, check: checkForm("esn")},
-		{name: "key-hash", title: "Key hash of the Connect", help: "40 hex digits, at the front panel", when: needsSlot, optional: true, check: checkForm("key-hash")},
+		{name: "esn", title: "Serial number of the Connect", help: "as in 1111-2222-3333, at the front panel; with the key hash nothing is trusted on first use", when: needsSlot, optional: always, check: checkForm("esn")},
+		{name: "key-hash", title: "Key hash of the Connect", help: "40 hex digits, at the front panel", when: needsSlot, optional: always, check: checkForm("key-hash")},
 		{name: "server-ca-file", title: "File with the appliance's certificate", help: "fetch it with: kmsctl hsm luna-cert fetch-server", when: needsCerts,
 			preset: existing("server.pem"), check: checkServerCA},
 		{name: "node", title: "Addresses of the nodes, with commas between", help: "every node that may run the pods needs a certificate pair", when: needsPairs,
@@ -97,11 +104,18 @@ func questions() []question {
 			preset: existing("certs"), check: checkCertDir},
 		{name: "hsm-password", title: "HSM password", help: "of the partition or the token; it goes into the Secret hsm-secret and into no file", secret: true,
 			check: func(_ *options, s string) error { return hsm.CheckPIN([]byte(s)) }},
-		{name: "storage-class", title: "Storage class of the volumes", help: "empty for the cluster's default", optional: true,
+		{name: "storage-class", title: "Storage class of the volumes", help: "empty for the cluster's default", optional: always,
 			when: func(o *options) bool { return !o.rel.NoClaims() }, preset: defaultClass, check: checkClass},
 		{name: "admin-key-file", title: "File for the administrator's API key", help: "it is made with the first installation, and only its hash is kept in the cluster",
 			preset: func(context.Context, *options) string { return "admin.key" }, check: required},
 	}
+}
+
+func checkRepo(o *options, s string) error {
+	if s == nothing && !hasArchive(o) {
+		return errors.New("without an archive the chart must come from a repository")
+	}
+	return required(o, s)
 }
 
 func required(_ *options, s string) error {

@@ -28,12 +28,14 @@ type options struct {
 	delivery    app.DeliveryFlags
 	rel         app.ReleaseFlags
 	archive     string
+	chartFile   string
 	version     string
 	certDir     string
 	nodeLabel   string
 	answersFile string
 	saveAnswers string
 	yes, dryRun bool
+	skipChecks  bool
 
 	flags        *pflag.FlagSet
 	answered     map[string]bool // by the person, not by flag, environment or file
@@ -55,6 +57,9 @@ func newSetupCmd(a *app.App, run func(context.Context, *options) error) *cobra.C
 install the release. What is given by no flag, variable or answers file is asked at the
 terminal; ? explains a question, < goes back to the one before, Ctrl-C stops and keeps the
 answers (but no secret) for the next run.
+
+Before it begins it checks, as "kmsctl preflight" does, whether it will work. A check that
+fails is shown with its cure and needs a decision; with --yes it ends the run with exit code 7.
 
 At the end it prints the command that does the same without a question, and writes the
 answers into a file. --answers FILE --yes never asks.`,
@@ -89,6 +94,7 @@ func (o *options) add(cmd *cobra.Command) {
 		fs.AddFlag(f)
 	})
 	fs.StringVar(&o.archive, "archive", "", "archive with images and chart; without one, both are loaded already")
+	fs.StringVar(&o.chartFile, "chart", "", "packed chart or its folder, instead of --repo; without both, the chart in the archive")
 	fs.StringVar(&o.version, "version", "", "version of the chart; without it, the newest")
 	fs.StringVar(&o.certDir, "cert-dir", "", "gemalto: folder with IP.pem and IPKey.pem of each --node, instead of --client-cert and --client-key")
 	fs.StringVar(&o.nodeLabel, "node-label", "", "gemalto: label of the nodes that run the pods")
@@ -96,7 +102,8 @@ func (o *options) add(cmd *cobra.Command) {
 	fs.StringVar(&o.answersFile, "answers", "", "file of answers: flags' names and their values, as YAML")
 	fs.StringVar(&o.saveAnswers, "save-answers", "kmsctl-answers.yaml", "where the answers that were typed are written, without secrets")
 	fs.BoolVar(&o.yes, "yes", false, "ask nothing")
-	fs.BoolVar(&o.dryRun, "dry-run", false, "end after the plan")
+	fs.BoolVar(&o.dryRun, "dry-run", false, "end after the plan and the checks")
+	fs.BoolVar(&o.skipChecks, "skip-preflight", false, "do not check before beginning whether it will work")
 }
 
 func (o *options) readFile() error {
@@ -113,6 +120,9 @@ func (o *options) readFile() error {
 // Check holds the rules of the flags that need no answers.
 func (o *options) Check() error {
 	errs := []error{o.hsm.Password.Check(), o.rel.Check()}
+	if o.chartFile != "" && o.delivery.Repo != "" {
+		errs = append(errs, fault.Usagef("--repo, --chart: only one of them"))
+	}
 	for _, q := range questions() {
 		if v := o.value(q.name); v != "" && !q.secret && q.check != nil && (q.when == nil || q.when(o)) {
 			if err := q.check(o, v); err != nil {
@@ -127,7 +137,7 @@ func (o *options) Check() error {
 func (o *options) missing() error {
 	var errs []error
 	for _, q := range questions() {
-		if q.optional || o.value(q.name) != "" || (q.when != nil && !q.when(o)) {
+		if q.mayBeEmpty(o) || o.value(q.name) != "" || (q.when != nil && !q.when(o)) {
 			continue
 		}
 		name := q.name

@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/spf13/pflag"
 
 	"github.com/kmsctl/kmsctl/internal/ask"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/diagnose"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/secret"
 )
@@ -169,7 +169,7 @@ func (w *wizard) one(ctx context.Context, q question, back bool) error {
 // check is a question's own check, its hint with it.
 func (w *wizard) check(q question, s string) error {
 	switch {
-	case s == "" && q.optional && q.name != "storage-class":
+	case s == "" && q.mayBeEmpty(w.options) && q.name != "storage-class":
 		return nil
 	case q.check == nil:
 		return nil
@@ -229,22 +229,39 @@ func (w *wizard) forgetIdle() {
 	}
 }
 
-// confirm shows the plan's end and asks whether to begin.
-func (o *options) confirm() error {
+// decide asks whether to begin, and what to do about checks that failed. With
+// --yes a failed check is an error.
+func (o *options) decide(ctx context.Context, p prepared, checks diagnose.Report) error {
 	if o.yes {
-		return nil
+		err := checks.Fault("preflight")
+		if err == nil {
+			return nil
+		}
+		return fault.New(fault.KindOf(err), "", "", err).WithHint("%s; --skip-preflight goes on all the same", fault.HintOf(err))
 	}
 	t, err := o.OpenAsker("--yes")
 	if err != nil {
 		return err
 	}
 	defer func() { _ = t.Close() }() // nothing was written
-	answer, err := t.Ask(ask.Question{Title: "Begin?", Options: []string{"yes", "no"}, Help: "no ends here and keeps the answers"})
-	if err == nil && !slices.Contains([]string{"yes"}, answer) {
-		err = ask.ErrStopped
+	const again = "check again"
+	for {
+		q := ask.Question{Title: "Begin?", Options: []string{"yes", "no"}, Help: "no ends here and keeps the answers"}
+		if checks.Failed > 0 {
+			q.Title, q.Options = fmt.Sprintf("Checks that failed: %d. Begin all the same?", checks.Failed), []string{"no", again, "yes"}
+		}
+		answer, err := t.Ask(q)
+		if err == nil && answer == "no" {
+			err = ask.ErrStopped
+		}
+		if err != nil {
+			return fault.New(fault.Stopped, "set up", "", err).WithHint("your answers are kept, but no secret; run `kmsctl setup` again to go on")
+		}
+		if answer == "yes" {
+			return nil
+		}
+		if checks, err = o.checked(ctx, p); err != nil {
+			return err
+		}
 	}
-	if err != nil {
-		return fault.New(fault.Stopped, "set up", "", err).WithHint("your answers are kept, but no secret; run `kmsctl setup` again to go on")
-	}
-	return nil
 }

@@ -1,0 +1,151 @@
+package app
+
+import (
+	"context"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/kmsctl/kmsctl/internal/cluster"
+	"github.com/kmsctl/kmsctl/internal/diagnose"
+	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/release"
+	"github.com/kmsctl/kmsctl/internal/render"
+	"github.com/kmsctl/kmsctl/templates"
+)
+
+// PreflightInput is what an installation would work with. What is not given is
+// not checked.
+type PreflightInput struct {
+	Kube        KubeFlags
+	Release     ReleaseFlags
+	NodeLabel   string
+	HSMPort     string
+	Settings    *render.Overrides
+	SettingsErr error // what is wrong with them
+	Secret      *render.Secret
+	SecretErr   error
+	Chart       *ChartFlags
+	Pull        *PullFlags
+	Insecure    bool
+	// ToLoad is the registry that the images are still to be loaded into: it
+	// must answer, and need not have them.
+	ToLoad *DeliveryFlags
+}
+
+// PlanVersion is the Kubernetes for which a chart is rendered without one.
+const PlanVersion = "1.30.0"
+
+// Preflight makes the checks of an installation.
+func (a *App) Preflight(ctx context.Context, in PreflightInput) (*diagnose.Preflight, error) {
+	p := &diagnose.Preflight{Release: in.Kube.Release, Namespace: in.Kube.Namespace, StorageClass: in.Release.StorageClass, NoVolumes: in.Release.NoClaims(),
+		NodeLabel: in.NodeLabel, PullSecrets: in.Release.PullSecrets, HSMPort: in.HSMPort, Repair: in.Release.Repair, Now: a.Now,
+		SettingsErr: in.SettingsErr, SecretErr: in.SecretErr}
+	if err := a.preflightCluster(ctx, p, &in.Kube); err != nil {
+		return nil, err
+	}
+	if in.Settings != nil {
+		var err error
+		p.Settings = in.Settings.HSM
+		if p.Model, err = hsm.Lookup(p.Settings.Model); err != nil {
+			return nil, err
+		}
+	}
+	if in.Secret != nil {
+		p.HSMSecret = checkable(*in.Secret)
+	}
+	chart := a.preflightChart(ctx, p, in.Chart)
+	if in.ToLoad != nil {
+		p.Registry = in.ToLoad.Host()
+		p.Answers = func(ctx context.Context) error {
+			_, err := a.OpenRegistry(ctx, in.ToLoad, nil)
+			return err
+		}
+		return p, nil
+	}
+	if refs := imagesOf(chart, in); len(refs) > 0 {
+		p.Registry, _, _ = strings.Cut(refs[0], "/")
+		var once sync.Mutex
+		var imgs []diagnose.Image
+		var ierr error
+		p.Images = func(ctx context.Context) ([]diagnose.Image, error) { // two checks want them
+			once.Lock()
+			defer once.Unlock()
+			if imgs == nil && ierr == nil {
+				imgs, ierr = a.LookAtImages(ctx, in.Pull, refs, in.Insecure)
+			}
+			return imgs, ierr
+		}
+	}
+	return p, nil
+}
+
+func (a *App) preflightCluster(ctx context.Context, p *diagnose.Preflight, f *KubeFlags) error {
+	c, err := a.Cluster(f)
+	if err == nil {
+		_, err = c.Version(ctx)
+	}
+	if p.ClusterErr = err; p.ClusterErr != nil {
+		return nil
+	}
+	p.Cluster = c
+	h, err := a.Helm(c, f)
+	if err != nil {
+		return err
+	}
+	p.Current = func(context.Context) (cluster.Release, error) { return h.Get(f.Release) }
+	return nil
+}
+
+// preflightChart finds the chart; nil when it cannot, as the check tells.
+func (a *App) preflightChart(ctx context.Context, p *diagnose.Preflight, f *ChartFlags) *release.Chart {
+	if f == nil || !f.Given() {
+		return nil
+	}
+	chart, err := a.FindChart(ctx, f)
+	p.Chart = func(context.Context) (string, string, error) {
+		if err != nil {
+			return "", "", err
+		}
+		return chart.Name(), chart.Version(), nil
+	}
+	return chart
+}
+
+func checkable(s render.Secret) *diagnose.Secret {
+	out := &diagnose.Secret{Password: s.Password.Reveal(), ServerCA: s.ServerCA, Cert: map[string][]byte{}, Key: map[string][]byte{}}
+	for ip, p := range s.Clients {
+		out.Cert[ip], out.Key[ip] = p.Cert, p.Key
+	}
+	return out
+}
+
+var imageLine = regexp.MustCompile(`(?m)^\s*image: "?([^"\s]+)"?$`)
+
+// imagesOf are the references that the pods will have: those of the rendered
+// chart, else those of the settings.
+func imagesOf(chart *release.Chart, in PreflightInput) []string {
+	if in.Settings == nil {
+		return nil // without a model the release's images are not known
+	}
+	var refs []string
+	if chart != nil {
+		m, err := release.Template(chart, in.Kube.Release, in.Kube.Namespace, in.Settings.Helm(), PlanVersion)
+		if err == nil {
+			for _, f := range imageLine.FindAllStringSubmatch(m, -1) {
+				refs = append(refs, f[1])
+			}
+		}
+	}
+	if len(refs) == 0 {
+		for _, i := range in.Settings.SortedImages() {
+			if i.Tag == "" {
+				i.Tag = templates.ChartVersion
+			}
+			refs = append(refs, i.Repository+":"+i.Tag)
+		}
+	}
+	slices.Sort(refs)
+	return slices.Compact(refs)
+}
