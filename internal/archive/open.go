@@ -13,13 +13,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 
 	"github.com/klauspost/compress/gzip"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/pattern"
 	"github.com/kmsctl/kmsctl/pkg/ppa"
 )
 
@@ -103,7 +103,7 @@ func reason(err error) error {
 
 // partName is the name of a part as split makes it: a stem and a count of
 // digits or letters.
-var partName = regexp.MustCompile(`^(.+[._-](?:part|tar|gz|tgz)?[._-]?)([0-9]+|[a-z]{2,})$`)
+var partName = pattern.Lazy(`^(.+[._-](?:part|tar|gz|tgz)?[._-]?)([0-9]+|[a-z]{2,})$`)
 
 // parts lists the parts of a split archive in a folder, in order.
 func parts(dir string) ([]string, error) {
@@ -114,7 +114,7 @@ func parts(dir string) ([]string, error) {
 	var names []string
 	stems := map[string]bool{}
 	for _, e := range entries {
-		m := partName.FindStringSubmatch(e.Name())
+		m := partName().FindStringSubmatch(e.Name())
 		if e.IsDir() || m == nil {
 			continue
 		}
@@ -152,7 +152,7 @@ func parts(dir string) ([]string, error) {
 
 // following is the name of the next part, or "" where the width changes.
 func following(name string) string {
-	m := partName.FindStringSubmatch(name)
+	m := partName().FindStringSubmatch(name)
 	if n, err := strconv.Atoi(m[2]); err == nil {
 		return fmt.Sprintf("%s%0*d", m[1], len(m[2]), n+1)
 	}

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -17,6 +16,7 @@ import (
 	"github.com/AlecAivazis/survey/v2/terminal"
 	"golang.org/x/term"
 
+	"github.com/kmsctl/kmsctl/internal/pattern"
 	"github.com/kmsctl/kmsctl/internal/secret"
 )
 
@@ -232,7 +232,7 @@ type keys struct {
 	rest []byte
 }
 
-var pieceEnd = regexp.MustCompile("[\r\n\x03]|\x1b\\[[0-9]+;[0-9]+R")
+var pieceEnd = pattern.Lazy("[\r\n\x03]|\x1b\\[[0-9]+;[0-9]+R")
 
 func (k *keys) Read(b []byte) (int, error) {
 	if len(k.rest) == 0 {
@@ -244,7 +244,7 @@ func (k *keys) Read(b []byte) (int, error) {
 		k.rest = chunk[:n]
 	}
 	end := len(k.rest)
-	if m := pieceEnd.FindIndex(k.rest); m != nil {
+	if m := pieceEnd().FindIndex(k.rest); m != nil {
 		end = m[1]
 	}
 	n := copy(b, k.rest[:end])

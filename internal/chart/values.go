@@ -3,11 +3,12 @@ package chart
 import (
 	"encoding/json"
 	"fmt"
-	"regexp"
 	"slices"
 	"strings"
 
 	yaml3 "go.yaml.in/yaml/v3"
+
+	"github.com/kmsctl/kmsctl/internal/pattern"
 )
 
 // Edit replaces the values under dotted keys of a values.yaml and leaves every
@@ -85,7 +86,7 @@ func lookUp(n *yaml3.Node, keys []string) *yaml3.Node {
 }
 
 // plain is a scalar that needs no quotes: image names and the like.
-var plain = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9._/:-]*[A-Za-z0-9]$`)
+var plain = pattern.Lazy(`^[A-Za-z][A-Za-z0-9._/:-]*[A-Za-z0-9]$`)
 
 // editLine replaces a scalar in its line; false when it does not stand there
 // in one piece.
@@ -125,7 +126,7 @@ func editLine(lines []string, n *yaml3.Node, to string) bool {
 		return false
 	}
 	text := string(quoted)
-	if n.Style == 0 && plain.MatchString(to) && !strings.Contains(to, ": ") {
+	if n.Style == 0 && plain().MatchString(to) && !strings.Contains(to, ": ") {
 		text = to
 	}
 	lines[n.Line-1] = string(line[:at]) + text + rest[len(old):]

@@ -15,6 +15,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/kmsctl/kmsctl/internal/pattern"
 )
 
 // Bundle collects files for support. Everything that goes in is scrubbed of
@@ -75,12 +77,12 @@ func base64Forms(v []byte) [][]byte {
 	return out
 }
 
-var looksSecret = []*regexp.Regexp{
-	regexp.MustCompile(`(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|$)`),
-	regexp.MustCompile(`eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*`),
-	regexp.MustCompile(`AGE-SECRET-KEY-1[A-Z0-9]+`),
-	regexp.MustCompile(`(?i)(authorization["']?\s*[:=]\s*["']?(bearer|basic)?\s*)[^\s"',]+`),
-	regexp.MustCompile(`(?i)((hsm[-_]?(pw|pass)|password|passwd|passphrase|\bpin|api[-_]?key|secret[-_]?key|token)["']?\s*[:=]\s*["']?)[^\s"',{}]+`),
+var looksSecret = []func() *regexp.Regexp{
+	pattern.Lazy(`(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|$)`),
+	pattern.Lazy(`eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*`),
+	pattern.Lazy(`AGE-SECRET-KEY-1[A-Z0-9]+`),
+	pattern.Lazy(`(?i)(authorization["']?\s*[:=]\s*["']?(bearer|basic)?\s*)[^\s"',]+`),
+	pattern.Lazy(`(?i)((hsm[-_]?(pw|pass)|password|passwd|passphrase|\bpin|api[-_]?key|secret[-_]?key|token)["']?\s*[:=]\s*["']?)[^\s"',{}]+`),
 }
 
 // Scrub takes secrets out of a text.
@@ -97,7 +99,7 @@ func (b *Bundle) Scrub(text []byte) []byte {
 		if i >= 3 {
 			with = "${1}" + masked
 		}
-		text = re.ReplaceAll(text, []byte(with))
+		text = re().ReplaceAll(text, []byte(with))
 	}
 	return text
 }

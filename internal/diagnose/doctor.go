@@ -10,6 +10,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/pattern"
 )
 
 // Running is what the checks of a running release ask beside those of a
@@ -81,16 +82,16 @@ func (d Doctor) mounted(ctx context.Context) []Finding {
 
 // symptom maps what a pod shows to its cause.
 type symptom struct {
-	pod, text   *regexp.Regexp
+	pod, text   func() *regexp.Regexp
 	cause, cure string
 }
 
 var symptoms = []symptom{
-	{regexp.MustCompile(`middleware|-oss-`), regexp.MustCompile(`(?i)hsm-secret.*not found|FailedMount.*hsm-secret`), "hsm-secret is not there", "make it with `kmsctl render secret`, then `kmsctl install --secret`"},
-	{regexp.MustCompile(`-pep`), regexp.MustCompile(`CreateContainerConfigError`), "the value of kms-api-key is not valid", "put a real API key into key-management-secret, and start the secret watcher again"},
-	{regexp.MustCompile(``), regexp.MustCompile(`(?i)no reachable servers`), "the node cannot look up services", "see that the cluster's DNS pods are ready and reached from that node"},
-	{regexp.MustCompile(``), regexp.MustCompile(`CKR_PIN_INCORRECT|CKR_PIN_LOCKED|refused before`), "the HSM refused the password", "put the right one into hsm-secret; it is tried once, not again, until it changes"},
-	{regexp.MustCompile(``), regexp.MustCompile(`CKR_DEVICE|CKR_TOKEN_NOT_PRESENT|CKR_GENERAL_ERROR|connection refused|i/o timeout`), "the HSM does not answer: calls end with 503", "see the check \"hsm reachable\", and the appliance's own state"},
+	{pattern.Lazy(`middleware|-oss-`), pattern.Lazy(`(?i)hsm-secret.*not found|FailedMount.*hsm-secret`), "hsm-secret is not there", "make it with `kmsctl render secret`, then `kmsctl install --secret`"},
+	{pattern.Lazy(`-pep`), pattern.Lazy(`CreateContainerConfigError`), "the value of kms-api-key is not valid", "put a real API key into key-management-secret, and start the secret watcher again"},
+	{pattern.Lazy(``), pattern.Lazy(`(?i)no reachable servers`), "the node cannot look up services", "see that the cluster's DNS pods are ready and reached from that node"},
+	{pattern.Lazy(``), pattern.Lazy(`CKR_PIN_INCORRECT|CKR_PIN_LOCKED|refused before`), "the HSM refused the password", "put the right one into hsm-secret; it is tried once, not again, until it changes"},
+	{pattern.Lazy(``), pattern.Lazy(`CKR_DEVICE|CKR_TOKEN_NOT_PRESENT|CKR_GENERAL_ERROR|connection refused|i/o timeout`), "the HSM does not answer: calls end with 503", "see the check \"hsm reachable\", and the appliance's own state"},
 }
 
 func explain(p cluster.Pod) Finding {
@@ -110,7 +111,7 @@ func explain(p cluster.Pod) Finding {
 		}
 	}
 	for _, s := range symptoms {
-		if s.pod.MatchString(p.Name) && s.text.MatchString(text) {
+		if s.pod().MatchString(p.Name) && s.text().MatchString(text) {
 			return bad(Fail, s.cure, "%s: %s (%s)", where, s.cause, said)
 		}
 	}
@@ -162,7 +163,7 @@ func (d Doctor) old(ctx context.Context) []Finding {
 		}
 		return failErr(err, "")
 	}
-	m := versionForm.FindStringSubmatch(r.Version)
+	m := versionForm().FindStringSubmatch(r.Version)
 	if m == nil {
 		return warn("", "key-management %s is beside this release", r.Version)
 	}

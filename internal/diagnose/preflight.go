@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"net"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -15,6 +14,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/pattern"
 )
 
 // Cluster is what the checks ask Kubernetes.
@@ -118,7 +118,7 @@ func (p Preflight) withCluster(f func(context.Context) []Finding) func(context.C
 // 1.16 on in some form; without it kmsctl updates by compare-and-set.
 const oldestMinor = 21
 
-var versionForm = regexp.MustCompile(`^v?(\d+)\.(\d+)`)
+var versionForm = pattern.Lazy(`^v?(\d+)\.(\d+)`)
 
 func (p Preflight) cluster(ctx context.Context) []Finding {
 	if p.Cluster == nil {
@@ -128,7 +128,7 @@ func (p Preflight) cluster(ctx context.Context) []Finding {
 	if err != nil {
 		return failErr(err, "is the cluster of the kubeconfig running, and reachable from here?")
 	}
-	m := versionForm.FindStringSubmatch(v)
+	m := versionForm().FindStringSubmatch(v)
 	if m == nil {
 		return warn("look at kubectl version", "%s answers, and its version %q is of no known form", p.Cluster.Server(), v)
 	}

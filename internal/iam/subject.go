@@ -5,9 +5,9 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"regexp"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/pattern"
 	"github.com/kmsctl/kmsctl/internal/record"
 )
 
@@ -33,7 +33,7 @@ func SubjectOfCert(commonName string) string { return subjectCert + commonName }
 // SubjectOfAccount is the subject of a ServiceAccount, written namespace:name.
 func SubjectOfAccount(account string) string { return subjectAccount + account }
 
-var subjectForm = regexp.MustCompile(`^(cert:[^\x00-\x1f/]{1,64}|serviceaccount:[a-z0-9-]{1,63}:[a-z0-9.-]{1,253})$`)
+var subjectForm = pattern.Lazy(`^(cert:[^\x00-\x1f/]{1,64}|serviceaccount:[a-z0-9-]{1,63}:[a-z0-9.-]{1,253})$`)
 
 func subjectPath(subject string) string {
 	sum := sha256.Sum256([]byte(subject))
@@ -47,7 +47,7 @@ func subjectChanges(sid ServiceID) ([]record.Change, error) {
 	}
 	var out []record.Change
 	for _, s := range sid.Subjects {
-		if !subjectForm.MatchString(s) {
+		if !subjectForm().MatchString(s) {
 			return nil, fault.Usagef("subject %q is neither cert:COMMON-NAME nor serviceaccount:NAMESPACE:NAME", s)
 		}
 		out = append(out, record.Change{Path: subjectPath(s), Value: subjectRecord{s, sid.ID}})

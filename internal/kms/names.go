@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -13,17 +12,18 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/pattern"
 	"github.com/kmsctl/kmsctl/internal/record"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
-var aliasForm = regexp.MustCompile(`^[A-Za-z0-9_-]{2,90}$`)
+var aliasForm = pattern.Lazy(`^[A-Za-z0-9_-]{2,90}$`)
 
 // notAliases would be mistaken for parts of a path.
 var notAliases = strings.Fields("allowed_ip key keys metadata policy policies registration registrations ring rings rotate wrap unwrap rewrap version versions")
 
 func checkAlias(a string) error {
-	if !aliasForm.MatchString(a) || uuid.Validate(a) == nil || slices.Contains(notAliases, strings.ToLower(a)) {
+	if !aliasForm().MatchString(a) || uuid.Validate(a) == nil || slices.Contains(notAliases, strings.ToLower(a)) {
 		return invalid("alias", "2 to 90 letters, digits, hyphens and underscores, no UUID and no word of the API")
 	}
 	return nil
@@ -73,7 +73,7 @@ func (s *Service) DeleteAlias(ctx context.Context, instance, id, alias string) e
 	return err
 }
 
-var ringForm = regexp.MustCompile(`^[A-Za-z0-9-]{2,100}$`)
+var ringForm = pattern.Lazy(`^[A-Za-z0-9-]{2,100}$`)
 
 func ringPath(instance, ring string) string { return "rings/" + instance + "/" + ring }
 
@@ -81,7 +81,7 @@ func (s *Service) ringExists(ctx context.Context, instance, ring string) error {
 	if ring == kmsapi.DefaultKeyRing {
 		return nil
 	}
-	if !ringForm.MatchString(ring) {
+	if !ringForm().MatchString(ring) {
 		return invalid("keyRingID", "2 to 100 letters, digits and hyphens")
 	}
 	var r kmsapi.KeyRing
@@ -97,7 +97,7 @@ func (s *Service) CreateRing(ctx context.Context, instance, ring, who string) er
 	if _, err := s.Instance(ctx, instance); err != nil {
 		return err
 	}
-	if !ringForm.MatchString(ring) {
+	if !ringForm().MatchString(ring) {
 		return invalid("id", "2 to 100 letters, digits and hyphens")
 	}
 	all, err := s.Rings(ctx, instance)
@@ -144,7 +144,7 @@ func (s *Service) DeleteRing(ctx context.Context, instance, ring string, force b
 	}
 	var r kmsapi.KeyRing
 	rev, err := s.store.Get(ctx, ringPath(instance, ring), &r)
-	if errors.Is(err, record.ErrNotFound) || !ringForm.MatchString(ring) {
+	if errors.Is(err, record.ErrNotFound) || !ringForm().MatchString(ring) {
 		return refusal(fault.NotFound, ring, kmsapi.RingNotFound)
 	}
 	if err != nil {

@@ -8,12 +8,12 @@ import (
 	"maps"
 	"net/http"
 	"reflect"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/kmsctl/kmsctl/internal/pattern"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -93,7 +93,7 @@ func addTo(paths object, path, method string, op object) {
 	item[strings.ToLower(method)] = op
 }
 
-var pathParameter = regexp.MustCompile(`\{([a-z]+)\}`)
+var pathParameter = pattern.Lazy(`\{([a-z]+)\}`)
 
 func operation(s schemas, r route, path string) object {
 	d := docs[r.name]
@@ -105,7 +105,7 @@ func operation(s schemas, r route, path string) object {
 		}
 		params = append(params, object{"in": in, "name": name, "required": required, "schema": object{"type": typ}})
 	}
-	for _, m := range pathParameter.FindAllStringSubmatch(path, -1) {
+	for _, m := range pathParameter().FindAllStringSubmatch(path, -1) {
 		param("path", m[1], true)
 	}
 	if r.scope != everywhere {
@@ -177,10 +177,10 @@ func (s schemas) typ(t reflect.Type) any {
 	return object{"type": "integer"} // no other kind is on the wire
 }
 
-var notInNames = regexp.MustCompile(`[^A-Za-z0-9]+(kmsapi\.)?`)
+var notInNames = pattern.Lazy(`[^A-Za-z0-9]+(kmsapi\.)?`)
 
 func (s schemas) structure(t reflect.Type) any {
-	name := strings.Trim(notInNames.ReplaceAllString(strings.ReplaceAll(t.Name(), "github.com/kmsctl/kmsctl/pkg/kmsapi.", ""), "_"), "_")
+	name := strings.Trim(notInNames().ReplaceAllString(strings.ReplaceAll(t.Name(), "github.com/kmsctl/kmsctl/pkg/kmsapi.", ""), "_"), "_")
 	ref := object{"$ref": "#/components/schemas/" + name}
 	if _, done := s[name]; done {
 		return ref

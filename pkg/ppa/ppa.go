@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"sigs.k8s.io/yaml"
 )
@@ -145,12 +146,14 @@ type yamlManifest struct {
 
 // placeholder is a Go-template placeholder without quotes, which YAML would
 // take for a mapping; makers replace them by sed before use.
-var placeholder = regexp.MustCompile(`(?m)^(\s*(?:- )?[\w.-]+\s*:\s*)(\{\{[^{}\n]*\}\})\s*$`)
+var placeholder = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(?m)^(\s*(?:- )?[\w.-]+\s*:\s*)(\{\{[^{}\n]*\}\})\s*$`)
+})
 
 // ParseYAML reads a manifest.yaml. Keys that it does not know are left alone.
 func ParseYAML(b []byte) (Manifest, error) {
 	var in yamlManifest
-	if err := yaml.Unmarshal(placeholder.ReplaceAll(b, []byte(`$1"$2"`)), &in); err != nil {
+	if err := yaml.Unmarshal(placeholder().ReplaceAll(b, []byte(`$1"$2"`)), &in); err != nil {
 		return Manifest{}, fmt.Errorf("read %s: %w", YAMLName, err)
 	}
 	m := Manifest{}
@@ -223,15 +226,17 @@ func (i Image) check() error {
 }
 
 var (
-	nameRule = regexp.MustCompile(`^[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::[0-9]+)?(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*$`)
-	tagRule  = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$`)
+	nameRule = sync.OnceValue(func() *regexp.Regexp {
+		return regexp.MustCompile(`^[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::[0-9]+)?(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*$`)
+	})
+	tagRule = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$`) })
 )
 
 func checkName(name, tag string) error {
-	if !nameRule.MatchString(name) {
+	if !nameRule().MatchString(name) {
 		return fmt.Errorf("%q is not the name of an image", name)
 	}
-	if !tagRule.MatchString(tag) {
+	if !tagRule().MatchString(tag) {
 		return fmt.Errorf("%q is not the tag of an image", tag)
 	}
 	return nil

@@ -15,6 +15,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/pattern"
 	"github.com/kmsctl/kmsctl/internal/render"
 	"github.com/kmsctl/kmsctl/internal/secret"
 	"github.com/kmsctl/kmsctl/templates"
@@ -106,10 +107,10 @@ func (f *HSMFlags) CheckModel() (hsm.Model, error) {
 }
 
 var (
-	esnForm     = regexp.MustCompile(`^[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}$`)
-	keyHashForm = regexp.MustCompile(`^[0-9a-f]{40}$`)
-	tagForm     = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`) // OCI distribution specification
-	registry    = regexp.MustCompile(`^[A-Za-z0-9.\-]+(:[0-9]+)?(/[a-z0-9._\-/]+)?$|^\[[0-9a-fA-F:]+\](:[0-9]+)?(/[a-z0-9._\-/]+)?$`)
+	esnForm     = pattern.Lazy(`^[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}$`)
+	keyHashForm = pattern.Lazy(`^[0-9a-f]{40}$`)
+	tagForm     = pattern.Lazy(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`) // OCI distribution specification
+	registry    = pattern.Lazy(`^[A-Za-z0-9.\-]+(:[0-9]+)?(/[a-z0-9._\-/]+)?$|^\[[0-9a-fA-F:]+\](:[0-9]+)?(/[a-z0-9._\-/]+)?$`)
 )
 
 // CheckValues holds the rules of overrides_hsm.yaml for the model.
@@ -132,13 +133,13 @@ func (f *HSMFlags) CheckValues() error {
 	}
 	for _, c := range []struct {
 		flag, value string
-		form        *regexp.Regexp
+		form        func() *regexp.Regexp
 		like        string
 	}{
 		{"esn", f.ESN, esnForm, "1111-2222-3333"}, {"key-hash", f.KeyHash, keyHashForm, "40 hex digits in lower case"},
 		{"registry", f.Registry, registry, "registry.example:5000/ibmcom"}, {"version", f.Version, tagForm, templates.ChartVersion},
 	} {
-		if c.value != "" && !c.form.MatchString(c.value) {
+		if c.value != "" && !c.form().MatchString(c.value) {
 			errs = append(errs, fault.Usagef("--%s: %q has not the form of %s", c.flag, c.value, c.like))
 		}
 	}

@@ -2,7 +2,6 @@ package app
 
 import (
 	"context"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -10,6 +9,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/diagnose"
 	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/pattern"
 	"github.com/kmsctl/kmsctl/internal/release"
 	"github.com/kmsctl/kmsctl/internal/render"
 	"github.com/kmsctl/kmsctl/templates"
@@ -121,7 +121,7 @@ func checkable(s render.Secret) *diagnose.Secret {
 	return out
 }
 
-var imageLine = regexp.MustCompile(`(?m)^\s*image: "?([^"\s]+)"?$`)
+var imageLine = pattern.Lazy(`(?m)^\s*image: "?([^"\s]+)"?$`)
 
 // imagesOf are the references that the pods will have: those of the rendered
 // chart, else those of the settings.
@@ -133,7 +133,7 @@ func imagesOf(chart *release.Chart, in PreflightInput) []string {
 	if chart != nil {
 		m, err := release.Template(chart, in.Kube.Release, in.Kube.Namespace, in.Settings.Helm(), PlanVersion)
 		if err == nil {
-			for _, f := range imageLine.FindAllStringSubmatch(m, -1) {
+			for _, f := range imageLine().FindAllStringSubmatch(m, -1) {
 				refs = append(refs, f[1])
 			}
 		}
