@@ -57,7 +57,7 @@ var home = map[string][]string{
 	"filippo.io/age":                         {"internal/seal"},
 	"github.com/miekg/pkcs11":                {"internal/token"},
 	"github.com/spf13/cobra":                 {"internal/cli"},
-	"google.golang.org/grpc":                 {"internal/connector", "internal/plugin"},
+	"google.golang.org/grpc":                 {"internal/connector", "internal/plugin", "internal/store"}, // etcd answers its clients by it
 	"github.com/golang-jwt/jwt":              {"internal/iam"},
 	"github.com/prometheus":                  {"internal/server"},
 	"github.com/spf13/viper":                 {},

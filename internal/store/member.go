@@ -5,38 +5,56 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
 	"sync"
 	"time"
 
+	"go.etcd.io/bbolt"
 	"go.etcd.io/etcd/client/pkg/v3/transport"
+	"go.etcd.io/etcd/client/pkg/v3/types"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.etcd.io/etcd/server/v3/embed"
+	"go.etcd.io/etcd/server/v3/config"
+	"go.etcd.io/etcd/server/v3/etcdserver"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/membership"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3compactor"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
+	"go.etcd.io/etcd/server/v3/features"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
 )
 
 const (
 	quotaBytes   = 8 << 30 // etcd's advised maximum
-	historyKept  = "5m"    // revisions older than this are compacted
+	requestBytes = 2 << 20
+	historyKept  = 5 * time.Minute // revisions older than this are compacted
 	startTimeout = 30 * time.Second
+	keepAlive    = 5 * time.Second
 )
 
 // testOnlyQuota lets a test fill a store.
 var testOnlyQuota int64
 
-// Member is an etcd member in this process.
+// Member is an etcd member in this process. It is etcd's server without the
+// HTTP gateway, profiles and trace exporter of etcd's own embed package, which
+// nobody here asks for and every start of the program would load.
 type Member struct {
-	etcd *embed.Etcd
-	once sync.Once
+	etcd    *etcdserver.EtcdServer
+	clients *grpc.Server // nil when it listens nowhere
+	done    chan error
+	once    sync.Once
 }
 
 // OpenEmbedded starts a single member in dir that listens nowhere: only this
@@ -46,12 +64,9 @@ func OpenEmbedded(ctx context.Context, dir string) (*Member, error) {
 		return nil, err
 	}
 	cfg := base(dir, "embedded")
-	nowhere := url.URL{Scheme: "http", Host: "127.0.0.1:0"}
-	cfg.ListenClientUrls, cfg.ListenPeerUrls = nil, nil
-	cfg.AdvertiseClientUrls, cfg.AdvertisePeerUrls = []url.URL{nowhere}, []url.URL{nowhere}
-	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
+	cfg.ClientURLs = cfg.PeerURLs
 	// One member elects itself; short ticks only make that quick.
-	cfg.TickMs, cfg.ElectionMs = 10, 100
+	cfg.TickMs = 10
 	// Nobody has to catch up with the only member: its log may be short, in
 	// memory and on disk.
 	cfg.SnapshotCount, cfg.SnapshotCatchUpEntries = 1000, 100
@@ -78,58 +93,85 @@ func OpenServer(ctx context.Context, s ServerConfig) (*Member, error) {
 	if err != nil || listen.Scheme != "https" {
 		return nil, fault.Usagef("--listen-client: %q is not an https:// address", s.ListenClient)
 	}
-	cfg := base(s.Dir, s.Name)
-	peer := url.URL{Scheme: "http", Host: "127.0.0.1:0"}
-	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = nil, []url.URL{peer}
-	cfg.ListenClientUrls = []url.URL{*listen}
-	host := s.AdvertiseHost
-	if host == "" {
-		host = "localhost"
-	}
-	cfg.AdvertiseClientUrls = []url.URL{{Scheme: "https", Host: host + ":" + listen.Port()}}
-	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
-	cfg.ClientTLSInfo = transport.TLSInfo{CertFile: s.CertFile, KeyFile: s.KeyFile, TrustedCAFile: s.CAFile, ClientCertAuth: true}
-	return start(ctx, cfg)
-}
-
-func base(dir, name string) *embed.Config {
-	cfg := embed.NewConfig()
-	cfg.Dir, cfg.Name = dir, name
-	cfg.QuotaBackendBytes = quotaBytes
-	if testOnlyQuota != 0 {
-		cfg.QuotaBackendBytes = testOnlyQuota
-	}
-	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = "periodic", historyKept
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
-	cfg.LogLevel = "error"
-	cfg.MaxRequestBytes = 2 << 20
-	return cfg
-}
-
-func start(ctx context.Context, cfg *embed.Config) (*Member, error) {
-	e, err := embed.StartEtcd(cfg)
+	info := transport.TLSInfo{CertFile: s.CertFile, KeyFile: s.KeyFile, TrustedCAFile: s.CAFile, ClientCertAuth: true}
+	t, err := info.ServerConfig()
 	if err != nil {
-		return nil, fault.New(fault.Other, "start storage in", cfg.Dir, err).
+		return nil, fault.New(fault.Usage, "read the certificates of storage", s.CertFile, err)
+	}
+	t.MinVersion = tls.VersionTLS12
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", listen.Host)
+	if err != nil {
+		return nil, fault.New(fault.Other, "listen for clients of storage on", listen.Host, err)
+	}
+	cfg := base(s.Dir, s.Name)
+	cfg.ClientURLs = types.URLs{{Scheme: "https", Host: cmp.Or(s.AdvertiseHost, "localhost") + ":" + listen.Port()}}
+	cfg.ClientCertAuthEnabled = true
+	m, err := start(ctx, cfg)
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	m.serve(l, t)
+	return m, nil
+}
+
+// base has what etcd's own command has by default, and our limits.
+func base(dir, name string) config.ServerConfig {
+	peers := types.URLs{{Scheme: "http", Host: "127.0.0.1:0"}} // the only member talks to none
+	return config.ServerConfig{
+		Name: name, DataDir: dir, Logger: zap.NewNop(),
+		PeerURLs: peers, InitialPeerURLsMap: types.URLsMap{name: peers}, InitialClusterToken: "etcd-cluster", NewCluster: true,
+		TickMs: 100, ElectionTicks: 10, InitialElectionTickAdvance: true, PreVote: true, StrictReconfigCheck: true, MaxLearners: membership.DefaultMaxLearners,
+		SnapshotCount: etcdserver.DefaultSnapshotCount, SnapshotCatchUpEntries: etcdserver.DefaultSnapshotCatchUpEntries, MaxSnapFiles: 5, MaxWALFiles: 5,
+		QuotaBackendBytes: cmp.Or(testOnlyQuota, quotaBytes), BackendFreelistType: bbolt.FreelistMapType, MaxTxnOps: 128, MaxRequestBytes: requestBytes, MaxConcurrentStreams: math.MaxUint32,
+		AutoCompactionMode: v3compactor.ModePeriodic, AutoCompactionRetention: historyKept, CompactHashCheckTime: time.Minute, DowngradeCheckTime: 5 * time.Second,
+		WarningApplyDuration: 100 * time.Millisecond, WarningUnaryRequestDuration: 300 * time.Millisecond,
+		AuthToken: "simple", TokenTTL: 300,
+		V2Deprecation: config.V2DeprDefault, Metrics: "basic", ServerFeatureGate: features.NewDefaultServerFeatureGate(name, nil),
+	}
+}
+
+func start(ctx context.Context, cfg config.ServerConfig) (*Member, error) {
+	e, err := etcdserver.NewServer(cfg)
+	if err != nil {
+		return nil, fault.New(fault.Other, "start storage in", cfg.DataDir, err).
 			WithHint("is the folder on a local disk with free space, and its owner the user who runs this?")
 	}
+	e.Start()
+	m := &Member{etcd: e, done: make(chan error, 2)}
 	select {
-	case <-e.Server.ReadyNotify():
-		return &Member{etcd: e}, nil
-	case err := <-e.Err():
-		e.Close()
-		return nil, fault.New(fault.Other, "start storage in", cfg.Dir, err)
+	case <-e.ReadyNotify():
+		go m.watch()
+		return m, nil
+	case <-e.StopNotify():
+		return nil, fault.Newf(fault.Other, "start storage in", cfg.DataDir, "it stopped by itself")
 	case <-ctx.Done():
-		e.Close()
+		e.Stop()
 		return nil, ctx.Err()
 	case <-time.After(startTimeout):
-		e.Close()
-		return nil, fault.Newf(fault.Unreachable, "start storage in", cfg.Dir, "not ready after %s", startTimeout)
+		e.Stop()
+		return nil, fault.Newf(fault.Unreachable, "start storage in", cfg.DataDir, "not ready after %s", startTimeout)
 	}
+}
+
+// serve answers clients on l. They may ask for a sign of life every few
+// seconds, which gRPC's server takes for abuse unless told.
+func (m *Member) serve(l net.Listener, t *tls.Config) {
+	m.clients = v3rpc.Server(m.etcd, t, nil, grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepAlive / 2}))
+	go func() {
+		if err := m.clients.Serve(l); err != nil {
+			m.done <- err
+		}
+	}()
+}
+
+func (m *Member) watch() {
+	<-m.etcd.StopNotify()
+	m.done <- errors.New("the member stopped")
 }
 
 // Client gives a client that calls the member's own functions.
 func (m *Member) Client() *clientv3.Client {
-	c := v3client.New(m.etcd.Server)
+	c := v3client.New(m.etcd)
 	c.Maintenance = here{c.Maintenance, m.etcd}
 	return c
 }
@@ -138,20 +180,27 @@ func (m *Member) Client() *clientv3.Client {
 // calls a member's functions lacks what Defragment needs (etcd 3.7.0).
 type here struct {
 	clientv3.Maintenance
-	etcd *embed.Etcd
+	etcd *etcdserver.EtcdServer
 }
 
 // Defragment is part of clientv3.Maintenance.
 func (h here) Defragment(context.Context, string) (*clientv3.DefragmentResponse, error) {
-	return &clientv3.DefragmentResponse{}, h.etcd.Server.Backend().Defrag()
+	return &clientv3.DefragmentResponse{}, h.etcd.Backend().Defrag()
 }
 
 // Done ends when the member stops by itself.
-func (m *Member) Done() <-chan error { return m.etcd.Err() }
+func (m *Member) Done() <-chan error { return m.done }
 
 // Close stops the member; what was committed is on disk already. A second
 // call does nothing.
-func (m *Member) Close() { m.once.Do(m.etcd.Close) }
+func (m *Member) Close() {
+	m.once.Do(func() {
+		if m.clients != nil {
+			m.clients.Stop()
+		}
+		m.etcd.Stop()
+	})
+}
 
 // lock makes the data folder 0700.
 func lock(dir string) error {
@@ -185,7 +234,7 @@ func Dial(ctx context.Context, r Remote) (*clientv3.Client, error) {
 	t.MinVersion = tls.VersionTLS12
 	c, err := clientv3.New(clientv3.Config{
 		Endpoints: r.Endpoints, TLS: t, DialTimeout: 5 * time.Second, Context: ctx, Logger: zap.NewNop(),
-		DialKeepAliveTime: 5 * time.Second, DialKeepAliveTimeout: 3 * time.Second,
+		DialKeepAliveTime: keepAlive, DialKeepAliveTimeout: 3 * time.Second,
 	})
 	if err != nil {
 		return nil, fault.New(fault.Unreachable, "dial etcd", fmt.Sprint(r.Endpoints), err)
