@@ -2,6 +2,8 @@
 SHELL       := /bin/bash
 VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LDFLAGS     := -s -w -X main.version=$(VERSION)
+# gRPC's pages about its calls, which nothing here serves, cost 0.6 MiB of every start.
+TAGS        := -tags grpcnotrace
 CACHE       := $(CURDIR)/.cache
 GOTOOLS     := $(CACHE)/tools
 export KMSCTL_CACHE ?= $(CACHE)
@@ -15,8 +17,8 @@ deps: ## install the Debian packages that building and testing need
 	@scripts/deps.sh
 
 build: deps ## bin/kmsctl (static) and bin/kms-connector (cgo)
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/kmsctl ./cmd/kmsctl
-	CGO_ENABLED=1 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/kms-connector ./cmd/kms-connector
+	CGO_ENABLED=0 go build -trimpath $(TAGS) -ldflags '$(LDFLAGS)' -o bin/kmsctl ./cmd/kmsctl
+	CGO_ENABLED=1 go build -trimpath $(TAGS) -ldflags '$(LDFLAGS)' -o bin/kms-connector ./cmd/kms-connector
 
 test: build ## all tests but e2e, with the race detector
 	go test -race -shuffle=on ./...
