@@ -36,7 +36,7 @@ type loadOptions struct {
 	maxUnpacked int64
 }
 
-var compressions = []string{"gzip", "zstd", "none"}
+var compressions = []string{app.DefaultCompression, "zstd", "none"}
 
 func newLoadCmd(a *app.App, run func(context.Context, *loadOptions) error) *cobra.Command {
 	o := &loadOptions{App: a}
@@ -65,9 +65,9 @@ the registry has it.`,
 	}
 	fs := cmd.Flags()
 	o.delivery.Add(fs)
-	fs.IntVar(&o.jobs, "jobs", 4, "uploads at the same time")
+	fs.IntVar(&o.jobs, "jobs", app.DefaultJobs, "uploads at the same time")
 	fs.BoolVar(&o.dryRun, "dry-run", false, "say what would be sent, and send nothing")
-	fs.StringVar(&o.compression, "layer-compression", compressions[0], "of layers that stand uncompressed in the archive: "+strings.Join(compressions, ", "))
+	fs.StringVar(&o.compression, "layer-compression", app.DefaultCompression, "of layers that stand uncompressed in the archive: "+strings.Join(compressions, ", "))
 	fs.StringVar(&o.staging, "staging-repository", "", "repository for layers whose own is not known yet, when standard input has the manifest behind the images")
 	fs.StringVar(&o.key, "key", "", "minisign public key file by which the archive must be signed")
 	fs.StringVar(&o.spool, "spool-dir", "", "folder that keeps standard input on disk for the time of the load, so that any archive can be read from there")
@@ -111,20 +111,10 @@ func runLoad(ctx context.Context, o *loadOptions) error {
 			return err
 		}
 	}
-	registry, err := o.OpenRegistry(ctx, &o.delivery, o.Uploads())
-	if err != nil {
-		return err
-	}
-	charts, err := o.OpenCharts(ctx, &o.delivery)
-	if err != nil {
-		return err
-	}
 	limits := archive.DefaultLimits
 	limits.Unpacked = o.maxUnpacked
-	report, err := push.Load(ctx, push.Options{Archive: a, Registry: registry, Host: o.delivery.Host(), Repository: o.delivery.Repository,
-		RegistryValue: o.delivery.RegistryValue(), Charts: charts, Jobs: o.jobs, DryRun: o.dryRun, Compression: o.compression,
-		Staging: o.staging, Known: o.Layers(), Limits: limits, Progress: o.Progress()})
-	if err != nil && len(report.Objects) == 0 {
+	report, err := o.LoadArchive(ctx, app.Load{Archive: a, Delivery: &o.delivery, Jobs: o.jobs, DryRun: o.dryRun, Compression: o.compression, Staging: o.staging, Limits: limits})
+	if report == nil {
 		return err
 	}
 	return errors.Join(err, o.Print(result{report}))

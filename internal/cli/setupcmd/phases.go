@@ -13,7 +13,6 @@ import (
 	"github.com/kmsctl/kmsctl/internal/diagnose"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/install"
-	"github.com/kmsctl/kmsctl/internal/push"
 	"github.com/kmsctl/kmsctl/internal/release"
 	"github.com/kmsctl/kmsctl/internal/render"
 )
@@ -257,18 +256,7 @@ func (o *options) load(ctx context.Context, _ prepared) (string, error) {
 		return "", err
 	}
 	defer a.Close()
-	registry, err := o.OpenRegistry(ctx, &o.delivery, o.Uploads())
-	if err != nil {
-		return "", err
-	}
-	charts, err := o.OpenCharts(ctx, &o.delivery)
-	if err != nil {
-		return "", err
-	}
-	const jobs = 4
-	report, err := push.Load(ctx, push.Options{Archive: a, Registry: registry, Host: o.delivery.Host(), Repository: o.delivery.Repository,
-		RegistryValue: o.delivery.RegistryValue(), Charts: charts, Jobs: jobs, Compression: "gzip", Known: o.Layers(), Limits: archive.DefaultLimits,
-		Progress: o.Progress()})
+	report, err := o.LoadArchive(ctx, app.Load{Archive: a, Delivery: &o.delivery})
 	if err != nil {
 		return "", err
 	}
