@@ -108,15 +108,20 @@ func (c *Cluster) fault(op, object string, err error) error {
 	if err == nil {
 		return nil
 	}
+	var known *fault.Error
 	var ue *url.Error
 	var ne net.Error
 	switch {
+	case errors.As(err, &known):
+		return fault.New(known.Kind, op, object, err).WithHint("%s", known.Hint)
 	case apierrors.IsNotFound(err):
 		return fault.New(fault.NotFound, op, object, err)
 	case apierrors.IsForbidden(err), apierrors.IsUnauthorized(err):
 		return fault.New(fault.Denied, op, object, err).WithHint("the account of the kubeconfig needs more rights; `kmsctl preflight` lists which")
 	case apierrors.IsConflict(err), apierrors.IsAlreadyExists(err):
 		return fault.New(fault.Conflict, op, object, err)
+	case apierrors.IsInvalid(err), apierrors.IsBadRequest(err):
+		return fault.New(fault.Usage, op, object, err).WithHint("the API server refuses the object as it is: correct it")
 	case apierrors.IsTimeout(err), apierrors.IsServerTimeout(err), apierrors.IsServiceUnavailable(err), apierrors.IsTooManyRequests(err),
 		errors.As(err, &ue), errors.As(err, &ne), errors.Is(err, context.DeadlineExceeded):
 		return fault.New(fault.Unreachable, op, object, err).WithHint("is the cluster of the kubeconfig running, and reachable from here?")
