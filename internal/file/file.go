@@ -3,6 +3,7 @@
 package file
 
 import (
+	"io"
 	"os"
 	"path/filepath"
 )
@@ -11,12 +12,21 @@ import (
 // folder; it is on disk when Write returns. On failure path is as it was, and
 // the error is the system's own.
 func Write(path string, b []byte, mode os.FileMode) error {
+	return WriteFrom(path, mode, func(w io.Writer) error {
+		_, err := w.Write(b)
+		return err
+	})
+}
+
+// WriteFrom is Write of what write writes, for files that are large; an error
+// of write's own comes back as it is.
+func WriteFrom(path string, mode os.FileMode, write func(io.Writer) error) error {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return err
 	}
 	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename, as it should
-	_, err = f.Write(b)
+	err = write(f)
 	for _, step := range []func() error{func() error { return f.Chmod(mode) }, f.Sync, f.Close, func() error { return os.Rename(f.Name(), path) }} {
 		if err == nil {
 			err = step()

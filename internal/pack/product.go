@@ -13,7 +13,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"strings"
 
 	"golang.org/x/sync/errgroup"
@@ -21,6 +20,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/archive"
 	"github.com/kmsctl/kmsctl/internal/chart"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/file"
 	"github.com/kmsctl/kmsctl/internal/image"
 	"github.com/kmsctl/kmsctl/pkg/ppa"
 )
@@ -273,30 +273,26 @@ type Written struct {
 }
 
 // WriteFile writes an archive under a temporary name, then renames it.
-func WriteFile(file string, b archive.Build) (Written, error) {
+func WriteFile(name string, b archive.Build) (Written, error) {
 	fail := func(err error) (Written, error) {
 		var f *fault.Error
 		if errors.As(err, &f) {
 			return Written{}, err
 		}
-		return Written{}, fault.New(fault.Other, "write archive", file, err)
+		return Written{}, fault.New(fault.Other, "write archive", name, reason(err)).WithHint("is there room for it, and may you write there?")
 	}
-	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
-	if err != nil {
-		return fail(err)
-	}
-	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename, as it should
-	defer f.Close()
-	out := newSummer(f)
-	buf := bufio.NewWriterSize(out, 1<<20)
-	index, err := archive.Write(buf, b)
-	for _, step := range []func() error{buf.Flush, func() error { return f.Chmod(0o644) }, f.Sync, f.Close, func() error { return os.Rename(f.Name(), file) }} {
-		if err == nil {
-			err = step()
+	var out *summer
+	var index string
+	err := file.WriteFrom(name, 0o644, func(w io.Writer) (err error) {
+		out = newSummer(w)
+		buf := bufio.NewWriterSize(out, 1<<20)
+		if index, err = archive.Write(buf, b); err != nil {
+			return err
 		}
-	}
+		return buf.Flush()
+	})
 	if err != nil {
 		return fail(err)
 	}
-	return Written{File: file, Size: out.n, Digest: out.digest(), Index: index}, nil
+	return Written{File: name, Size: out.n, Digest: out.digest(), Index: index}, nil
 }
