@@ -13,8 +13,6 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
-	"github.com/kmsctl/kmsctl/internal/seal"
-	"github.com/kmsctl/kmsctl/internal/secret"
 )
 
 // New gives the commands of this package.
@@ -32,31 +30,19 @@ install and serve read both forms.`}
 // target is where the rendered text goes, and in which form.
 type target struct {
 	outputFile string
-	plain      bool
-	recipients []string
 	decrypt    string
-	pass       app.PassphraseFlags
+	seal       app.SealFlags
 }
 
 func (t *target) add(fs *pflag.FlagSet) {
 	fs.StringVar(&t.outputFile, "output-file", "", "write here (mode 0600) instead of to standard output")
-	fs.BoolVar(&t.plain, "plain", false, "clear text instead of an age file")
-	fs.StringArrayVar(&t.recipients, "recipient", nil, "age recipient (age1…) who can decrypt; repeatable; without one, a passphrase does")
 	fs.StringVar(&t.decrypt, "decrypt", "", "show this file of an earlier run in clear text, and render nothing")
-	t.pass.Add(fs)
+	t.seal.Add(fs)
 }
 
 func (t *target) check(format string) error {
-	errs := []error{t.pass.Check()}
-	if t.plain && len(t.recipients) > 0 {
-		errs = append(errs, fault.Usagef("--plain, --recipient: only one of them"))
-	}
-	for _, r := range t.recipients {
-		if err := seal.CheckRecipient(r); err != nil {
-			errs = append(errs, fault.Usagef("--recipient: %w", err))
-		}
-	}
-	if format != "table" && t.outputFile == "" && !t.plain && t.decrypt == "" {
+	errs := []error{t.seal.Check()}
+	if format != "table" && t.outputFile == "" && !t.seal.Plain && t.decrypt == "" {
 		errs = append(errs, fault.Usagef("--output-file: missing for an encrypted file with -o %s", format).WithHint("add --output-file or --plain"))
 	}
 	return errors.Join(errs...)
@@ -78,22 +64,9 @@ func (t *target) write(a *app.App, text []byte, warnings []string) error {
 	for _, w := range warnings {
 		a.Warn("%s", w)
 	}
-	out := text
-	if t.plain {
-		a.Warn("the file holds sensitive information in clear text: encrypt it or delete it when it is not in use")
-	} else {
-		var pass secret.Value
-		if len(t.recipients) == 0 {
-			var err error
-			if pass, err = t.pass.New(a); err != nil {
-				return err
-			}
-			defer pass.Zero()
-		}
-		var err error
-		if out, err = seal.Seal(text, t.recipients, pass); err != nil {
-			return fault.New(fault.Other, "render", t.outputFile, err)
-		}
+	out, err := t.seal.Seal(a, t.outputFile, text)
+	if err != nil {
+		return err
 	}
 	if t.outputFile == "" {
 		return show(a, out)
@@ -105,7 +78,7 @@ func (t *target) write(a *app.App, text []byte, warnings []string) error {
 	if warnings == nil {
 		warnings = []string{}
 	}
-	return a.Print(result{t.outputFile, !t.plain, warnings})
+	return a.Print(result{t.outputFile, !t.seal.Plain, warnings})
 }
 
 // show prints text on standard output; with -o json as JSON, which kubectl
@@ -128,7 +101,7 @@ func (t *target) reveal(a *app.App) error {
 	if err != nil {
 		return err
 	}
-	text, err := t.pass.Open(a, t.decrypt, raw)
+	text, err := t.seal.Pass.Open(a, t.decrypt, raw)
 	if err != nil {
 		return err
 	}
