@@ -61,6 +61,9 @@ type Options struct {
 	Atomic             bool // undo a change that fails
 	Wait               bool
 	Timeout            time.Duration
+	// Foreign is a chart that is not ours: no Secret is made beside its
+	// release, and its workloads need not carry our labels.
+	Foreign bool
 }
 
 // Job has what the steps work with.
@@ -160,6 +163,18 @@ func (j Job) Upgrade(ctx context.Context, o Options) (Result, error) {
 		j.Line("upgraded", fmt.Sprintf("release %s, revision %d, chart %s", o.Release, r.Revision, r.Version))
 		return Result{Release: r, Changed: true}, nil
 	})
+}
+
+// Apply installs, or upgrades what was whole once.
+func (j Job) Apply(ctx context.Context, o Options) (Result, error) {
+	good, err := j.lastGood(o.Release)
+	if err != nil {
+		return Result{}, err
+	}
+	if good.Revision > 0 {
+		return j.Upgrade(ctx, o)
+	}
+	return j.Run(ctx, o)
 }
 
 // Rollback goes back to a revision, 0 for the last good one before the newest.
@@ -314,6 +329,9 @@ func (j Job) current(o Options) (cluster.Release, error) {
 
 // prepare does all that comes before the release itself.
 func (j Job) prepare(ctx context.Context, o Options) error {
+	if o.Foreign {
+		return nil
+	}
 	if err := j.hsmSecret(ctx, o); err != nil {
 		return err
 	}
@@ -372,6 +390,9 @@ func SecretNames(release, hsmSecret string) []string {
 // checkAdminKey stops before anything is done when the first administrator's
 // key would be lost.
 func (j Job) checkAdminKey(ctx context.Context, o Options) error {
+	if o.Foreign {
+		return nil
+	}
 	_, err := j.Cluster.Secret(ctx, o.Namespace, adminSecret(o.Release))
 	switch {
 	case err == nil:

@@ -157,7 +157,7 @@ func (j Job) waitFor(ctx context.Context, o Options) error {
 		for {
 			ws, err := j.Cluster.Workloads(ctx, o.Namespace, o.Release)
 			if err == nil {
-				if err = whole(ws); err == nil {
+				if err = whole(ws); err == nil || (o.Foreign && len(ws) == 0) {
 					return cluster.Release{}, nil
 				}
 			}
