@@ -3,6 +3,7 @@ package cli
 import (
 	"github.com/spf13/cobra"
 
+	"github.com/kmsctl/kmsctl/internal/cli/addoncmd"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/cli/archivecmd"
 	"github.com/kmsctl/kmsctl/internal/cli/auditcmd"
@@ -26,6 +27,7 @@ func verbs(a *app.App) []*cobra.Command {
 	all = append(all, auditcmd.New(a)...)
 	all = append(all, archivecmd.New(a)...)
 	all = append(all, loadcmd.New(a)...)
+	all = append(all, addoncmd.New(a)...)
 	all = append(all, hsmcmd.New(a)...)
 	all = append(all, backupcmd.New(a)...)
 	all = append(all, setupcmd.New(a)...)

@@ -96,8 +96,11 @@ type Object struct {
 	Name   string `json:"name"` // in the archive
 	Target string `json:"target"`
 	Digest string `json:"digest,omitempty"`
-	Status string `json:"status"`
-	Error  string `json:"error,omitempty"`
+	// Chart and Version are a chart's own words for itself.
+	Chart   string `json:"chart,omitempty"`
+	Version string `json:"version,omitempty"`
+	Status  string `json:"status"`
+	Error   string `json:"error,omitempty"`
 }
 
 // Report is what a load did.
@@ -307,7 +310,7 @@ func (l *load) chart(ctx context.Context, in ppa.Chart, pkg []byte) {
 		l.done(Object{Kind: "chart", Name: path.Base(in.Archive), Target: path.Base(in.Archive)}, err)
 		return
 	}
-	o := Object{Kind: "chart", Name: path.Base(in.Archive), Target: l.Charts.Location(c), Digest: archive.DigestOf(pkg)}
+	o := Object{Kind: "chart", Name: path.Base(in.Archive), Target: l.Charts.Location(c), Digest: archive.DigestOf(pkg), Chart: c.Name, Version: c.Version}
 	var result chart.Result
 	if l.DryRun {
 		result, err = l.Charts.Check(ctx, c, pkg)

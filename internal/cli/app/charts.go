@@ -105,3 +105,13 @@ func (a *App) chartHTTP(f *DeliveryFlags, u string, t TLSFlags, insecure bool) (
 func (a *App) HelmHTTP(r chart.HelmRepo) (*chart.HTTP, error) {
 	return a.chartHTTP(&DeliveryFlags{}, r.URL, TLSFlags{r.CAFile, r.CertFile, r.KeyFile}, r.Insecure)
 }
+
+// KnownRepository says how to make a repository known by name, when it is not.
+func (a *App) KnownRepository(name string) error {
+	_, ok, err := chart.FindHelmFiles(a.Getenv).Find(name)
+	if err == nil && !ok {
+		err = fault.Newf(fault.NotFound, "find chart repository", name, "Helm's list does not have it").
+			WithHint("add it with `kmsctl repo add %s URL`, or give another place with --repo", name)
+	}
+	return err
+}

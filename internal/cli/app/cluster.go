@@ -31,10 +31,15 @@ type KubeFlags struct {
 // Add puts the flags into fs, but for --namespace, which HSMFlags has where a
 // command takes both.
 func (f *KubeFlags) Add(fs *pflag.FlagSet) {
-	fs.StringVar(&f.Kubeconfig, "kubeconfig", "", "kubeconfig of the cluster; without it, as kubectl finds it")
-	fs.StringVar(&f.Context, "context", "", "context in the kubeconfig")
+	f.AddCluster(fs)
 	fs.StringVarP(&f.Namespace, "namespace", "n", "kube-system", "namespace of the release")
 	fs.StringVar(&f.Release, "release", templates.ChartName, "name of the release")
+}
+
+// AddCluster puts the flags of the cluster alone into fs.
+func (f *KubeFlags) AddCluster(fs *pflag.FlagSet) {
+	fs.StringVar(&f.Kubeconfig, "kubeconfig", "", "kubeconfig of the cluster; without it, as kubectl finds it")
+	fs.StringVar(&f.Context, "context", "", "context in the kubeconfig")
 }
 
 // Cluster opens the cluster.
@@ -58,6 +63,7 @@ type ChartFlags struct {
 	User         string
 	PasswordFile string
 	Insecure     bool
+	Name         string // of the chart; empty: ours
 }
 
 // Add puts the flags into fs.
@@ -126,7 +132,11 @@ func (a *App) FindChart(ctx context.Context, f *ChartFlags) (*release.Chart, err
 		}
 		s.Password = strings.TrimSpace(string(b))
 	}
-	return release.Find(s, templates.ChartName, f.Version)
+	name := f.Name
+	if name == "" {
+		name = templates.ChartName
+	}
+	return release.Find(s, name, f.Version)
 }
 
 // chartInArchive is the chart as a load of the archive would put it into a
