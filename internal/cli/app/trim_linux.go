@@ -10,14 +10,11 @@ import (
 )
 
 // Trim gives back what the start alone needed: garbage, and the mapped pages
-// of the program's own file. Those that are used come back from the page
-// cache as they are touched. A failure costs memory, nothing else.
+// of files, which are the program's own and etcd's. Those that are used come
+// back from the page cache as they are touched. A failure costs memory,
+// nothing else.
 func Trim() {
 	debug.FreeOSMemory()
-	self, err := os.Readlink("/proc/self/exe")
-	if err != nil {
-		return
-	}
 	maps, err := os.ReadFile("/proc/self/smaps")
 	if err != nil {
 		return
@@ -28,10 +25,10 @@ func Trim() {
 		switch {
 		case len(f) >= 5 && strings.Contains(f[0], "-"):
 			from, to = "", ""
-			if len(f) >= 6 && f[5] == self && !strings.Contains(f[1], "w") {
+			if len(f) >= 6 && strings.HasPrefix(f[5], "/") && !strings.Contains(f[1], "w") {
 				from, to, _ = strings.Cut(f[0], "-")
 			}
-		case from != "" && f[0] == "Private_Dirty:" && f[1] == "0":
+		case from != "" && f[0] == "Anonymous:" && f[1] == "0":
 			// Pages that the linker wrote to before it made them read-only
 			// (RELRO) are no copy of the file: without them, it crashes.
 			drop(from, to)
@@ -39,10 +36,15 @@ func Trim() {
 	}
 }
 
+// drop forgets the pages, and has them come back one by one: a page cache of
+// huge pages would map two megabytes for each byte that is touched.
 func drop(from, to string) {
 	lo, err := strconv.ParseUint(from, 16, 64)
 	hi, err2 := strconv.ParseUint(to, 16, 64)
-	if err == nil && err2 == nil {
-		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(lo), uintptr(hi-lo), unix.MADV_DONTNEED)
+	if err != nil || err2 != nil {
+		return
+	}
+	for _, advice := range []uintptr{unix.MADV_NOHUGEPAGE, unix.MADV_DONTNEED} {
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(lo), uintptr(hi-lo), advice)
 	}
 }
