@@ -80,7 +80,7 @@ func TestFullStore(t *testing.T) {
 		t.Fatalf("read: %v", err)
 	}
 	var gone []record.Change
-	for i := range n / 2 {
+	for i := range n - 2 { // etcd measures its file now and then: much more than the quota can be in it
 		path := fmt.Sprintf("big/%03d", i)
 		rev, err := s.Get(t.Context(), path, &v)
 		if err != nil {
