@@ -355,8 +355,8 @@ func (s *Service) Sweep(ctx context.Context) ([]Swept, error) {
 			return out, err
 		}
 		for _, k := range keys {
-			if action, do := s.due(k); do != nil {
-				out = append(out, Swept{action, in.ID, k.ID, do(ctx)})
+			if action, do := s.due(in.ID, k); do != nil {
+				out = append(out, Swept{action, in.ID, k.id, do(ctx)})
 			}
 		}
 		if err := s.dropEndedToken(ctx, in.ID); err != nil {
@@ -366,20 +366,20 @@ func (s *Service) Sweep(ctx context.Context) ([]Swept, error) {
 	return out, nil
 }
 
-func (s *Service) due(k *keyRecord) (string, func(context.Context) error) {
-	now := s.now()
+func (s *Service) due(instance string, k *listed) (string, func(context.Context) error) {
+	now := s.moment()
 	switch {
-	case k.State == stateDestroyed && now.After(k.DeletedAt.Add(s.window.PurgeAuto)):
+	case k.state == stateDestroyed && now > k.deleted+moment(s.window.PurgeAuto.Microseconds()):
 		return "kms.secrets.purge", func(ctx context.Context) error {
-			fresh, rev, err := s.load(ctx, k.Instance, k.ID)
+			fresh, rev, err := s.load(ctx, instance, k.id)
 			if err != nil || fresh.State != stateDestroyed {
 				return err
 			}
 			return s.purge(ctx, fresh, rev)
 		}
-	case k.State == stateActive && s.stateNow(k) == stateDeactivated:
+	case k.state == stateActive && k.stateAt(now) == stateDeactivated:
 		return "kms.secrets.expire", func(ctx context.Context) error {
-			_, err := s.change(ctx, k.Instance, k.ID, func(k *keyRecord, _ time.Time) ([]record.Change, error) {
+			_, err := s.change(ctx, instance, k.id, func(k *keyRecord, _ time.Time) ([]record.Change, error) {
 				if k.State == stateActive {
 					k.State = stateDeactivated
 				}
@@ -387,9 +387,9 @@ func (s *Service) due(k *keyRecord) (string, func(context.Context) error) {
 			})
 			return err
 		}
-	case k.State == stateActive && k.Rotation != nil && k.Rotation.Enabled && !k.Imported && now.After(k.Version.CreatedAt.Add(time.Duration(k.Rotation.Months)*month)):
+	case k.state == stateActive && k.rotateOn != 0 && now > k.rotateOn:
 		return "kms.secrets.rotate", func(ctx context.Context) error {
-			return s.Rotate(ctx, k.Instance, k.ID, kmsapi.RotateRequest{})
+			return s.Rotate(ctx, instance, k.id, kmsapi.RotateRequest{})
 		}
 	}
 	return "", nil

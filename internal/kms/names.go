@@ -155,13 +155,13 @@ func (s *Service) DeleteRing(ctx context.Context, instance, ring string, force b
 		return err
 	}
 	for _, k := range keys {
-		if k.KeyRing != ring {
+		if k.ring != ring {
 			continue
 		}
-		if !force || k.State != stateDestroyed {
+		if !force || k.state != stateDestroyed {
 			return refusal(fault.Conflict, ring, kmsapi.RingNotEmpty)
 		}
-		if _, err := s.change(ctx, instance, k.ID, func(k *keyRecord, _ time.Time) ([]record.Change, error) {
+		if _, err := s.change(ctx, instance, k.id, func(k *keyRecord, _ time.Time) ([]record.Change, error) {
 			k.KeyRing = kmsapi.DefaultKeyRing
 			return nil, nil
 		}); err != nil {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unique"
 
 	"github.com/google/uuid"
 
@@ -17,9 +18,9 @@ import (
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
-// index keeps the keys of each instance that was asked for decoded, in the
-// order of their ids. It is brought up to date by what changed, so that a page
-// of a large instance costs no reading of all of it.
+// index keeps what lists ask of the keys of each instance that was asked for,
+// in the order of their ids. It is brought up to date by what changed, so that
+// a page of a large instance costs no reading of all of it.
 type index struct {
 	mu   sync.Mutex
 	inst map[string]*indexed
@@ -27,11 +28,77 @@ type index struct {
 
 type indexed struct {
 	version int64
-	sorted  []*keyRecord // never changed once it is given out
+	sorted  []*listed // never changed once it is given out
+}
+
+// listed is what keys are selected and sorted by, and when something is due.
+// There is one for each key of the installation: it must be small.
+type listed struct {
+	id, name, ring string
+	aliases        []string
+	created        moment
+	updated        moment
+	rotated        moment
+	expires        moment
+	deleted        moment
+	rotateOn       moment // by policy
+	state          int8
+	standard       bool
+	imported       bool
+}
+
+// moment is a time in microseconds since 1970; 0 is none.
+type moment int64
+
+func momentOf(t *time.Time) moment {
+	if t == nil {
+		return 0
+	}
+	return moment(t.UnixMicro())
+}
+
+func (s *Service) moment() moment { return moment(s.now().UnixMicro()) }
+
+// stateAt is the key's state with its expiry taken into account.
+func (k *listed) stateAt(now moment) int8 {
+	if k.state == stateActive && k.expires != 0 && now >= k.expires {
+		return stateDeactivated
+	}
+	return k.state
+}
+
+// listedRecord is what listed needs of a keyRecord.
+type listedRecord struct {
+	Kind      string        `json:"kind"`
+	Name      string        `json:"name"`
+	Aliases   []string      `json:"aliases"`
+	KeyRing   string        `json:"keyRing"`
+	Imported  bool          `json:"imported"`
+	State     int8          `json:"state"`
+	CreatedAt time.Time     `json:"createdAt"`
+	UpdatedAt time.Time     `json:"updatedAt"`
+	RotatedAt *time.Time    `json:"rotatedAt"`
+	Expires   *time.Time    `json:"expires"`
+	DeletedAt *time.Time    `json:"deletedAt"`
+	Rotation  *policyRecord `json:"rotation"`
+	Version   struct {
+		CreatedAt time.Time `json:"createdAt"`
+	} `json:"version"`
+}
+
+func (r *listedRecord) listed(path string) *listed {
+	k := &listed{id: path[strings.LastIndexByte(path, '/')+1:], name: r.Name, ring: unique.Make(r.KeyRing).Value(), aliases: r.Aliases,
+		created: momentOf(&r.CreatedAt), updated: momentOf(&r.UpdatedAt), rotated: momentOf(r.RotatedAt), expires: momentOf(r.Expires), deleted: momentOf(r.DeletedAt),
+		state: r.State, standard: r.Kind == kindStandard, imported: r.Imported}
+	if r.Rotation != nil && r.Rotation.Enabled && !r.Imported {
+		on := r.Version.CreatedAt.Add(time.Duration(r.Rotation.Months) * month)
+		k.rotateOn = momentOf(&on)
+	}
+	return k
 }
 
 // keys gives an instance's keys by id. Nobody may change them.
-func (x *index) keys(ctx context.Context, s Store, instance string) ([]*keyRecord, error) {
+func (x *index) keys(ctx context.Context, s Store, instance string) ([]*listed, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	dir := keyPath(instance, "")
@@ -59,10 +126,13 @@ func (x *index) keys(ctx context.Context, s Store, instance string) ([]*keyRecor
 
 func list(ctx context.Context, s Store, dir string) (*indexed, error) {
 	out := &indexed{version: s.Version(dir)} // before the list: what comes meanwhile is seen twice
-	err := s.List(ctx, dir, func(_ record.Meta, decode func(any) error) error {
-		k := &keyRecord{}
-		out.sorted = append(out.sorted, k)
-		return decode(k)
+	err := s.List(ctx, dir, func(m record.Meta, decode func(v any) error) error {
+		var r listedRecord
+		if err := decode(&r); err != nil {
+			return err
+		}
+		out.sorted = append(out.sorted, r.listed(m.Path))
+		return nil
 	})
 	return out, err
 }
@@ -72,9 +142,9 @@ func (x *indexed) with(ctx context.Context, s Store, paths []string, now int64) 
 	out := &indexed{version: now, sorted: slices.Clone(x.sorted)}
 	for _, p := range paths {
 		id := p[strings.LastIndexByte(p, '/')+1:]
-		i, there := slices.BinarySearchFunc(out.sorted, id, func(k *keyRecord, id string) int { return cmp.Compare(k.ID, id) })
-		k := &keyRecord{}
-		_, err := s.Get(ctx, p, k)
+		i, there := slices.BinarySearchFunc(out.sorted, id, func(k *listed, id string) int { return cmp.Compare(k.id, id) })
+		var r listedRecord
+		_, err := s.Get(ctx, p, &r)
 		switch {
 		case errors.Is(err, record.ErrNotFound):
 			if there {
@@ -83,9 +153,9 @@ func (x *indexed) with(ctx context.Context, s Store, paths []string, now int64) 
 		case err != nil:
 			return nil, err
 		case there:
-			out.sorted[i] = k
+			out.sorted[i] = r.listed(p)
 		default:
-			out.sorted = slices.Insert(out.sorted, i, k)
+			out.sorted = slices.Insert(out.sorted, i, r.listed(p))
 		}
 	}
 	return out, nil
@@ -128,7 +198,7 @@ func (s *Service) Keys(ctx context.Context, instance string, q Query) (Page, err
 	if err != nil {
 		return Page{}, err
 	}
-	var hits []*keyRecord
+	var hits []*listed
 	out := Page{Keys: []kmsapi.Key{}}
 	if less == nil && q.Search == "" {
 		// The usual case: one pass, and only the page is built.
@@ -156,7 +226,14 @@ func (s *Service) Keys(ctx context.Context, instance string, q Query) (Page, err
 		}
 		hits = page(hits, q.Limit, q.Offset)
 	}
-	for _, k := range hits {
+	for _, hit := range hits {
+		k, _, err := s.load(ctx, instance, hit.id)
+		if fault.KindOf(err) == fault.NotFound {
+			continue // purged this moment
+		}
+		if err != nil {
+			return Page{}, err
+		}
 		out.Keys = append(out.Keys, s.show(k))
 	}
 	return out, nil
@@ -165,19 +242,19 @@ func (s *Service) Keys(ctx context.Context, instance string, q Query) (Page, err
 // first gives the n first of keys in an order; keys that are alike stay in the
 // order of their ids. To sort all of a large instance for one page would be
 // most of the work of the page, so only n are kept at a time.
-func first(keys []*keyRecord, n int, less func(a, b *keyRecord) int) []*keyRecord {
-	order := func(a, b *keyRecord) int {
+func first(keys []*listed, n int, less func(a, b *listed) int) []*listed {
+	order := func(a, b *listed) int {
 		if c := less(a, b); c != 0 {
 			return c
 		}
-		return cmp.Compare(a.ID, b.ID)
+		return cmp.Compare(a.id, b.id)
 	}
 	if n == 0 || n > len(keys)/4 {
 		out := slices.Clone(keys)
 		slices.SortFunc(out, order)
 		return out
 	}
-	out := make([]*keyRecord, 0, 2*n)
+	out := make([]*listed, 0, 2*n)
 	for _, k := range keys {
 		if len(out) >= n && order(out[n-1], k) <= 0 {
 			continue // it comes after the n that are known
@@ -191,7 +268,7 @@ func first(keys []*keyRecord, n int, less func(a, b *keyRecord) int) []*keyRecor
 	return out[:min(n, len(out))]
 }
 
-func (s *Service) matcher(q Query) (func(*keyRecord) bool, error) {
+func (s *Service) matcher(q Query) (func(*listed) bool, error) {
 	f, err := s.filter(q.Filter)
 	if err != nil {
 		return nil, err
@@ -206,10 +283,10 @@ func (s *Service) matcher(q Query) (func(*keyRecord) bool, error) {
 			states[n] = true
 		}
 	}
-	return func(k *keyRecord) bool {
-		std := k.Kind == kindStandard
-		return states[s.stateNow(k)] && (q.Extractable == nil || *q.Extractable == std) && (f.extractable == nil || *f.extractable == std) &&
-			(q.Ring == "" || q.Ring == k.KeyRing) && f.dates(k)
+	now := s.moment()
+	return func(k *listed) bool {
+		return states[k.stateAt(now)] && (q.Extractable == nil || *q.Extractable == k.standard) && (f.extractable == nil || *f.extractable == k.standard) &&
+			(q.Ring == "" || q.Ring == k.ring) && f.dates(k)
 	}, nil
 }
 
@@ -222,10 +299,10 @@ func badQuery(name, format string, a ...any) error {
 type filter struct {
 	states      []int
 	extractable *bool
-	tests       []func(*keyRecord) bool
+	tests       []func(*listed) bool
 }
 
-func (f filter) dates(k *keyRecord) bool {
+func (f filter) dates(k *listed) bool {
 	for _, t := range f.tests {
 		if !t(k) {
 			return false
@@ -235,12 +312,12 @@ func (f filter) dates(k *keyRecord) bool {
 }
 
 // dateOf are the dates of a key that can be filtered and sorted by.
-var dateOf = map[string]func(*keyRecord) *time.Time{
-	"creationDate":   func(k *keyRecord) *time.Time { return &k.CreatedAt },
-	"lastUpdateDate": func(k *keyRecord) *time.Time { return &k.UpdatedAt },
-	"lastRotateDate": func(k *keyRecord) *time.Time { return k.RotatedAt },
-	"expirationDate": func(k *keyRecord) *time.Time { return k.Expires },
-	"deletionDate":   func(k *keyRecord) *time.Time { return k.DeletedAt },
+var dateOf = map[string]func(*listed) moment{
+	"creationDate":   func(k *listed) moment { return k.created },
+	"lastUpdateDate": func(k *listed) moment { return k.updated },
+	"lastRotateDate": func(k *listed) moment { return k.rotated },
+	"expirationDate": func(k *listed) moment { return k.expires },
+	"deletionDate":   func(k *listed) moment { return k.deleted },
 }
 
 func (s *Service) filter(text string) (f filter, err error) {
@@ -275,9 +352,9 @@ func (s *Service) filter(text string) (f filter, err error) {
 	return f, nil
 }
 
-func dateTest(date func(*keyRecord) *time.Time, value string) (func(*keyRecord) bool, error) {
+func dateTest(date func(*listed) moment, value string) (func(*listed) bool, error) {
 	if value == "none" {
-		return func(k *keyRecord) bool { return date(k) == nil }, nil
+		return func(k *listed) bool { return date(k) == 0 }, nil
 	}
 	op := "eq"
 	for _, o := range []string{"gte", "lte", "gt", "lt"} {
@@ -292,7 +369,8 @@ func dateTest(date func(*keyRecord) *time.Time, value string) (func(*keyRecord) 
 	}
 	holds := map[string]func(int) bool{"gt": func(c int) bool { return c > 0 }, "gte": func(c int) bool { return c >= 0 },
 		"lt": func(c int) bool { return c < 0 }, "lte": func(c int) bool { return c <= 0 }, "eq": func(c int) bool { return c == 0 }}[op]
-	return func(k *keyRecord) bool { d := date(k); return d != nil && holds(d.Compare(t)) }, nil
+	at := momentOf(&t)
+	return func(k *listed) bool { d := date(k); return d != 0 && holds(cmp.Compare(d, at)) }, nil
 }
 
 // ParseStates reads a comma-separated list of states.
@@ -308,11 +386,11 @@ func ParseStates(param, text string) ([]int, error) {
 }
 
 // order is the comparison of a sort parameter; nil when there is none.
-func (s *Service) order(text string) (func(a, b *keyRecord) int, error) {
+func (s *Service) order(text string) (func(a, b *listed) int, error) {
 	if text == "" {
 		return nil, nil
 	}
-	var by []func(a, b *keyRecord) int
+	var by []func(a, b *listed) int
 	for name := range strings.SplitSeq(text, ",") {
 		name, down := strings.CutPrefix(name, "-")
 		c := s.comparison(name)
@@ -321,11 +399,11 @@ func (s *Service) order(text string) (func(a, b *keyRecord) int, error) {
 		}
 		if down {
 			up := c
-			c = func(a, b *keyRecord) int { return up(b, a) }
+			c = func(a, b *listed) int { return up(b, a) }
 		}
 		by = append(by, c)
 	}
-	return func(a, b *keyRecord) int {
+	return func(a, b *listed) int {
 		for _, c := range by {
 			if n := c(a, b); n != 0 {
 				return n
@@ -335,7 +413,7 @@ func (s *Service) order(text string) (func(a, b *keyRecord) int, error) {
 	}, nil
 }
 
-func (s *Service) comparison(name string) func(a, b *keyRecord) int {
+func (s *Service) comparison(name string) func(a, b *listed) int {
 	flag := func(b bool) int {
 		if b {
 			return 1
@@ -344,25 +422,26 @@ func (s *Service) comparison(name string) func(a, b *keyRecord) int {
 	}
 	switch name {
 	case "id":
-		return func(a, b *keyRecord) int { return cmp.Compare(a.ID, b.ID) }
+		return func(a, b *listed) int { return cmp.Compare(a.id, b.id) }
 	case "state":
-		return func(a, b *keyRecord) int { return s.stateNow(a) - s.stateNow(b) }
+		now := s.moment()
+		return func(a, b *listed) int { return int(a.stateAt(now)) - int(b.stateAt(now)) }
 	case "extractable":
-		return func(a, b *keyRecord) int { return flag(a.Kind == kindStandard) - flag(b.Kind == kindStandard) }
+		return func(a, b *listed) int { return flag(a.standard) - flag(b.standard) }
 	case "imported":
-		return func(a, b *keyRecord) int { return flag(a.Imported) - flag(b.Imported) }
+		return func(a, b *listed) int { return flag(a.imported) - flag(b.imported) }
 	}
 	date := dateOf[name]
 	if date == nil {
 		return nil
 	}
-	return func(a, b *keyRecord) int { // keys without the date come last
+	return func(a, b *listed) int { // keys without the date come last
 		da, db := date(a), date(b)
 		switch {
-		case da == nil || db == nil:
-			return flag(da == nil) - flag(db == nil)
+		case da == 0 || db == 0:
+			return flag(da == 0) - flag(db == 0)
 		default:
-			return da.Compare(*db)
+			return cmp.Compare(da, db)
 		}
 	}
 }
@@ -370,17 +449,17 @@ func (s *Service) comparison(name string) func(a, b *keyRecord) int {
 // search keeps the keys whose name or alias matches. A key that the text names
 // by id, or in alias scope by alias, comes first even when there are too many
 // keys to look at.
-func search(hits []*keyRecord, text string, out *Page) ([]*keyRecord, error) {
+func search(hits []*listed, text string, out *Page) ([]*listed, error) {
 	q, err := parseSearch(text)
 	if err != nil {
 		return nil, err
 	}
 	out.Search = &q
 	alias := slices.Equal(q.Scopes, []string{"alias"})
-	named := slices.IndexFunc(hits, func(k *keyRecord) bool {
-		return k.ID == strings.ToLower(q.Query) || alias && slices.Contains(k.Aliases, q.Query)
+	named := slices.IndexFunc(hits, func(k *listed) bool {
+		return k.id == strings.ToLower(q.Query) || alias && slices.Contains(k.aliases, q.Query)
 	})
-	var first []*keyRecord
+	var first []*listed
 	if named >= 0 && (alias || uuid.Validate(q.Query) == nil) && !q.Not {
 		first = hits[named : named+1]
 	}
@@ -438,13 +517,13 @@ func parseSearch(text string) (kmsapi.SearchQuery, error) {
 	return q, nil
 }
 
-func matches(k *keyRecord, q kmsapi.SearchQuery) bool {
+func matches(k *listed, q kmsapi.SearchQuery) bool {
 	fits := func(s string) bool {
 		if q.Exact {
 			return strings.EqualFold(s, q.Query)
 		}
 		return strings.Contains(strings.ToLower(s), strings.ToLower(q.Query))
 	}
-	hit := slices.Contains(q.Scopes, "name") && fits(k.Name) || slices.Contains(q.Scopes, "alias") && slices.ContainsFunc(k.Aliases, fits)
+	hit := slices.Contains(q.Scopes, "name") && fits(k.name) || slices.Contains(q.Scopes, "alias") && slices.ContainsFunc(k.aliases, fits)
 	return hit != q.Not
 }

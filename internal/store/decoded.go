@@ -27,16 +27,38 @@ func (d *decoded) into(v any) bool {
 	return true
 }
 
-// keep keeps a copy of what v points to, where its type can be copied.
-func (d *decoded) keep(v any) {
+// keep keeps a copy of what v points to, where its type can be copied, and
+// says whether it is the first.
+func (d *decoded) keep(v any) bool {
 	from := reflect.ValueOf(v).Elem()
 	if kindOf(from.Type()) == opaque {
-		return
+		return false
 	}
 	kept := reflect.New(from.Type()).Elem()
 	kept.Set(from)
 	own(kept)
-	d.at.Store(&kept)
+	return d.at.Swap(&kept) == nil
+}
+
+// keepParsed is how many records are kept parsed: a parsed one takes more
+// memory than its JSON, and who walks through all keys once needs none again.
+const keepParsed = 4096
+
+// recent are the records that are kept parsed, the oldest of which goes first.
+type recent struct {
+	mu   sync.Mutex
+	ring [keepParsed]*decoded
+	next int
+}
+
+func (r *recent) add(d *decoded) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if old := r.ring[r.next]; old != nil {
+		old.at.Store(nil)
+	}
+	r.ring[r.next] = d
+	r.next = (r.next + 1) % keepParsed
 }
 
 // kinds of types: what a plain copy copies whole, what has parts to copy, and

@@ -1,11 +1,13 @@
 package store_test
 
 import (
+	"fmt"
 	"reflect"
 	"testing"
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/record"
+	"github.com/kmsctl/kmsctl/internal/store"
 )
 
 type inner struct {
@@ -119,5 +121,33 @@ func TestReadersShareNothing(t *testing.T) {
 	}
 	if r := read(); r.N != 2 || r.Bytes != nil {
 		t.Errorf("%+v", r)
+	}
+}
+
+// TestParsedRecordsAreBounded: who reads through a large store leaves no more
+// than a part of it parsed in memory.
+func TestParsedRecordsAreBounded(t *testing.T) {
+	_, c := member(t, t.TempDir())
+	s := open(t, c)
+	const n = store.KeepParsedForTest + 500
+	for at := 0; at < n; at += 100 {
+		var batch []record.Change
+		for i := at; i < min(at+100, n); i++ {
+			batch = append(batch, record.Change{Path: fmt.Sprintf("many/%d", i), Value: inner{Names: []string{fmt.Sprint(i)}}})
+		}
+		if err := s.Commit(t.Context(), batch...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		for i := range n {
+			var got inner
+			if _, err := s.Get(t.Context(), fmt.Sprintf("many/%d", i), &got); err != nil || got.Names[0] != fmt.Sprint(i) {
+				t.Fatalf("record %d: %+v, %v", i, got, err)
+			}
+		}
+		if got := s.ParsedForTest("many/"); got != store.KeepParsedForTest {
+			t.Errorf("%d of %d records are kept parsed, want %d", got, n, store.KeepParsedForTest)
+		}
 	}
 }

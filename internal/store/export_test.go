@@ -8,3 +8,17 @@ func SetQuota(t *testing.T, n int64) {
 	testOnlyQuota = n
 	t.Cleanup(func() { testOnlyQuota = 0 })
 }
+
+const KeepParsedForTest = keepParsed
+
+// ParsedForTest counts the records of a folder that are kept parsed.
+func (s *Store) ParsedForTest(dir string) (n int) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, e := range s.kv[dir] {
+		if e.json != nil && e.json.at.Load() != nil {
+			n++
+		}
+	}
+	return n
+}

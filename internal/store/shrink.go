@@ -24,6 +24,10 @@ const (
 // Shrink forgets the history and writes etcd's files anew, one member after
 // the other. A store that was full takes writes again if there is room now.
 func (s *Store) Shrink(ctx context.Context) error {
+	// Two at a time would get in each other's way: the second finds the history
+	// compacted, does not wait for the pages to be free, and gains nothing.
+	s.shrinking.Lock()
+	defer s.shrinking.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, shrinkLimit)
 	defer cancel()
 	s.mu.RLock()

@@ -89,6 +89,9 @@ type Store struct {
 	full   atomic.Bool
 	shrink chan struct{} // something was deleted, or there is no space
 	shrunk chan struct{} // closed when the shrinker has ended
+	parsed recent
+
+	shrinking sync.Mutex // held while Shrink works
 
 	mu    sync.RWMutex
 	kv    map[string]map[string]entry // folder → path → record
@@ -116,8 +119,8 @@ func (s *Store) decode(path string, e entry, v any) error {
 		if e.json != nil && e.json.into(v) {
 			return nil
 		}
-		if err = json.Unmarshal(record.Body(e.value), v); err == nil && e.json != nil {
-			e.json.keep(v)
+		if err = json.Unmarshal(record.Body(e.value), v); err == nil && e.json != nil && e.json.keep(v) {
+			s.parsed.add(e.json)
 		}
 	} else {
 		err = s.codec.Decode(path, e.value, v)
