@@ -155,6 +155,7 @@ const sweepEvery = time.Minute
 
 // Sweep does what is due by itself (expiry, rotation by policy, purge), once a
 // minute until the function that it gives is called, and writes each act down.
+// As often it looks how much memory the keys take.
 func (k *KMS) Sweep(ctx context.Context) (stop func()) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	done := make(chan struct{})
@@ -163,6 +164,7 @@ func (k *KMS) Sweep(ctx context.Context) (stop func()) {
 		tick := time.NewTicker(min(sweepEvery, max(k.Windows.Expiry, time.Second)))
 		defer tick.Stop()
 		for {
+			limitGarbage()
 			if err := k.sweep(ctx); err != nil && ctx.Err() == nil {
 				k.Log.Error("life cycle", "error", err)
 			}
