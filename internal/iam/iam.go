@@ -29,6 +29,8 @@ type Store interface {
 	Get(ctx context.Context, path string, v any) (rev int64, err error)
 	List(ctx context.Context, prefix string, each func(m record.Meta, decode func(v any) error) error) error
 	Commit(ctx context.Context, changes ...record.Change) error
+	// Version grows with every change of a record directly in the folder.
+	Version(dir string) int64
 }
 
 // Config of a Service. SigningKey is a P-256 key that is the same in every
@@ -46,6 +48,7 @@ type Service struct {
 	now   func() time.Time
 
 	proofs proofs
+	rights rights
 }
 
 // New makes a Service.

@@ -196,19 +196,16 @@ func (s *Service) Authorize(ctx context.Context, who Principal, act Action, what
 	if who.Kind != KindService || who.ServiceID == "" {
 		return fault.New(fault.Denied, "", "", errNotAllowed)
 	}
-	allowed := false
-	err := s.store.List(ctx, policies+who.ServiceID+"/", func(_ record.Meta, decode func(any) error) error {
-		var p Policy
-		if err := decode(&p); err != nil {
-			return err
-		}
-		allowed = allowed || p.allows(act, what)
-		return nil
-	})
-	if err == nil && !allowed {
-		err = fault.New(fault.Denied, "", "", errNotAllowed)
+	all, err := s.rights.of(ctx, s.store, who.ServiceID)
+	if err != nil {
+		return err
 	}
-	return err
+	for _, p := range all {
+		if p.allows(act, what) {
+			return nil
+		}
+	}
+	return fault.New(fault.Denied, "", "", errNotAllowed)
 }
 
 // mayGrant lets nobody give more than they have: every action of the policy,
@@ -255,8 +252,13 @@ func (s *Service) Policies(ctx context.Context, service string) (ServiceID, []Po
 	if err != nil {
 		return sid, nil, err
 	}
+	out, err := listPolicies(ctx, s.store, sid.ID)
+	return sid, out, err
+}
+
+func listPolicies(ctx context.Context, s Store, service string) ([]Policy, error) {
 	out := []Policy{}
-	err = s.store.List(ctx, policies+sid.ID+"/", func(_ record.Meta, decode func(any) error) error {
+	err := s.List(ctx, policies+service+"/", func(_ record.Meta, decode func(any) error) error {
 		var p Policy
 		if err := decode(&p); err != nil {
 			return err
@@ -264,7 +266,7 @@ func (s *Service) Policies(ctx context.Context, service string) (ServiceID, []Po
 		out = append(out, p)
 		return nil
 	})
-	return sid, out, err
+	return out, err
 }
 
 // RoleNames are the names of a policy's roles.
