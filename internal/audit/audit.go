@@ -140,11 +140,12 @@ type Log struct {
 	signed  uint64 // seq of the last signed head
 	failed  error  // why the last write failed; nil when it did not
 
-	led    bool // somebody leads
-	closed bool
-	busy   sync.WaitGroup // calls under way
+	led     bool // somebody leads
+	awaited int  // as many calls wake the leader who gathers
+	closed  bool
+	busy    sync.WaitGroup // calls under way
 
-	wake chan struct{} // a call came: for the leader who gathers
+	wake chan struct{} // as many calls wait as are awaited
 	stop chan struct{}
 	done chan struct{}
 
@@ -436,12 +437,14 @@ func (l *Log) Append(ctx context.Context, e Event) error {
 	l.busy.Add(1)
 	defer l.busy.Done()
 	l.pending = append(l.pending, r)
-	lead := !l.led
+	lead, whole := !l.led, len(l.pending) >= l.awaited
 	l.led = true
 	l.mu.Unlock()
-	select {
-	case l.wake <- struct{}{}:
-	default:
+	if whole && !lead {
+		select {
+		case l.wake <- struct{}{}:
+		default:
+		}
 	}
 	for {
 		if lead {
@@ -497,18 +500,25 @@ func (l *Log) run() {
 // written, its callers come back one by one, and the first of them must not
 // pay for an fsync of its own. Who is alone never waits.
 func (l *Log) gather() {
+	l.mu.Lock()
+	l.awaited = l.group
+	n := len(l.pending)
+	l.mu.Unlock()
+	if n >= l.group {
+		return
+	}
 	late := time.NewTimer(min(l.synced/2, gatherMost))
 	defer late.Stop()
 	for {
-		l.mu.Lock()
-		n := len(l.pending)
-		l.mu.Unlock()
-		if n >= l.group {
+		select {
+		case <-l.wake: // maybe for the group before this one
+		case <-late.C:
 			return
 		}
-		select {
-		case <-l.wake:
-		case <-late.C:
+		l.mu.Lock()
+		n = len(l.pending)
+		l.mu.Unlock()
+		if n >= l.group {
 			return
 		}
 	}

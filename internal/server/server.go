@@ -291,12 +291,13 @@ func (s *Server) handler(rt route) http.Handler {
 		}
 		s.metrics.done(rt, c.instance, status, time.Since(start))
 		level := slog.LevelInfo
-		attrs := []any{"route", rt.name, "status", status, "ms", float64(time.Since(start).Microseconds()) / 1000, "correlation", corr}
+		attrs := []slog.Attr{slog.String("route", rt.name), slog.Int("status", status), slog.Float64("ms", float64(time.Since(start).Microseconds())/1000),
+			slog.String("correlation", corr)}
 		if status >= http.StatusInternalServerError {
 			level = slog.LevelError
-			attrs = append(attrs, "error", err.Error())
+			attrs = append(attrs, slog.String("error", err.Error()))
 		}
-		s.Log.Log(r.Context(), level, "request", attrs...)
+		s.Log.LogAttrs(r.Context(), level, "request", attrs...)
 	})
 }
 
