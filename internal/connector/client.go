@@ -63,9 +63,10 @@ type Client struct {
 
 // link is one way to one running connector.
 type link struct {
-	conn *grpc.ClientConn
-	rpc  wire.ConnectorClient
-	proc *process // nil when dialled
+	conn   *grpc.ClientConn
+	rpc    wire.ConnectorClient
+	proc   *process // nil when dialled
+	socket string   // when dialled
 
 	workMu sync.Mutex
 	work   *work
@@ -104,7 +105,7 @@ func dial(ctx context.Context, socket string) (*Client, error) {
 		return nil, fault.New(fault.Usage, "dial HSM connector", socket, err)
 	}
 	c := newClient(ctx)
-	c.now = &link{conn: conn, rpc: wire.NewConnectorClient(conn)}
+	c.now = &link{conn: conn, rpc: wire.NewConnectorClient(conn), socket: socket}
 	return c, nil
 }
 
@@ -146,6 +147,11 @@ func (c *Client) Close() {
 
 func (l *link) close() {
 	_ = l.conn.Close()
+	l.workMu.Lock()
+	if l.work != nil {
+		l.work.close()
+	}
+	l.workMu.Unlock()
 	if l.proc != nil {
 		l.proc.stop()
 	}
@@ -440,10 +446,10 @@ func (c *Client) wrap(ctx context.Context, q *wire.WrapRequest) (*wire.WrapReply
 	return w, hsm.Sealed{Suite: uint8(w.Sealed.GetSuite()), IV: w.Sealed.GetIv(), Ciphertext: w.Sealed.GetCiphertext()}, nil
 }
 
-// do makes one request on the stream of the running connector.
+// do makes one request on the connection for them.
 func (c *Client) do(ctx context.Context, what string, op func() *wire.Op) (*wire.Op, error) {
 	return callOn(ctx, c, what, quickCall, func(ctx context.Context, l *link) (*wire.Op, error) {
-		w, err := l.openWork(c.life)
+		w, err := l.openWork(ctx)
 		if err != nil {
 			return nil, err
 		}

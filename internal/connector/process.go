@@ -188,35 +188,32 @@ func (c *Client) startAgain(pause *time.Duration) *link {
 // process is one running connector.
 type process struct {
 	cmd   *exec.Cmd
-	conn  net.Conn
+	conn  net.Conn   // for calls
+	work  *wire.Conn // for wraps and unwraps
 	since time.Time
 	done  chan struct{} // closed when it has ended; err says how
 	err   error
 }
 
-// link starts a connector whose end of a socket pair is its descriptor 3.
-// Descriptor 4 brings the PIN each time that the connector asks for it, so
-// that neither keeps a copy between logins but us.
+// link starts a connector whose ends of three socket pairs are its
+// descriptors: 3 for calls, 5 for wraps and unwraps. 4 brings the PIN each
+// time that the connector asks for it, so that neither keeps a copy between
+// logins but us.
 func (s *starter) link() (*link, error) {
-	calls, theirs, err := socketPair()
+	ours, theirs, err := socketPairs(3)
 	if err != nil {
 		return nil, fault.New(fault.Other, "start HSM connector", s.path, err)
 	}
-	defer theirs.Close()
-	pins, theirPins, err := socketPair()
-	if err != nil {
-		_ = calls.Close()
-		return nil, fault.New(fault.Other, "start HSM connector", s.path, err)
-	}
-	defer theirPins.Close()
-	cmd := exec.Command(s.path, append([]string{"--fd", "3", "--pin-fd", "4"}, s.args...)...) //nolint:noctx // it outlives the call; stop ends it
+	calls, pins := ours[0], ours[1]
+	cmd := exec.Command(s.path, append([]string{"--fd", "3", "--pin-fd", "4", "--work-fd", "5"}, s.args...)...) //nolint:noctx // it outlives the call; stop ends it
 	cmd.Env = append(os.Environ(), s.env...)
 	cmd.Stderr = s.stderr
-	cmd.ExtraFiles = []*os.File{theirs, theirPins}
+	cmd.ExtraFiles = theirs
 	cmd.SysProcAttr = ownGroup()
-	if err := cmd.Start(); err != nil {
-		_ = calls.Close()
-		_ = pins.Close()
+	err = cmd.Start()
+	closeAll(theirs)
+	if err != nil {
+		closeAll(ours)
 		return nil, fault.New(fault.NotFound, "start HSM connector", s.path, err).WithHint("KMSCTL_CONNECTOR must name the program kms-connector")
 	}
 	p := &process{cmd: cmd, conn: calls, since: time.Now(), done: make(chan struct{})}
@@ -229,6 +226,13 @@ func (s *starter) link() (*link, error) {
 		_ = pins.Close()
 		close(p.done)
 	}()
+	if p.work, err = wire.FromNet(ours[2]); err == nil {
+		err = p.work.LookUp(lookUp)
+	}
+	if err != nil {
+		p.stop()
+		return nil, fault.New(fault.Other, "start HSM connector", s.path, err)
+	}
 	var taken atomic.Bool
 	conn, err := grpc.NewClient("passthrough:connector", grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithIdleTimeout(0),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
@@ -265,6 +269,9 @@ func (s *starter) givePIN(c net.Conn) {
 // kills one that does not.
 func (p *process) stop() {
 	_ = p.conn.Close()
+	if p.work != nil {
+		_ = p.work.Close()
+	}
 	select {
 	case <-p.done:
 	case <-time.After(3 * time.Second):
@@ -298,4 +305,24 @@ func socketPair() (net.Conn, *os.File, error) {
 		return nil, nil, fmt.Errorf("make socket pair: %w", err)
 	}
 	return c, theirs, nil
+}
+
+// socketPairs makes n of them: our ends, and those for a child.
+func socketPairs(n int) (ours []net.Conn, theirs []*os.File, err error) {
+	for range n {
+		c, f, err := socketPair()
+		if err != nil {
+			closeAll(ours)
+			closeAll(theirs)
+			return nil, nil, err
+		}
+		ours, theirs = append(ours, c), append(theirs, f)
+	}
+	return ours, theirs, nil
+}
+
+func closeAll[C io.Closer](all []C) {
+	for _, c := range all {
+		_ = c.Close()
+	}
 }

@@ -367,3 +367,55 @@ func TestAWrongPINAfterARestartIsTriedOnce(t *testing.T) {
 		t.Errorf("logins %v, %d tries", got, tries.Load())
 	}
 }
+
+// TestWhoReadsForAllMayLeave: one of those who wait reads the replies of all;
+// when he gives up, or is late, another one goes on.
+func TestWhoReadsForAllMayLeave(t *testing.T) {
+	c, _, _ := network(t)
+	k, err := c.CreateRootKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Wrap(t.Context(), k.Blob, []byte("x"), nil); err != nil {
+		t.Fatal(err)
+	}
+	pid := c.Pid()
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Waitid(unix.P_PID, pid, nil, unix.WSTOPPED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+	gone, leave := context.WithCancel(t.Context())
+	late, end := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer end()
+	var patient sync.WaitGroup
+	impatient := make(chan error, 2)
+	for _, ctx := range []context.Context{gone, late} {
+		go func() {
+			_, err := c.Wrap(ctx, k.Blob, []byte("x"), nil)
+			impatient <- err
+		}()
+	}
+	for range 4 {
+		patient.Go(func() {
+			if _, err := c.Wrap(t.Context(), k.Blob, []byte("x"), nil); err != nil {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+	<-late.Done()
+	leave()
+	kinds := []fault.Kind{fault.KindOf(<-impatient), fault.KindOf(<-impatient)}
+	slices.Sort(kinds)
+	if !slices.Equal(kinds, []fault.Kind{min(fault.Stopped, fault.Unreachable), max(fault.Stopped, fault.Unreachable)}) {
+		t.Errorf("%v", kinds)
+	}
+	if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	patient.Wait()
+	if _, err := c.Wrap(t.Context(), k.Blob, []byte("x"), nil); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+}

@@ -9,9 +9,11 @@ import (
 	"net"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kmsctl/kmsctl/internal/connector/wire"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/secret"
 )
@@ -61,6 +63,91 @@ func (o *once) Close() error { return o.conn.Close() }
 
 // Addr is the pair's.
 func (o *once) Addr() net.Addr { return o.conn.LocalAddr() }
+
+// InheritedWork is the connection for wraps and unwraps of a parent.
+func InheritedWork(fd int) (*wire.Conn, error) {
+	f := os.NewFile(uintptr(fd), "work")
+	c, err := wire.NewConn(f)
+	if err != nil {
+		return nil, fault.New(fault.Usage, "use descriptor", f.Name(), err).WithHint("--work-fd is for kmsctl")
+	}
+	return c, nil
+}
+
+// door looks at how a connection begins: calls go to gRPC, which listens here,
+// wraps and unwraps to work.
+type door struct {
+	net.Listener
+	work  func(*wire.Conn)
+	calls chan net.Conn
+	over  chan struct{} // closed when Listener is done; err says how
+	err   error
+}
+
+// helloTime is how long a connection may take to say what it is for.
+const helloTime = 5 * time.Second
+
+func newDoor(l net.Listener, work func(*wire.Conn)) *door {
+	d := &door{Listener: l, work: work, calls: make(chan net.Conn), over: make(chan struct{})}
+	go func() {
+		defer close(d.over)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				d.err = err
+				return
+			}
+			go d.sort(c)
+		}
+	}()
+	return d
+}
+
+// Accept gives the next connection for calls.
+func (d *door) Accept() (net.Conn, error) {
+	select {
+	case c := <-d.calls:
+		return c, nil
+	case <-d.over:
+		return nil, d.err
+	}
+}
+
+func (d *door) sort(c net.Conn) {
+	head := make([]byte, len(wire.Hello)) // HTTP/2 begins with more
+	_ = c.SetReadDeadline(time.Now().Add(helloTime))
+	if _, err := io.ReadFull(c, head); err != nil {
+		_ = c.Close()
+		return
+	}
+	_ = c.SetReadDeadline(time.Time{})
+	if string(head) == wire.Hello {
+		if w, err := wire.FromNet(c); err == nil {
+			d.work(w)
+		}
+		return
+	}
+	select {
+	case d.calls <- &begun{Conn: c, head: head}:
+	case <-d.over:
+		_ = c.Close()
+	}
+}
+
+// begun is a connection whose first bytes were read already.
+type begun struct {
+	net.Conn
+	head []byte
+}
+
+func (b *begun) Read(p []byte) (int, error) {
+	if len(b.head) == 0 {
+		return b.Conn.Read(p)
+	}
+	n := copy(p, b.head)
+	b.head = b.head[n:]
+	return n, nil
+}
 
 // Listen makes a unix socket that its owner alone may use. A socket that a
 // killed process left is removed, one that answers is not.

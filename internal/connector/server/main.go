@@ -31,6 +31,7 @@ const (
 type options struct {
 	socket, pinFile string
 	fd, pinFD       int
+	workFD          int
 	module          string
 	label, serial   string
 	slot            string
@@ -95,6 +96,7 @@ func parse(args []string, toServe bool, stderr io.Writer) (options, error) {
 	fs.StringVar(&o.pinFile, "pin-file", "", "file with the token's user PIN, read at each login")
 	fs.IntVar(&o.fd, "fd", -1, "inherited socket to serve on, for kmsctl")
 	fs.IntVar(&o.pinFD, "pin-fd", -1, "inherited socket to ask for the PIN, for kmsctl")
+	fs.IntVar(&o.workFD, "work-fd", -1, "inherited socket for wraps and unwraps, for kmsctl")
 	fs.StringVar(&o.module, "module", "", "path of the PKCS#11 library")
 	fs.StringVar(&o.label, "token-label", "", "label of the token")
 	fs.StringVar(&o.serial, "token-serial", "", "serial number of the token")
@@ -177,8 +179,16 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer l.Close()
+	var work []*wire.Conn
+	if o.workFD >= 0 {
+		c, err := InheritedWork(o.workFD)
+		if err != nil {
+			return err
+		}
+		work = append(work, c)
+	}
 	log.Info("serving", "module", o.module, "set", set, "not set", missed)
-	return New(cfg).Serve(ctx, l)
+	return New(cfg).Serve(ctx, l, work...)
 }
 
 func (o options) token() token.Config {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -46,7 +47,7 @@ type Server struct {
 	line  chan struct{} // bounds those that wait
 	dog   *watchdog
 
-	opTime atomic.Int64 // nanoseconds that one operation on the stream takes, a running average
+	opTime atomic.Int64 // nanoseconds that a wrap or an unwrap takes, a running average
 }
 
 // New makes a server; the token is opened by the first call.
@@ -80,12 +81,18 @@ func checked(source func() (secret.Value, error)) func() (secret.Value, error) {
 	}
 }
 
-// Serve answers on l until ctx ends or l is done, then closes the token.
-func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+// Serve answers on l, and wraps and unwraps on work too, until ctx ends or l
+// is done, then closes the token.
+func (s *Server) Serve(ctx context.Context, l net.Listener, work ...*wire.Conn) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g := grpc.NewServer(grpc.MaxRecvMsgSize(1<<20), grpc.ConnectionTimeout(5*time.Second))
 	wire.RegisterConnectorServer(g, s)
+	var working sync.WaitGroup
+	take := func(c *wire.Conn) { working.Go(func() { s.serveWork(ctx, c) }) }
+	for _, c := range work {
+		take(c)
+	}
 	go s.dog.run(ctx)
 	go func() {
 		<-ctx.Done()
@@ -93,9 +100,10 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		defer stopped.Stop()
 		g.GracefulStop()
 	}()
-	err := g.Serve(l)
+	err := g.Serve(newDoor(l, take))
 	cancel()
 	g.Stop()
+	working.Wait()
 	s.dev.close()
 	if errors.Is(err, grpc.ErrServerStopped) || errors.Is(err, io.EOF) {
 		return nil
@@ -243,14 +251,6 @@ func checkRandom(n uint32) error {
 	return nil
 }
 
-// Wrap encrypts under a root key what is given, or random bytes.
-func (s *Server) Wrap(ctx context.Context, q *wire.WrapRequest) (*wire.WrapReply, error) {
-	if err := checkRandom(q.Random); err != nil {
-		return nil, err
-	}
-	return use(ctx, s, func(t *token.Token) (*wire.WrapReply, error) { return wrapOn(t, q) })
-}
-
 func wrapOn(t *token.Token, q *wire.WrapRequest) (*wire.WrapReply, error) {
 	out := &wire.WrapReply{}
 	plain := q.Plaintext
@@ -264,15 +264,6 @@ func wrapOn(t *token.Token, q *wire.WrapRequest) (*wire.WrapReply, error) {
 	c, err := t.Wrap(q.Blob, plain, q.Aad)
 	out.Sealed = &wire.Sealed{Suite: uint32(c.Suite), Iv: c.IV, Ciphertext: c.Ciphertext}
 	return out, err
-}
-
-// Unwrap opens what Wrap made.
-func (s *Server) Unwrap(ctx context.Context, q *wire.UnwrapRequest) (*wire.Bytes, error) {
-	c, err := sealed(q.Sealed)
-	if err != nil {
-		return nil, wireError(err)
-	}
-	return use(ctx, s, func(t *token.Token) (*wire.Bytes, error) { return asBytes(t.Unwrap(q.Blob, c, q.Aad)) })
 }
 
 func sealed(w *wire.Sealed) (hsm.Sealed, error) {

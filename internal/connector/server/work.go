@@ -15,19 +15,14 @@ import (
 	"github.com/kmsctl/kmsctl/internal/token"
 )
 
-// Work answers batches of wraps and unwraps. A batch is shared among as many
-// sessions as the token has; replies go out as they come, those that wait
-// while a message is sent together in the next one.
-func (s *Server) Work(stream wire.Connector_WorkServer) error {
-	ctx, cancel := context.WithCancel(stream.Context())
-	defer cancel()
-	out := make(chan []*wire.Op, cap(s.slots))
-	in := make(chan part, cap(s.slots))
-	var sending, working sync.WaitGroup
-	sending.Go(func() {
-		defer cancel()
-		sendReplies(stream, out)
-	})
+// serveWork answers the wraps and unwraps of one connection until it ends, or
+// ctx does. What has come is shared among as many sessions as the token keeps
+// busy; replies go out as they come.
+func (s *Server) serveWork(ctx context.Context, c *wire.Conn) {
+	defer func() { _ = c.Close() }()
+	defer context.AfterFunc(ctx, c.Stop)()
+	out, in := wire.NewWriter(c), make(chan part)
+	var working sync.WaitGroup
 	for range cap(s.slots) { // they stay, so that their stacks have grown once
 		working.Go(func() {
 			for p := range in {
@@ -35,93 +30,96 @@ func (s *Server) Work(stream wire.Connector_WorkServer) error {
 			}
 		})
 	}
-	for {
-		b, err := stream.Recv()
+	for frames := wire.NewReader(c); ; {
+		got, err := frames.Next()
 		if err != nil {
-			close(in)
-			working.Wait()
-			close(out)
-			sending.Wait()
-			return nil // the client is gone: nobody reads a status
+			break // the client is gone, or we are to end
 		}
-		got := time.Now()
-		for _, ops := range split(b.Ops, s.ways()) {
-			in <- part{got, ops} // when all are busy, the client's queue fills
-		}
+		s.share(ctx, got, in, out)
+	}
+	close(in)
+	working.Wait()
+}
+
+// share hands frames out. When all are busy it waits, the socket fills, and
+// the client keeps its requests. With a token that answers from this
+// machine's own memory, the goroutine that read does one share itself:
+// handing it over would take as long.
+func (s *Server) share(ctx context.Context, frames []wire.Frame, in chan<- part, out *wire.Writer) {
+	now := time.Now()
+	local := time.Duration(s.opTime.Load()) < localOp
+	shares := split(frames, s.ways(local, len(frames)))
+	var mine []wire.Frame
+	if local {
+		mine, shares = shares[0], shares[1:]
+	}
+	for _, fs := range shares {
+		in <- part{now, fs}
+	}
+	if local {
+		s.part(ctx, part{now, mine}, out)
 	}
 }
 
-// ways says among how many sessions a batch is shared: a token that answers
-// from this machine's own memory keeps no more of them busy than there are
-// processors, and each part costs a message; a token on the network keeps all.
-func (s *Server) ways() int {
-	if time.Duration(s.opTime.Load()) < localOp {
-		return min(runtime.GOMAXPROCS(0), cap(s.slots))
+// ways says among how many sessions n requests are shared. A token that
+// answers from this machine's own memory keeps no more of them busy than there
+// are processors, and to wake a thread for a few requests costs more than they
+// do; a token on the network keeps all.
+func (s *Server) ways(local bool, n int) int {
+	if local {
+		return min(runtime.GOMAXPROCS(0), cap(s.slots), (n+worthWaking-1)/worthWaking)
 	}
 	return cap(s.slots)
 }
+
+// worthWaking is how many local requests are worth another thread: tried.
+const worthWaking = 16
 
 // localOp is more than an operation in software takes, and less than a round
 // trip on a network.
 const localOp = 150 * time.Microsecond
 
-// part is a share of a batch.
+// part is a share of what came at once.
 type part struct {
-	got time.Time
-	ops []*wire.Op
+	got    time.Time
+	frames []wire.Frame
 }
 
-func sendReplies(stream wire.Connector_WorkServer, out <-chan []*wire.Op) {
-	dead := false
-	for first := range out {
-		// Parts of one batch lie side by side in memory: none is appended to.
-		b := &wire.Batch{Ops: append(make([]*wire.Op, 0, 2*len(first)), first...)}
-		runtime.Gosched() // parts that are nearly done come along
-	more:
-		for len(b.Ops) < maxReplies {
-			select {
-			case next, open := <-out:
-				if !open {
-					break more
-				}
-				b.Ops = append(b.Ops, next...)
-			default:
-				break more
-			}
-		}
-		// After an error the rest is drained, so that no part waits for ever.
-		dead = dead || stream.Send(b) != nil
-	}
-}
-
-// maxReplies bounds one message.
-const maxReplies = 256
-
-// split shares ops among at most n parts of about one size.
-func split(ops []*wire.Op, n int) (parts [][]*wire.Op) {
-	size := (len(ops) + n - 1) / n
-	for len(ops) > 0 {
-		k := min(size, len(ops))
-		parts, ops = append(parts, ops[:k]), ops[k:]
+// split shares frames among at most n parts of about one size.
+func split(frames []wire.Frame, n int) (parts [][]wire.Frame) {
+	size := (len(frames) + n - 1) / n
+	for len(frames) > 0 {
+		k := min(size, len(frames))
+		parts, frames = append(parts, frames[:k]), frames[k:]
 	}
 	return parts
 }
 
 // part works on some requests one after the other, with one session's turn.
-func (s *Server) part(ctx context.Context, p part, out chan<- []*wire.Op) {
+func (s *Server) part(ctx context.Context, p part, out *wire.Writer) {
 	select {
 	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
 	case <-ctx.Done():
 		return
 	}
 	began := time.Now()
-	for _, op := range p.ops {
-		s.answer(p.got, op)
+	b := make([]byte, 0, 256*len(p.frames))
+	for _, f := range p.frames {
+		op, err := f.Op()
+		if err != nil {
+			refuse(op, wireError(fault.New(fault.Usage, "read a request", "", err)))
+		} else {
+			s.answer(p.got, op)
+		}
+		if b, err = wire.AppendFrame(b, f.ID(), op); err != nil {
+			s.dev.log.Error("a reply cannot be sent", "error", err)
+		}
 	}
-	each := time.Since(began) / time.Duration(len(p.ops))
+	each := time.Since(began) / time.Duration(len(p.frames))
 	s.opTime.Store((7*s.opTime.Load() + int64(each)) / 8)
-	out <- p.ops
+	<-s.slots
+	_ = out.Add(b, false) // its error ends the connection
+	clear(b)
 }
 
 // refuse turns a request into the reply of its fault.

@@ -1358,54 +1358,9 @@ func (x *Fault) GetCkr() string {
 	return ""
 }
 
-type Batch struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Ops           []*Op                  `protobuf:"bytes,1,rep,name=ops,proto3" json:"ops,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Batch) Reset() {
-	*x = Batch{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Batch) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Batch) ProtoMessage() {}
-
-func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Batch.ProtoReflect.Descriptor instead.
-func (*Batch) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{24}
-}
-
-func (x *Batch) GetOps() []*Op {
-	if x != nil {
-		return x.Ops
-	}
-	return nil
-}
-
-// Op is one request, or its reply with the same id.
+// Op is a wrap or an unwrap, or its reply: see frame.go for how they travel.
 type Op struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
-	Id       uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
 	WithinMs uint32                 `protobuf:"varint,2,opt,name=within_ms,json=withinMs,proto3" json:"within_ms,omitempty"` // of a request: a reply that comes later is of no use
 	// Types that are valid to be assigned to Body:
 	//
@@ -1422,7 +1377,7 @@ type Op struct {
 
 func (x *Op) Reset() {
 	*x = Op{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[25]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1434,7 +1389,7 @@ func (x *Op) String() string {
 func (*Op) ProtoMessage() {}
 
 func (x *Op) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[25]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1447,14 +1402,7 @@ func (x *Op) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Op.ProtoReflect.Descriptor instead.
 func (*Op) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{25}
-}
-
-func (x *Op) GetId() uint64 {
-	if x != nil {
-		return x.Id
-	}
-	return 0
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Op) GetWithinMs() uint32 {
@@ -1651,11 +1599,8 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\x06object\x18\x03 \x01(\tR\x06object\x12\x14\n" +
 	"\x05cause\x18\x04 \x01(\tR\x05cause\x12\x12\n" +
 	"\x04hint\x18\x05 \x01(\tR\x04hint\x12\x10\n" +
-	"\x03ckr\x18\x06 \x01(\tR\x03ckr\"2\n" +
-	"\x05Batch\x12)\n" +
-	"\x03ops\x18\x01 \x03(\v2\x17.kmsctl.connector.v1.OpR\x03ops\"\xef\x02\n" +
-	"\x02Op\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1b\n" +
+	"\x03ckr\x18\x06 \x01(\tR\x03ckr\"\xdf\x02\n" +
+	"\x02Op\x12\x1b\n" +
 	"\twithin_ms\x18\x02 \x01(\rR\bwithinMs\x126\n" +
 	"\x04wrap\x18\x03 \x01(\v2 .kmsctl.connector.v1.WrapRequestH\x00R\x04wrap\x12<\n" +
 	"\x06unwrap\x18\x04 \x01(\v2\".kmsctl.connector.v1.UnwrapRequestH\x00R\x06unwrap\x12:\n" +
@@ -1663,7 +1608,7 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\tunwrapped\x18\x06 \x01(\v2\x1a.kmsctl.connector.v1.BytesH\x00R\tunwrapped\x122\n" +
 	"\x05fault\x18\a \x01(\v2\x1a.kmsctl.connector.v1.FaultH\x00R\x05fault\x12\x12\n" +
 	"\x04code\x18\b \x01(\rR\x04codeB\x06\n" +
-	"\x04body2\xeb\t\n" +
+	"\x04body2\x93\b\n" +
 	"\tConnector\x12T\n" +
 	"\bDescribe\x12$.kmsctl.connector.v1.DescribeRequest\x1a\".kmsctl.connector.v1.DescribeReply\x12R\n" +
 	"\vFingerprint\x12'.kmsctl.connector.v1.FingerprintRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12K\n" +
@@ -1671,17 +1616,14 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\n" +
 	"OpenMaster\x12&.kmsctl.connector.v1.OpenMasterRequest\x1a$.kmsctl.connector.v1.OpenMasterReply\x12W\n" +
 	"\rCreateRootKey\x12).kmsctl.connector.v1.CreateRootKeyRequest\x1a\x1b.kmsctl.connector.v1.NewKey\x12H\n" +
-	"\rImportRootKey\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1b.kmsctl.connector.v1.NewKey\x12H\n" +
-	"\x04Wrap\x12 .kmsctl.connector.v1.WrapRequest\x1a\x1e.kmsctl.connector.v1.WrapReply\x12H\n" +
-	"\x06Unwrap\x12\".kmsctl.connector.v1.UnwrapRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12D\n" +
+	"\rImportRootKey\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1b.kmsctl.connector.v1.NewKey\x12D\n" +
 	"\x05Evict\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1f.kmsctl.connector.v1.EvictReply\x12D\n" +
 	"\x04Seal\x12 .kmsctl.connector.v1.SealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
 	"\x06Unseal\x12\".kmsctl.connector.v1.UnsealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12>\n" +
 	"\x04Sign\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
 	"\x06Random\x12\".kmsctl.connector.v1.RandomRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12c\n" +
 	"\rInstallations\x12).kmsctl.connector.v1.InstallationsRequest\x1a'.kmsctl.connector.v1.InstallationsReply\x12K\n" +
-	"\x05Clear\x12!.kmsctl.connector.v1.ClearRequest\x1a\x1f.kmsctl.connector.v1.ClearReply\x12B\n" +
-	"\x04Work\x12\x1a.kmsctl.connector.v1.Batch\x1a\x1a.kmsctl.connector.v1.Batch(\x010\x01B2Z0github.com/kmsctl/kmsctl/internal/connector/wireb\x06proto3"
+	"\x05Clear\x12!.kmsctl.connector.v1.ClearRequest\x1a\x1f.kmsctl.connector.v1.ClearReplyB2Z0github.com/kmsctl/kmsctl/internal/connector/wireb\x06proto3"
 
 var (
 	file_internal_connector_wire_connector_proto_rawDescOnce sync.Once
@@ -1695,7 +1637,7 @@ func file_internal_connector_wire_connector_proto_rawDescGZIP() []byte {
 	return file_internal_connector_wire_connector_proto_rawDescData
 }
 
-var file_internal_connector_wire_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_internal_connector_wire_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_internal_connector_wire_connector_proto_goTypes = []any{
 	(*Bytes)(nil),                // 0: kmsctl.connector.v1.Bytes
 	(*DescribeRequest)(nil),      // 1: kmsctl.connector.v1.DescribeRequest
@@ -1721,56 +1663,48 @@ var file_internal_connector_wire_connector_proto_goTypes = []any{
 	(*ClearRequest)(nil),         // 21: kmsctl.connector.v1.ClearRequest
 	(*ClearReply)(nil),           // 22: kmsctl.connector.v1.ClearReply
 	(*Fault)(nil),                // 23: kmsctl.connector.v1.Fault
-	(*Batch)(nil),                // 24: kmsctl.connector.v1.Batch
-	(*Op)(nil),                   // 25: kmsctl.connector.v1.Op
+	(*Op)(nil),                   // 24: kmsctl.connector.v1.Op
 }
 var file_internal_connector_wire_connector_proto_depIdxs = []int32{
 	10, // 0: kmsctl.connector.v1.WrapReply.sealed:type_name -> kmsctl.connector.v1.Sealed
 	10, // 1: kmsctl.connector.v1.UnwrapRequest.sealed:type_name -> kmsctl.connector.v1.Sealed
 	20, // 2: kmsctl.connector.v1.InstallationsReply.installations:type_name -> kmsctl.connector.v1.Installation
-	25, // 3: kmsctl.connector.v1.Batch.ops:type_name -> kmsctl.connector.v1.Op
-	11, // 4: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
-	13, // 5: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
-	12, // 6: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
-	0,  // 7: kmsctl.connector.v1.Op.unwrapped:type_name -> kmsctl.connector.v1.Bytes
-	23, // 8: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
-	1,  // 9: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
-	3,  // 10: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
-	4,  // 11: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
-	6,  // 12: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
-	8,  // 13: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
-	0,  // 14: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
-	11, // 15: kmsctl.connector.v1.Connector.Wrap:input_type -> kmsctl.connector.v1.WrapRequest
-	13, // 16: kmsctl.connector.v1.Connector.Unwrap:input_type -> kmsctl.connector.v1.UnwrapRequest
-	0,  // 17: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
-	15, // 18: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
-	16, // 19: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
-	0,  // 20: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
-	17, // 21: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
-	18, // 22: kmsctl.connector.v1.Connector.Installations:input_type -> kmsctl.connector.v1.InstallationsRequest
-	21, // 23: kmsctl.connector.v1.Connector.Clear:input_type -> kmsctl.connector.v1.ClearRequest
-	24, // 24: kmsctl.connector.v1.Connector.Work:input_type -> kmsctl.connector.v1.Batch
-	2,  // 25: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
-	0,  // 26: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
-	5,  // 27: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
-	7,  // 28: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
-	9,  // 29: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
-	9,  // 30: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
-	12, // 31: kmsctl.connector.v1.Connector.Wrap:output_type -> kmsctl.connector.v1.WrapReply
-	0,  // 32: kmsctl.connector.v1.Connector.Unwrap:output_type -> kmsctl.connector.v1.Bytes
-	14, // 33: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
-	0,  // 34: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 35: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 36: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 37: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
-	19, // 38: kmsctl.connector.v1.Connector.Installations:output_type -> kmsctl.connector.v1.InstallationsReply
-	22, // 39: kmsctl.connector.v1.Connector.Clear:output_type -> kmsctl.connector.v1.ClearReply
-	24, // 40: kmsctl.connector.v1.Connector.Work:output_type -> kmsctl.connector.v1.Batch
-	25, // [25:41] is the sub-list for method output_type
-	9,  // [9:25] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	11, // 3: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
+	13, // 4: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
+	12, // 5: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
+	0,  // 6: kmsctl.connector.v1.Op.unwrapped:type_name -> kmsctl.connector.v1.Bytes
+	23, // 7: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
+	1,  // 8: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
+	3,  // 9: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
+	4,  // 10: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
+	6,  // 11: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
+	8,  // 12: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
+	0,  // 13: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
+	0,  // 14: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
+	15, // 15: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
+	16, // 16: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
+	0,  // 17: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
+	17, // 18: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
+	18, // 19: kmsctl.connector.v1.Connector.Installations:input_type -> kmsctl.connector.v1.InstallationsRequest
+	21, // 20: kmsctl.connector.v1.Connector.Clear:input_type -> kmsctl.connector.v1.ClearRequest
+	2,  // 21: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
+	0,  // 22: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
+	5,  // 23: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
+	7,  // 24: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
+	9,  // 25: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
+	9,  // 26: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
+	14, // 27: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
+	0,  // 28: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 29: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 30: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 31: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
+	19, // 32: kmsctl.connector.v1.Connector.Installations:output_type -> kmsctl.connector.v1.InstallationsReply
+	22, // 33: kmsctl.connector.v1.Connector.Clear:output_type -> kmsctl.connector.v1.ClearReply
+	21, // [21:34] is the sub-list for method output_type
+	8,  // [8:21] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_internal_connector_wire_connector_proto_init() }
@@ -1778,7 +1712,7 @@ func file_internal_connector_wire_connector_proto_init() {
 	if File_internal_connector_wire_connector_proto != nil {
 		return
 	}
-	file_internal_connector_wire_connector_proto_msgTypes[25].OneofWrappers = []any{
+	file_internal_connector_wire_connector_proto_msgTypes[24].OneofWrappers = []any{
 		(*Op_Wrap)(nil),
 		(*Op_Unwrap)(nil),
 		(*Op_Wrapped)(nil),
@@ -1791,7 +1725,7 @@ func file_internal_connector_wire_connector_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_connector_wire_connector_proto_rawDesc), len(file_internal_connector_wire_connector_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

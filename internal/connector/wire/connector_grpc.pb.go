@@ -28,8 +28,6 @@ const (
 	Connector_OpenMaster_FullMethodName    = "/kmsctl.connector.v1.Connector/OpenMaster"
 	Connector_CreateRootKey_FullMethodName = "/kmsctl.connector.v1.Connector/CreateRootKey"
 	Connector_ImportRootKey_FullMethodName = "/kmsctl.connector.v1.Connector/ImportRootKey"
-	Connector_Wrap_FullMethodName          = "/kmsctl.connector.v1.Connector/Wrap"
-	Connector_Unwrap_FullMethodName        = "/kmsctl.connector.v1.Connector/Unwrap"
 	Connector_Evict_FullMethodName         = "/kmsctl.connector.v1.Connector/Evict"
 	Connector_Seal_FullMethodName          = "/kmsctl.connector.v1.Connector/Seal"
 	Connector_Unseal_FullMethodName        = "/kmsctl.connector.v1.Connector/Unseal"
@@ -37,7 +35,6 @@ const (
 	Connector_Random_FullMethodName        = "/kmsctl.connector.v1.Connector/Random"
 	Connector_Installations_FullMethodName = "/kmsctl.connector.v1.Connector/Installations"
 	Connector_Clear_FullMethodName         = "/kmsctl.connector.v1.Connector/Clear"
-	Connector_Work_FullMethodName          = "/kmsctl.connector.v1.Connector/Work"
 )
 
 // ConnectorClient is the client API for Connector service.
@@ -56,8 +53,6 @@ type ConnectorClient interface {
 	OpenMaster(ctx context.Context, in *OpenMasterRequest, opts ...grpc.CallOption) (*OpenMasterReply, error)
 	CreateRootKey(ctx context.Context, in *CreateRootKeyRequest, opts ...grpc.CallOption) (*NewKey, error)
 	ImportRootKey(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*NewKey, error)
-	Wrap(ctx context.Context, in *WrapRequest, opts ...grpc.CallOption) (*WrapReply, error)
-	Unwrap(ctx context.Context, in *UnwrapRequest, opts ...grpc.CallOption) (*Bytes, error)
 	Evict(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*EvictReply, error)
 	Seal(ctx context.Context, in *SealRequest, opts ...grpc.CallOption) (*Bytes, error)
 	Unseal(ctx context.Context, in *UnsealRequest, opts ...grpc.CallOption) (*Bytes, error)
@@ -67,10 +62,6 @@ type ConnectorClient interface {
 	Installations(ctx context.Context, in *InstallationsRequest, opts ...grpc.CallOption) (*InstallationsReply, error)
 	// Clear destroys the objects of one installation.
 	Clear(ctx context.Context, in *ClearRequest, opts ...grpc.CallOption) (*ClearReply, error)
-	// Work carries many wraps and unwraps in one message: at some ten
-	// thousand a second, a call each would cost more than the token does.
-	// Replies come in any order.
-	Work(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Batch, Batch], error)
 }
 
 type connectorClient struct {
@@ -135,26 +126,6 @@ func (c *connectorClient) ImportRootKey(ctx context.Context, in *Bytes, opts ...
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(NewKey)
 	err := c.cc.Invoke(ctx, Connector_ImportRootKey_FullMethodName, in, out, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
-}
-
-func (c *connectorClient) Wrap(ctx context.Context, in *WrapRequest, opts ...grpc.CallOption) (*WrapReply, error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(WrapReply)
-	err := c.cc.Invoke(ctx, Connector_Wrap_FullMethodName, in, out, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
-}
-
-func (c *connectorClient) Unwrap(ctx context.Context, in *UnwrapRequest, opts ...grpc.CallOption) (*Bytes, error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(Bytes)
-	err := c.cc.Invoke(ctx, Connector_Unwrap_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -231,19 +202,6 @@ func (c *connectorClient) Clear(ctx context.Context, in *ClearRequest, opts ...g
 	return out, nil
 }
 
-func (c *connectorClient) Work(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Batch, Batch], error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Connector_ServiceDesc.Streams[0], Connector_Work_FullMethodName, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	x := &grpc.GenericClientStream[Batch, Batch]{ClientStream: stream}
-	return x, nil
-}
-
-// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type Connector_WorkClient = grpc.BidiStreamingClient[Batch, Batch]
-
 // ConnectorServer is the server API for Connector service.
 // All implementations must embed UnimplementedConnectorServer
 // for forward compatibility.
@@ -260,8 +218,6 @@ type ConnectorServer interface {
 	OpenMaster(context.Context, *OpenMasterRequest) (*OpenMasterReply, error)
 	CreateRootKey(context.Context, *CreateRootKeyRequest) (*NewKey, error)
 	ImportRootKey(context.Context, *Bytes) (*NewKey, error)
-	Wrap(context.Context, *WrapRequest) (*WrapReply, error)
-	Unwrap(context.Context, *UnwrapRequest) (*Bytes, error)
 	Evict(context.Context, *Bytes) (*EvictReply, error)
 	Seal(context.Context, *SealRequest) (*Bytes, error)
 	Unseal(context.Context, *UnsealRequest) (*Bytes, error)
@@ -271,10 +227,6 @@ type ConnectorServer interface {
 	Installations(context.Context, *InstallationsRequest) (*InstallationsReply, error)
 	// Clear destroys the objects of one installation.
 	Clear(context.Context, *ClearRequest) (*ClearReply, error)
-	// Work carries many wraps and unwraps in one message: at some ten
-	// thousand a second, a call each would cost more than the token does.
-	// Replies come in any order.
-	Work(grpc.BidiStreamingServer[Batch, Batch]) error
 	mustEmbedUnimplementedConnectorServer()
 }
 
@@ -303,12 +255,6 @@ func (UnimplementedConnectorServer) CreateRootKey(context.Context, *CreateRootKe
 func (UnimplementedConnectorServer) ImportRootKey(context.Context, *Bytes) (*NewKey, error) {
 	return nil, status.Error(codes.Unimplemented, "method ImportRootKey not implemented")
 }
-func (UnimplementedConnectorServer) Wrap(context.Context, *WrapRequest) (*WrapReply, error) {
-	return nil, status.Error(codes.Unimplemented, "method Wrap not implemented")
-}
-func (UnimplementedConnectorServer) Unwrap(context.Context, *UnwrapRequest) (*Bytes, error) {
-	return nil, status.Error(codes.Unimplemented, "method Unwrap not implemented")
-}
 func (UnimplementedConnectorServer) Evict(context.Context, *Bytes) (*EvictReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Evict not implemented")
 }
@@ -329,9 +275,6 @@ func (UnimplementedConnectorServer) Installations(context.Context, *Installation
 }
 func (UnimplementedConnectorServer) Clear(context.Context, *ClearRequest) (*ClearReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Clear not implemented")
-}
-func (UnimplementedConnectorServer) Work(grpc.BidiStreamingServer[Batch, Batch]) error {
-	return status.Error(codes.Unimplemented, "method Work not implemented")
 }
 func (UnimplementedConnectorServer) mustEmbedUnimplementedConnectorServer() {}
 func (UnimplementedConnectorServer) testEmbeddedByValue()                   {}
@@ -462,42 +405,6 @@ func _Connector_ImportRootKey_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
-func _Connector_Wrap_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(WrapRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(ConnectorServer).Wrap(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Connector_Wrap_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(ConnectorServer).Wrap(ctx, req.(*WrapRequest))
-	}
-	return interceptor(ctx, in, info, handler)
-}
-
-func _Connector_Unwrap_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(UnwrapRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(ConnectorServer).Unwrap(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Connector_Unwrap_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(ConnectorServer).Unwrap(ctx, req.(*UnwrapRequest))
-	}
-	return interceptor(ctx, in, info, handler)
-}
-
 func _Connector_Evict_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(Bytes)
 	if err := dec(in); err != nil {
@@ -624,13 +531,6 @@ func _Connector_Clear_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
-func _Connector_Work_Handler(srv interface{}, stream grpc.ServerStream) error {
-	return srv.(ConnectorServer).Work(&grpc.GenericServerStream[Batch, Batch]{ServerStream: stream})
-}
-
-// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type Connector_WorkServer = grpc.BidiStreamingServer[Batch, Batch]
-
 // Connector_ServiceDesc is the grpc.ServiceDesc for Connector service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -663,14 +563,6 @@ var Connector_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Connector_ImportRootKey_Handler,
 		},
 		{
-			MethodName: "Wrap",
-			Handler:    _Connector_Wrap_Handler,
-		},
-		{
-			MethodName: "Unwrap",
-			Handler:    _Connector_Unwrap_Handler,
-		},
-		{
 			MethodName: "Evict",
 			Handler:    _Connector_Evict_Handler,
 		},
@@ -699,13 +591,6 @@ var Connector_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Connector_Clear_Handler,
 		},
 	},
-	Streams: []grpc.StreamDesc{
-		{
-			StreamName:    "Work",
-			Handler:       _Connector_Work_Handler,
-			ServerStreams: true,
-			ClientStreams: true,
-		},
-	},
+	Streams:  []grpc.StreamDesc{},
 	Metadata: "internal/connector/wire/connector.proto",
 }
