@@ -60,6 +60,7 @@ var home = map[string][]string{
 	"google.golang.org/grpc":                 {"internal/connector", "internal/plugin", "internal/store"}, // etcd answers its clients by it
 	"github.com/golang-jwt/jwt":              {"internal/iam"},
 	"github.com/prometheus":                  {"internal/server"},
+	"github.com/vbauerster/mpb":              {"internal/output"},
 	"github.com/spf13/viper":                 {},
 	"github.com/pkg/errors":                  {},
 	"github.com/sirupsen/logrus":             {},

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"sync"
 	"text/tabwriter"
 
 	"sigs.k8s.io/yaml"
@@ -59,25 +58,4 @@ func table(w io.Writer, t Tabler) error {
 		fmt.Fprintln(tw, strings.Join(r, "\t"))
 	}
 	return tw.Flush()
-}
-
-// Progress prints one line per finished object on stderr, or nothing when
-// quiet. Safe for concurrent use.
-type Progress struct {
-	mu    sync.Mutex
-	w     io.Writer
-	quiet bool
-}
-
-// NewProgress prints to w unless quiet.
-func NewProgress(w io.Writer, quiet bool) *Progress { return &Progress{w: w, quiet: quiet} }
-
-// Line prints one line: what was done, then the details, each apart.
-func (p *Progress) Line(did string, details ...string) {
-	if p == nil || p.quiet {
-		return
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	fmt.Fprintln(p.w, strings.TrimRight(fmt.Sprintf("%-10s %s", did, strings.Join(details, "  ")), " "))
 }

@@ -202,14 +202,14 @@ func (s *stream) member(name string, size int64, r io.Reader, wanted map[string]
 		s.charts[name] = b
 		return err
 	case archive.ImageTar:
-		return s.imageMember(name, r, wanted)
+		return s.imageMember(name, size, r, wanted)
 	case archive.Other:
 	}
 	return nil
 }
 
 // imageMember reads the tar of a member's images.
-func (s *stream) imageMember(name string, r io.Reader, wanted map[string]bool) error {
+func (s *stream) imageMember(name string, size int64, r io.Reader, wanted map[string]bool) error {
 	if !s.planned && s.found.Any() {
 		m, err := s.found.Merged()
 		if err != nil {
@@ -233,12 +233,20 @@ func (s *stream) imageMember(name string, r io.Reader, wanted map[string]bool) e
 	if s.planned {
 		run.repo = s.Repository(entries[0].Name)
 	}
-	got, err := archive.ReadImages(r, name, s.Limits, run.layer)
+	title := name
+	if len(entries) > 0 {
+		title = entries[0].Ref()
+	}
+	// What is read is what goes on its way: a layer is worked on as it comes.
+	bar := s.Progress.Begin(title, size)
+	got, err := archive.ReadImages(bar.Reader(r), name, s.Limits, run.layer)
 	if err != nil {
+		bar.End()
 		return err
 	}
 	s.pending.Go(func() {
 		run.wait()
+		bar.End()
 		if s.planned {
 			run.finish(got, entries)
 			return

@@ -151,7 +151,7 @@ func (r *memberRun) image(img archive.Image, repo string) (body []byte, kind str
 		layers = append(layers, archive.Descriptor{MediaType: out.MediaType, Size: out.Size, Digest: out.Digest})
 	}
 	config := archive.Descriptor{MediaType: archive.TypeConfig, Size: int64(len(img.Config)), Digest: archive.DigestOf(img.Config)}
-	if err := r.s.bring(r.s.ctx, repo, config, func(from int64) (io.Reader, error) { return bytes.NewReader(img.Config[from:]), nil }); err != nil {
+	if err := r.s.bring(r.s.ctx, repo, config, func(from int64) (io.Reader, error) { return bytes.NewReader(img.Config[from:]), nil }, nil); err != nil {
 		return nil, "", err
 	}
 	if same {

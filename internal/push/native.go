@@ -9,6 +9,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/archive"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/output"
 	"github.com/kmsctl/kmsctl/pkg/ppa"
 )
 
@@ -94,17 +95,34 @@ func (l *load) nativeImage(ctx context.Context, entry ppa.Image, i archive.Index
 	l.done(o, err)
 }
 
+func sizeOf(all []archive.Descriptor) (n int64) {
+	for _, d := range all {
+		n += d.Size
+	}
+	return n
+}
+
 // nativeBlobs brings an image's blobs, side by side.
 func (l *load) nativeBlobs(ctx context.Context, repo string, i archive.IndexImage) error {
 	all := []archive.Descriptor{i.Config}
 	for _, y := range i.Layers {
 		all = append(all, y.Descriptor)
 	}
+	var bar *output.Bar
+	if !l.DryRun {
+		bar = l.Progress.Begin(i.Refs[0], sizeOf(all))
+		defer bar.End()
+	}
 	errs := make([]error, len(all))
 	var wg sync.WaitGroup
 	for n, d := range all {
 		wg.Go(func() {
-			errs[n] = l.bring(ctx, repo, d, func(from int64) (io.Reader, error) { return l.Archive.Blob(d.Digest, from) })
+			left := d.Size
+			errs[n] = l.bring(ctx, repo, d, func(from int64) (io.Reader, error) { return l.Archive.Blob(d.Digest, from) }, func(n int64) {
+				left -= n
+				bar.Add(n)
+			})
+			bar.Add(left) // it was there, or was mounted
 		})
 	}
 	wg.Wait()

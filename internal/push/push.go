@@ -277,8 +277,9 @@ func (l *load) have(ctx context.Context, s *blobState, repo, digest string) (boo
 	return false, nil
 }
 
-// bring sees to it that a repository has a blob, and sends it if it must.
-func (l *load) bring(ctx context.Context, repo string, d archive.Descriptor, open func(from int64) (io.Reader, error)) error {
+// bring sees to it that a repository has a blob, and sends it if it must; sent,
+// which may be nil, is told how much the registry has of what is sent.
+func (l *load) bring(ctx context.Context, repo string, d archive.Descriptor, open func(from int64) (io.Reader, error), sent func(int64)) error {
 	s := l.state(d.Digest)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -292,7 +293,7 @@ func (l *load) bring(ctx context.Context, repo string, d archive.Descriptor, ope
 	}
 	l.slots <- struct{}{}
 	defer func() { <-l.slots }()
-	if err := l.Registry.PutBlob(ctx, repo, d.Digest, d.Size, open, nil); err != nil {
+	if err := l.Registry.PutBlob(ctx, repo, d.Digest, d.Size, open, sent); err != nil {
 		return err
 	}
 	s.repos = append(s.repos, repo)

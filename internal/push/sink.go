@@ -101,7 +101,7 @@ func (s *sink) finish(out *Layer) error {
 	if s.upload == nil {
 		part := s.part
 		return l.bring(s.j.r.s.ctx, s.j.r.repo, archive.Descriptor{Size: s.n, Digest: out.Digest},
-			func(from int64) (io.Reader, error) { return bytes.NewReader(part[from:]), nil })
+			func(from int64) (io.Reader, error) { return bytes.NewReader(part[from:]), nil }, nil)
 	}
 	if err := s.arrived(); err != nil {
 		return err

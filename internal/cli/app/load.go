@@ -45,9 +45,11 @@ func (a *App) LoadArchive(ctx context.Context, l Load) (*push.Report, error) {
 	if err != nil {
 		return nil, err
 	}
+	progress := a.Progress()
+	defer progress.Close()
 	report, err := push.Load(ctx, push.Options{Archive: l.Archive, Registry: registry, Host: l.Delivery.Host(), Repository: l.Delivery.Repository,
 		RegistryValue: l.Delivery.RegistryValue(), Charts: charts, Jobs: l.Jobs, DryRun: l.DryRun, Compression: l.Compression,
-		Staging: l.Staging, Known: a.Layers(), Limits: l.Limits, Progress: a.Progress()})
+		Staging: l.Staging, Known: a.Layers(), Limits: l.Limits, Progress: progress})
 	if err != nil && len(report.Objects) == 0 {
 		return nil, err
 	}
