@@ -295,18 +295,19 @@ func TestNothingRemovedComesBackInPassing(t *testing.T) {
 func TestAuditLogTellsWhatWasRemoved(t *testing.T) {
 	_, s := fill(t, 3)
 	b := take(t, s)
-	later := map[string]string{"key-0001": "purged", "orders": "deleted"} // a service ID by its name
-	to := etcd(t)
-	p, target := prepare(t, b, to, later)
-	run(t, p, b, target, false)
-	got := paths(t, to)
-	for _, gone := range []string{keyPath(1), "iam/names/orders", "iam/serviceids/ServiceId-1", "iam/policies/ServiceId-1/p1"} {
-		if slices.Contains(got, gone) {
-			t.Errorf("%s came back", gone)
+	for _, name := range []string{"orders", "ServiceId-1"} { // a service ID by its name, and by its id
+		to := etcd(t)
+		p, target := prepare(t, b, to, map[string]string{"key-0001": "purged", name: "deleted"})
+		run(t, p, b, target, false)
+		got := paths(t, to)
+		for _, gone := range []string{keyPath(1), "iam/names/orders", "iam/serviceids/ServiceId-1", "iam/policies/ServiceId-1/p1"} {
+			if slices.Contains(got, gone) {
+				t.Errorf("%s deleted: %s came back", name, gone)
+			}
 		}
-	}
-	if !slices.Contains(got, keyPath(0)) || len(p.Removed) != 4 {
-		t.Errorf("%v, removed %v", got, p.Removed)
+		if !slices.Contains(got, keyPath(0)) || len(p.Removed) != 4 {
+			t.Errorf("%v, removed %v", got, p.Removed)
+		}
 	}
 }
 

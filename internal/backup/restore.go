@@ -165,7 +165,12 @@ func (p *Plan) leaveOut(named map[string][]byte, later map[string]string) {
 		}
 	}
 	for _, path := range slices.Sorted(maps.Keys(named)) {
-		for _, part := range strings.Split(path, "/") {
+		parts := strings.Split(path, "/")
+		var of string
+		if json.Unmarshal(named[path], &of) == nil { // a name without its service ID would be taken for ever
+			parts = append(parts, of)
+		}
+		for _, part := range parts {
 			if why, gone := ids[part]; gone {
 				p.remove(path, why)
 				break
