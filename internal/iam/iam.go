@@ -69,6 +69,9 @@ type ServiceID struct {
 	CreatedAt   time.Time `json:"createdAt"`
 	CreatedBy   string    `json:"createdBy"`
 	Subjects    []string  `json:"subjects,omitempty"` // see subject.go
+	// Instance binds it: it belongs to the instance's managers, and nobody can
+	// give it rights anywhere else.
+	Instance string `json:"instance,omitempty"`
 }
 
 // APIKey proves a service ID, or an administrator. Hash is the SHA-256 of the
@@ -85,7 +88,7 @@ type APIKey struct {
 
 const (
 	serviceIDs = "iam/serviceids/"
-	names      = "iam/names/" // name of a service ID → its id
+	names      = "iam/names/" // name of a service ID, or <instance>/<name> of a bound one → its id
 	apiKeys    = "iam/apikeys/"
 	policies   = "iam/policies/" // <service id>/<policy id>
 	keyPrefix  = "kms_"
@@ -107,6 +110,7 @@ type Principal struct {
 	Kind      Kind
 	ServiceID string
 	APIKeyID  string
+	instance  string // see In
 }
 
 // LocalAdmin is the user of this machine who runs the embedded KMS.
@@ -125,7 +129,15 @@ func (p Principal) String() string {
 	return "nobody"
 }
 
-func (p Principal) admin() bool { return p.Kind == KindLocal || p.Kind == KindAdmin }
+// In narrows what p sees and changes here to the service IDs of an instance.
+// Who is no administrator can only act as the manager of an instance.
+func (p Principal) In(instance string) Principal {
+	p.instance = instance
+	return p
+}
+
+// Admin says whether p may administer everything.
+func (p Principal) Admin() bool { return p.Kind == KindLocal || p.Kind == KindAdmin }
 
 var (
 	errNotAllowed = errors.New("the policies do not allow it")
@@ -299,6 +311,9 @@ func checkName(name string) error {
 // CreateServiceID makes a service ID; its name is unique.
 // Subjects are further ways to prove it, besides API keys.
 func (s *Service) CreateServiceID(ctx context.Context, who Principal, name, description string, subjects ...string) (ServiceID, error) {
+	if err := s.mayManage(ctx, who); err != nil {
+		return ServiceID{}, err
+	}
 	sid, changes, err := s.newServiceID(who, name, description, subjects...)
 	if err != nil {
 		return sid, err
@@ -317,38 +332,65 @@ func (s *Service) newServiceID(who Principal, name, description string, subjects
 	if err := checkName(name); err != nil {
 		return ServiceID{}, nil, err
 	}
-	sid := ServiceID{ID: "ServiceId-" + uuid.NewString(), Name: name, Description: description, CreatedAt: s.stamp(), CreatedBy: who.String(), Subjects: subjects}
-	bound, err := subjectChanges(sid)
-	return sid, append([]record.Change{{Path: serviceIDs + sid.ID, Value: sid}, {Path: names + name, Value: sid.ID}}, bound...), err
+	if len(subjects) > 0 && !who.Admin() {
+		return ServiceID{}, nil, fault.Newf(fault.Denied, "", "", "only an administrator says whose certificate or ServiceAccount a service ID is")
+	}
+	sid := ServiceID{ID: "ServiceId-" + uuid.NewString(), Name: name, Description: description, CreatedAt: s.stamp(), CreatedBy: who.String(), Subjects: subjects, Instance: who.instance}
+	proofs, err := subjectChanges(sid)
+	return sid, append([]record.Change{{Path: serviceIDs + sid.ID, Value: sid}, {Path: namePath(sid.Instance, name), Value: sid.ID}}, proofs...), err
 }
 
-// ServiceIDs lists all service IDs.
-func (s *Service) ServiceIDs(ctx context.Context) ([]ServiceID, error) {
+// namePath is where a name leads to its service ID: bound ones have names of
+// their own, so that no instance learns another's.
+func namePath(instance, name string) string {
+	if instance != "" {
+		instance += "/"
+	}
+	return names + instance + name
+}
+
+// ServiceIDs lists the service IDs that who administers.
+func (s *Service) ServiceIDs(ctx context.Context, who Principal) ([]ServiceID, error) {
+	if err := s.mayManage(ctx, who); err != nil {
+		return nil, err
+	}
 	out := []ServiceID{}
 	err := s.store.List(ctx, serviceIDs, func(_ record.Meta, decode func(any) error) error {
 		var sid ServiceID
 		if err := decode(&sid); err != nil {
 			return err
 		}
-		out = append(out, sid)
+		if who.sees(sid) {
+			out = append(out, sid)
+		}
 		return nil
 	})
 	return out, err
 }
 
-// Find gives a service ID by id or name, with its revision.
-func (s *Service) Find(ctx context.Context, nameOrID string) (ServiceID, int64, error) {
+// sees says whether a service ID is among those that p administers.
+func (p Principal) sees(sid ServiceID) bool { return p.instance == "" || p.instance == sid.Instance }
+
+// Find gives a service ID that who administers, by id or name, with its
+// revision. Another's looks like none.
+func (s *Service) Find(ctx context.Context, who Principal, nameOrID string) (ServiceID, int64, error) {
+	if err := s.mayManage(ctx, who); err != nil {
+		return ServiceID{}, 0, err
+	}
 	id := nameOrID
 	if strings.Contains(id, "/") {
 		return ServiceID{}, 0, notThere("service ID", nameOrID)
 	}
 	if !strings.HasPrefix(nameOrID, "ServiceId-") {
-		if _, err := s.store.Get(ctx, names+nameOrID, &id); err != nil {
+		if _, err := s.store.Get(ctx, namePath(who.instance, nameOrID), &id); err != nil {
 			return ServiceID{}, 0, absent("service ID", nameOrID, err)
 		}
 	}
 	var sid ServiceID
 	rev, err := s.store.Get(ctx, serviceIDs+id, &sid)
+	if err == nil && !who.sees(sid) {
+		return ServiceID{}, 0, notThere("service ID", nameOrID)
+	}
 	return sid, rev, absent("service ID", nameOrID, err)
 }
 
@@ -364,18 +406,26 @@ func absent(what, object string, err error) error {
 }
 
 // DeleteServiceID removes a service ID with its API keys and policies, in one
-// transaction.
-func (s *Service) DeleteServiceID(ctx context.Context, nameOrID string) error {
-	sid, rev, err := s.Find(ctx, nameOrID)
+// transaction, and gives what it was.
+func (s *Service) DeleteServiceID(ctx context.Context, who Principal, nameOrID string) (ServiceID, error) {
+	sid, rev, err := s.Find(ctx, who, nameOrID)
 	if err != nil {
-		return err
+		return sid, err
 	}
+	if err := s.covers(ctx, who, sid); err != nil {
+		return sid, err
+	}
+	return sid, s.removeServiceID(ctx, sid, rev)
+}
+
+func (s *Service) removeServiceID(ctx context.Context, sid ServiceID, rev int64) error {
 	var id string
-	nameRev, err := s.store.Get(ctx, names+sid.Name, &id)
+	name := namePath(sid.Instance, sid.Name)
+	nameRev, err := s.store.Get(ctx, name, &id)
 	if err != nil {
 		return err
 	}
-	changes := []record.Change{{Path: serviceIDs + sid.ID, Rev: rev}, {Path: names + sid.Name, Rev: nameRev}}
+	changes := []record.Change{{Path: serviceIDs + sid.ID, Rev: rev}, {Path: name, Rev: nameRev}}
 	freed, err := s.dropSubjects(ctx, sid)
 	if err != nil {
 		return err
@@ -410,8 +460,11 @@ func (s *Service) CreateAPIKey(ctx context.Context, who Principal, name, service
 	if err := checkName(name); err != nil {
 		return APIKey{}, secret.Value{}, err
 	}
-	sid, _, err := s.Find(ctx, service)
+	sid, _, err := s.Find(ctx, who, service)
 	if err != nil {
+		return APIKey{}, secret.Value{}, err
+	}
+	if err := s.covers(ctx, who, sid); err != nil {
 		return APIKey{}, secret.Value{}, err
 	}
 	k, key, err := s.newAPIKey(who, name, sid.ID)
@@ -428,14 +481,23 @@ func (s *Service) newAPIKey(who Principal, name, service string) (APIKey, secret
 
 // APIKeys lists API keys, of one service ID when it is named; administrators'
 // keys have none. Hashes are left out.
-func (s *Service) APIKeys(ctx context.Context, service string) ([]APIKey, error) {
-	id := ""
+func (s *Service) APIKeys(ctx context.Context, who Principal, service string) ([]APIKey, error) {
+	mine := map[string]bool{}
 	if service != "" {
-		sid, _, err := s.Find(ctx, service)
+		sid, _, err := s.Find(ctx, who, service)
 		if err != nil {
 			return nil, err
 		}
-		id = sid.ID
+		mine[sid.ID] = true
+	} else {
+		all, err := s.ServiceIDs(ctx, who)
+		if err != nil {
+			return nil, err
+		}
+		for _, sid := range all {
+			mine[sid.ID] = true
+		}
+		mine[""] = who.Admin() && who.instance == ""
 	}
 	out := []APIKey{}
 	err := s.store.List(ctx, apiKeys, func(_ record.Meta, decode func(any) error) error {
@@ -443,7 +505,7 @@ func (s *Service) APIKeys(ctx context.Context, service string) ([]APIKey, error)
 		if err := decode(&k); err != nil {
 			return err
 		}
-		if k.Hash = ""; id == "" || k.ServiceID == id {
+		if k.Hash = ""; mine[k.ServiceID] {
 			out = append(out, k)
 		}
 		return nil
@@ -452,7 +514,10 @@ func (s *Service) APIKeys(ctx context.Context, service string) ([]APIKey, error)
 }
 
 // DeleteAPIKey revokes an API key, and with it every token that it gave.
-func (s *Service) DeleteAPIKey(ctx context.Context, id string) error {
+func (s *Service) DeleteAPIKey(ctx context.Context, who Principal, id string) error {
+	if err := s.mayManage(ctx, who); err != nil {
+		return err
+	}
 	if strings.Contains(id, "/") {
 		return notThere("API key", id)
 	}
@@ -460,6 +525,19 @@ func (s *Service) DeleteAPIKey(ctx context.Context, id string) error {
 	rev, err := s.store.Get(ctx, apiKeys+id, &k)
 	if err != nil {
 		return absent("API key", id, err)
+	}
+	if who.instance != "" {
+		var sid ServiceID
+		_, err := s.store.Get(ctx, serviceIDs+k.ServiceID, &sid)
+		if k.ServiceID == "" || errors.Is(err, record.ErrNotFound) || err == nil && !who.sees(sid) {
+			return notThere("API key", id)
+		}
+		if err == nil {
+			err = s.covers(ctx, who, sid)
+		}
+		if err != nil {
+			return err
+		}
 	}
 	return s.store.Commit(ctx, record.Change{Path: apiKeys + id, Rev: rev})
 }
@@ -473,6 +551,9 @@ type Onboarded struct {
 
 // Onboard makes a service ID, an API key and a policy on one key, all or none.
 func (s *Service) Onboard(ctx context.Context, who Principal, name, instance, key, role string) (Onboarded, error) {
+	if err := s.mayManage(ctx, who); err != nil {
+		return Onboarded{}, err
+	}
 	sid, changes, err := s.newServiceID(who, name, "")
 	if err != nil {
 		return Onboarded{}, err
@@ -485,7 +566,7 @@ func (s *Service) Onboard(ctx context.Context, who Principal, name, instance, ke
 	if err != nil {
 		return Onboarded{}, err
 	}
-	if err := s.mayGrant(ctx, who, p); err != nil {
+	if err := s.MayGrant(ctx, who, p); err != nil {
 		return Onboarded{}, err
 	}
 	p.ID = uuid.NewString()

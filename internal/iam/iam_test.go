@@ -107,16 +107,7 @@ func TestOnboardedServiceMayUseItsKeyAndNoOther(t *testing.T) {
 
 // TestRoles is the table of who may do what on an instance.
 func TestRoles(t *testing.T) {
-	admin := "keys.create keys.list keys.read keys.metadata keys.wrap keys.unwrap keys.rotate keys.delete"
-	reader := "keys.list keys.metadata keys.versions keys.wrap keys.unwrap keys.rewrap registrations.list key-rings.list instance.read"
-	writer := reader + " keys.read keys.create keys.rotate keys.set-for-deletion keys.sync key-rings.create import-tokens aliases.manage registrations.write"
-	want := map[string]string{
-		"Viewer": "keys.wrap keys.unwrap",
-		"Editor": "keys.create keys.list keys.read keys.metadata keys.wrap keys.unwrap", "Administrator": admin, "AccountAdministrator": admin, "ClusterAdministrator": admin,
-		"Reader": reader, "ReaderPlus": reader + " keys.read", "Writer": writer,
-		"Manager":  writer + " keys.enable keys.delete keys.restore keys.patch keys.policies key-rings.delete instance.policies",
-		"KeyPurge": "keys.purge",
-	}
+	want := actionsOf()
 	w := newWorld(t)
 	for role, list := range want {
 		p, err := iam.NewPolicy(shop, "", "", role)
@@ -209,8 +200,13 @@ func TestForgedTokensAreRefused(t *testing.T) {
 func TestRevocationBeatsTheToken(t *testing.T) {
 	w := newWorld(t)
 	for name, revoke := range map[string]func(iam.Onboarded, iam.Principal) error{
-		"api key":    func(_ iam.Onboarded, p iam.Principal) error { return w.DeleteAPIKey(t.Context(), p.APIKeyID) },
-		"service id": func(o iam.Onboarded, _ iam.Principal) error { return w.DeleteServiceID(t.Context(), o.ServiceID.Name) },
+		"api key": func(_ iam.Onboarded, p iam.Principal) error {
+			return w.DeleteAPIKey(t.Context(), iam.LocalAdmin(), p.APIKeyID)
+		},
+		"service id": func(o iam.Onboarded, _ iam.Principal) error {
+			_, err := w.DeleteServiceID(t.Context(), iam.LocalAdmin(), o.ServiceID.Name)
+			return err
+		},
 	} {
 		o, p, tok := w.onboard(t, "svc "+name, "Viewer")
 		if err := revoke(o, p); err != nil {
@@ -224,7 +220,7 @@ func TestRevocationBeatsTheToken(t *testing.T) {
 		}
 	}
 	o, p, _ := w.onboard(t, "svc policy", "Viewer")
-	if err := w.DeletePolicy(t.Context(), o.ServiceID.ID, o.PolicyID); err != nil {
+	if err := w.DeletePolicy(t.Context(), iam.LocalAdmin(), o.ServiceID.ID, o.PolicyID); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.Authorize(t.Context(), p, iam.KeysWrap, iam.Resource{Instance: shop, Key: keyA}); fault.KindOf(err) != fault.Denied {
@@ -252,35 +248,164 @@ func TestWrongAPIKeys(t *testing.T) {
 	}
 }
 
+// actionsOf is who may do what, as words.
+func actionsOf() map[string]string {
+	admin := "keys.create keys.list keys.read keys.metadata keys.wrap keys.unwrap keys.rotate keys.delete iam.grant"
+	reader := "keys.list keys.metadata keys.versions keys.wrap keys.unwrap keys.rewrap registrations.list key-rings.list instance.read"
+	writer := reader + " keys.read keys.create keys.rotate keys.set-for-deletion keys.sync key-rings.create import-tokens aliases.manage registrations.write"
+	return map[string]string{
+		"Viewer": "keys.wrap keys.unwrap",
+		"Editor": "keys.create keys.list keys.read keys.metadata keys.wrap keys.unwrap", "Administrator": admin, "AccountAdministrator": admin, "ClusterAdministrator": admin,
+		"Reader": reader, "ReaderPlus": reader + " keys.read", "Writer": writer,
+		"Manager":  writer + " keys.enable keys.delete keys.restore keys.patch keys.policies key-rings.delete instance.policies iam.grant",
+		"KeyPurge": "keys.purge",
+	}
+}
+
+// TestNobodyGrantsMoreThanTheyHave meets every role on every scope with every
+// role on every scope that it could grant, and with the API key of a service
+// ID that has it: both only within the granter's own actions and scope.
 func TestNobodyGrantsMoreThanTheyHave(t *testing.T) {
 	w := newWorld(t)
-	sid, err := w.CreateServiceID(t.Context(), iam.LocalAdmin(), "editor", "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := iam.NewPolicy(shop, "", "", "Editor")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := w.CreatePolicy(t.Context(), iam.LocalAdmin(), "editor", p); err != nil {
-		t.Fatal(err)
-	}
-	who := iam.Principal{Kind: iam.KindService, ServiceID: sid.ID}
-	for _, c := range []struct {
-		instance, key, role string
-		ok                  bool
-	}{
-		{shop, keyA, "Viewer", true}, {shop, "", "Editor", true}, {shop, keyA, "Editor", true},
-		{shop, "", "Administrator", false}, {shop, keyA, "Manager", false}, {other, keyA, "Viewer", false}, {shop, keyA, "KeyPurge", false},
-	} {
-		p, err := iam.NewPolicy(c.instance, c.key, "", c.role)
+	ctx, admin := t.Context(), iam.LocalAdmin()
+	service := func(name, in string, role string, scope [3]string) iam.Principal {
+		t.Helper()
+		sid, err := w.CreateServiceID(ctx, admin.In(in), name, "")
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = w.CreatePolicy(t.Context(), who, "editor", p)
-		if (err == nil) != c.ok || (err != nil && fault.KindOf(err) != fault.Denied) {
-			t.Errorf("%+v: %v", c, err)
+		p, err := iam.NewPolicy(scope[0], scope[1], scope[2], role)
+		if err != nil {
+			t.Fatal(err)
 		}
+		if _, err := w.CreatePolicy(ctx, admin.In(in), sid.ID, p); err != nil {
+			t.Fatal(err)
+		}
+		return iam.Principal{Kind: iam.KindService, ServiceID: sid.ID}
+	}
+	scopes := map[string][3]string{"instance": {shop}, "key": {shop, keyA}, "ring": {shop, "", "blue"}, "another instance": {other}}
+	roles := actionsOf()
+	count := map[bool]int{}
+	granted := map[string]iam.Principal{}
+	for role := range roles {
+		for scope, s := range scopes {
+			if s[0] == shop {
+				granted[role+scope] = service("has "+role+" on "+scope, shop, role, s)
+			}
+		}
+	}
+	if _, err := w.CreateServiceID(ctx, admin.In(shop), "target", ""); err != nil {
+		t.Fatal(err)
+	}
+	for own, acts := range roles {
+		for ownScope, s := range scopes {
+			if s[0] != shop {
+				continue
+			}
+			who := service(own+" on "+ownScope, "", own, s).In(shop)
+			for role, wanted := range roles {
+				within := strings.Contains(acts, "iam.grant") && ownScope == "instance"
+				for _, act := range strings.Fields(wanted) {
+					within = within && slices.Contains(strings.Fields(acts), act)
+				}
+				for scope, to := range scopes {
+					may := within && to[0] == shop
+					p, err := iam.NewPolicy(to[0], to[1], to[2], role)
+					if err != nil {
+						t.Fatal(err)
+					}
+					_, err = w.CreatePolicy(ctx, who, "target", p)
+					if (err == nil) != may || (err != nil && fault.KindOf(err) != fault.Denied) {
+						t.Errorf("%s on %s grants %s on %s: %v", own, ownScope, role, scope, err)
+					}
+					count[may]++
+					if to[0] != shop {
+						continue
+					}
+					_, _, err = w.CreateAPIKey(ctx, who, "k", granted[role+scope].ServiceID)
+					if (err == nil) != may || (err != nil && fault.KindOf(err) != fault.Denied) {
+						t.Errorf("%s on %s makes an API key for %s on %s: %v", own, ownScope, role, scope, err)
+					}
+					count[may]++
+				}
+			}
+		}
+	}
+	t.Logf("roles × scopes × grants: %d allowed, %d refused", count[true], count[false])
+}
+
+// TestBoundServiceIDs: a service ID of an instance has no rights elsewhere,
+// whoever wants to give them, and what is another's looks like none.
+func TestBoundServiceIDs(t *testing.T) {
+	w := newWorld(t)
+	ctx, admin := t.Context(), iam.LocalAdmin()
+	manager := iam.Principal{Kind: iam.KindService}
+	sid, err := w.CreateServiceID(ctx, admin, "manager", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	manager.ServiceID = sid.ID
+	for _, in := range []string{shop, other} {
+		p, err := iam.NewPolicy(in, "", "", "Manager")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.CreatePolicy(ctx, admin, "manager", p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mine, err := w.CreateServiceID(ctx, manager.In(shop), "orders", "")
+	if err != nil || mine.Instance != shop {
+		t.Fatalf("%+v %v", mine, err)
+	}
+	if _, err := w.CreateServiceID(ctx, manager.In(other), "orders", ""); err != nil {
+		t.Errorf("the same name in another instance: %v", err)
+	}
+	if _, err := w.CreateServiceID(ctx, manager.In(shop), "orders", ""); fault.KindOf(err) != fault.Conflict {
+		t.Errorf("the same name again: %v", err)
+	}
+	if _, err := w.CreateServiceID(ctx, manager.In(shop), "mine", "", iam.SubjectOfCert("somebody")); fault.KindOf(err) != fault.Denied {
+		t.Errorf("a manager binds a certificate: %v", err)
+	}
+	p, err := iam.NewPolicy(other, "", "", "Viewer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, who := range map[string]iam.Principal{"manager of both": manager.In(shop), "administrator": admin.In(shop)} {
+		if _, err := w.CreatePolicy(ctx, who, "orders", p); fault.KindOf(err) != fault.Usage {
+			t.Errorf("rights elsewhere by %s: %v", name, err)
+		}
+	}
+	key, _, err := w.CreateAPIKey(ctx, manager.In(shop), "k", "orders")
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign := manager.In(other)
+	for what, f := range map[string]func() error{
+		"find":                           func() error { _, _, err := w.Find(ctx, foreign, mine.ID); return err },
+		"delete":                         func() error { _, err := w.DeleteServiceID(ctx, foreign, mine.ID); return err },
+		"make a key":                     func() error { _, _, err := w.CreateAPIKey(ctx, foreign, "k", mine.ID); return err },
+		"delete a key":                   func() error { return w.DeleteAPIKey(ctx, foreign, key.ID) },
+		"list policies":                  func() error { _, _, err := w.Policies(ctx, foreign, mine.ID); return err },
+		"delete an unbound service ID's": func() error { _, err := w.DeleteServiceID(ctx, foreign, "manager"); return err },
+	} {
+		if err := f(); fault.KindOf(err) != fault.NotFound {
+			t.Errorf("%s of another instance: %v", what, err)
+		}
+	}
+	all, err := w.ServiceIDs(ctx, manager.In(shop))
+	if err != nil || len(all) != 1 || all[0].ID != mine.ID {
+		t.Errorf("listed: %+v %v", all, err)
+	}
+	keys, err := w.APIKeys(ctx, manager.In(shop), "")
+	if err != nil || len(keys) != 1 || keys[0].ID != key.ID {
+		t.Errorf("listed: %+v %v", keys, err)
+	}
+	if _, err := w.DeleteServiceID(ctx, manager.In(shop), "orders"); err != nil {
+		t.Error(err)
+	}
+	if _, _, err := w.Find(ctx, admin, mine.ID); fault.KindOf(err) != fault.NotFound {
+		t.Errorf("after its deletion: %v", err)
 	}
 }
 
@@ -323,13 +448,13 @@ func TestNamesAreUniqueAndFreedByDeletion(t *testing.T) {
 	if _, err := w.Onboard(ctx, iam.LocalAdmin(), "orders", shop, keyA, "Viewer"); fault.KindOf(err) != fault.Conflict {
 		t.Errorf("%v", err)
 	}
-	if err := w.DeleteServiceID(ctx, "orders"); err != nil {
+	if _, err := w.DeleteServiceID(ctx, iam.LocalAdmin(), "orders"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := w.Onboard(ctx, iam.LocalAdmin(), "orders", shop, keyA, "Viewer"); err != nil {
 		t.Error(err)
 	}
-	all, err := w.ServiceIDs(ctx)
+	all, err := w.ServiceIDs(ctx, iam.LocalAdmin())
 	if err != nil || len(all) != 1 || !slices.ContainsFunc(all, func(s iam.ServiceID) bool { return s.Name == "orders" }) {
 		t.Errorf("%+v %v", all, err)
 	}

@@ -45,6 +45,7 @@ const (
 	RegistrationsWrite Action = "registrations.write"
 	InstancePolicies   Action = "instance.policies"
 	InstanceRead       Action = "instance.read"
+	IAMGrant           Action = "iam.grant"        // service IDs, API keys and policies of one's instance
 	InstancesManage    Action = "instances.manage" // administrators only
 	IAMManage          Action = "iam.manage"       // administrators only
 )
@@ -60,11 +61,11 @@ const roleCRN = "crn:v1:icp:private:iam::::role:"
 var (
 	viewer   = []Action{KeysWrap, KeysUnwrap}
 	editor   = append(slices.Clone(viewer), KeysCreate, KeysList, KeysRead, KeysMetadata)
-	icpAdmin = append(slices.Clone(editor), KeysRotate, KeysDelete)
+	icpAdmin = append(slices.Clone(editor), KeysRotate, KeysDelete, IAMGrant)
 	reader   = []Action{KeysMetadata, KeysVersions, KeysWrap, KeysUnwrap, KeysRewrap, KeysList, RegistrationsList, RingsList, InstanceRead}
 	plus     = append(slices.Clone(reader), KeysRead)
 	writer   = append(slices.Clone(plus), KeysCreate, KeysRotate, KeysSetDeletion, KeysSync, RingsCreate, ImportTokens, AliasesManage, RegistrationsWrite)
-	manager  = append(slices.Clone(writer), KeysEnable, KeysDelete, KeysRestore, KeysPatch, KeysPolicies, RingsDelete, InstancePolicies)
+	manager  = append(slices.Clone(writer), KeysEnable, KeysDelete, KeysRestore, KeysPatch, KeysPolicies, RingsDelete, InstancePolicies, IAMGrant)
 )
 
 // roles maps both families onto the actions: ICP's as registered by its IAM
@@ -190,7 +191,7 @@ func (p Policy) allows(act Action, want Resource) bool {
 // otherwise. It looks nothing else up, so that what is foreign looks like
 // what is not there.
 func (s *Service) Authorize(ctx context.Context, who Principal, act Action, what Resource) error {
-	if who.admin() {
+	if who.Admin() {
 		return nil
 	}
 	if who.Kind != KindService || who.ServiceID == "" {
@@ -208,10 +209,22 @@ func (s *Service) Authorize(ctx context.Context, who Principal, act Action, what
 	return fault.New(fault.Denied, "", "", errNotAllowed)
 }
 
-// mayGrant lets nobody give more than they have: every action of the policy,
+// mayManage lets administrators, and whoever holds IAMGrant on the whole
+// instance that they act in.
+func (s *Service) mayManage(ctx context.Context, who Principal) error {
+	if who.Admin() {
+		return nil
+	}
+	if who.instance == "" {
+		return fault.New(fault.Denied, "", "", errNotAllowed)
+	}
+	return s.Authorize(ctx, who, IAMGrant, Resource{Instance: who.instance})
+}
+
+// MayGrant lets nobody give more than they have: every action of the policy,
 // on each of its resources.
-func (s *Service) mayGrant(ctx context.Context, who Principal, p Policy) error {
-	if who.admin() {
+func (s *Service) MayGrant(ctx context.Context, who Principal, p Policy) error {
+	if who.Admin() {
 		return nil
 	}
 	for _, role := range p.Roles {
@@ -230,25 +243,47 @@ func (s *Service) mayGrant(ctx context.Context, who Principal, p Policy) error {
 	return nil
 }
 
+// covers says whether all that a service ID may do lies within what who may:
+// a key of it is a grant of all of that, and to take its rights away is for
+// those who could give them.
+func (s *Service) covers(ctx context.Context, who Principal, sid ServiceID) error {
+	if who.Admin() {
+		return nil
+	}
+	all, err := listPolicies(ctx, s.store, sid.ID)
+	if err != nil {
+		return err
+	}
+	for _, p := range all {
+		if err := s.MayGrant(ctx, who, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // CreatePolicy gives a service ID a policy, within what the granter may do.
 func (s *Service) CreatePolicy(ctx context.Context, who Principal, service string, p Policy) (string, error) {
 	if err := p.check(); err != nil {
 		return "", err
 	}
-	sid, _, err := s.Find(ctx, service)
+	sid, _, err := s.Find(ctx, who, service)
 	if err != nil {
 		return "", err
 	}
-	if err := s.mayGrant(ctx, who, p); err != nil {
+	if err := s.MayGrant(ctx, who, p); err != nil {
 		return "", err
+	}
+	if sid.Instance != "" && slices.ContainsFunc(p.Resources, func(r Resource) bool { return r.Instance != sid.Instance }) {
+		return "", fault.Usagef("policy: service ID %q is bound to instance %s and gets no rights elsewhere", sid.Name, sid.Instance)
 	}
 	p.ID = uuid.NewString()
 	return p.ID, s.store.Commit(ctx, record.Change{Path: policies + sid.ID + "/" + p.ID, Value: p})
 }
 
 // Policies lists the policies of a service ID.
-func (s *Service) Policies(ctx context.Context, service string) (ServiceID, []Policy, error) {
-	sid, _, err := s.Find(ctx, service)
+func (s *Service) Policies(ctx context.Context, who Principal, service string) (ServiceID, []Policy, error) {
+	sid, _, err := s.Find(ctx, who, service)
 	if err != nil {
 		return sid, nil, err
 	}
@@ -279,8 +314,8 @@ func (p Policy) RoleNames() []string {
 }
 
 // DeletePolicy takes a policy from a service ID.
-func (s *Service) DeletePolicy(ctx context.Context, service, id string) error {
-	sid, _, err := s.Find(ctx, service)
+func (s *Service) DeletePolicy(ctx context.Context, who Principal, service, id string) error {
+	sid, _, err := s.Find(ctx, who, service)
 	if err != nil {
 		return err
 	}
@@ -292,6 +327,9 @@ func (s *Service) DeletePolicy(ctx context.Context, service, id string) error {
 	rev, err := s.store.Get(ctx, path, &p)
 	if err != nil {
 		return absent("policy", id, err)
+	}
+	if err := s.MayGrant(ctx, who, p); err != nil {
+		return err
 	}
 	return s.store.Commit(ctx, record.Change{Path: path, Rev: rev})
 }

@@ -62,6 +62,15 @@ func (s *Server) tokenLimited(w http.ResponseWriter, err error) {
 	writeError(w, kmsapi.TooManyRequests, "Token could not be issued", "")
 }
 
+// manager is the caller as IAM sees them: an administrator anywhere, anybody
+// else within the instance of the header.
+func (c *call) manager() iam.Principal {
+	if c.who.Admin() {
+		return c.who
+	}
+	return c.who.In(c.instance)
+}
+
 // onboard makes an instance and a key where none are named, then a service ID,
 // an API key and a policy on that one key. When the last step fails, what was
 // made before stays and is named in the answer of a second try.
@@ -73,9 +82,16 @@ func onboard(ctx context.Context, c *call) (any, error) {
 	if in.Role == "" {
 		in.Role = "Viewer"
 	}
+	who := c.manager()
+	if !who.Admin() {
+		if in.Instance != "" && in.Instance != c.instance {
+			return nil, fault.Newf(fault.Denied, "", "", "another instance than the header's").WithReason(kmsapi.Forbidden)
+		}
+		in.Instance = c.instance
+	}
 	// The service ID's name is looked at first: a name that is taken must not
 	// leave an instance and a key behind.
-	if sid, ps, err := c.IAM.Policies(ctx, in.Name); err == nil {
+	if sid, ps, err := c.IAM.Policies(ctx, who, in.Name); err == nil {
 		return c.onboardAgain(ctx, in, sid, ps)
 	} else if fault.KindOf(err) != fault.NotFound {
 		return nil, err
@@ -92,7 +108,7 @@ func onboard(ctx context.Context, c *call) (any, error) {
 		return nil, err
 	}
 	c.id = in.Key
-	o, err := c.IAM.Onboard(ctx, c.who, in.Name, in.Instance, in.Key, in.Role)
+	o, err := c.IAM.Onboard(ctx, who, in.Name, in.Instance, in.Key, in.Role)
 	if err != nil {
 		return nil, err
 	}
@@ -104,6 +120,9 @@ func (c *call) onboardKey(ctx context.Context, in *kmsapi.OnboardRequest) error 
 	if in.Key != "" {
 		id, _, err := c.KMS.Resolve(ctx, in.Instance, in.Key)
 		in.Key = id
+		return err
+	}
+	if err := c.IAM.Authorize(ctx, c.who, iam.KeysCreate, iam.Resource{Instance: in.Instance, KeyRing: kmsapi.DefaultKeyRing}); err != nil {
 		return err
 	}
 	k, err := c.KMS.CreateKey(ctx, in.Instance, kmsapi.DefaultKeyRing, c.who.String(), kmsapi.CreateKey{Name: in.Name + " root key"})
@@ -127,18 +146,19 @@ func (c *call) onboardAgain(ctx context.Context, in kmsapi.OnboardRequest, sid i
 	if r.Key == "" || in.Instance != "" && in.Instance != r.Instance || in.Key != "" && in.Key != r.Key {
 		return nil, differs
 	}
+	who := c.manager()
 	c.instance, c.id = r.Instance, r.Key
 	out := kmsapi.Onboarded{InstanceID: r.Instance, ServiceID: sid.ID, PolicyID: ps[0].ID, KeyID: r.Key, Existing: true}
 	if !in.NewAPIKey {
 		return out, nil
 	}
-	_, value, err := c.IAM.CreateAPIKey(ctx, c.who, in.Name, sid.ID)
+	_, value, err := c.IAM.CreateAPIKey(ctx, who, in.Name, sid.ID)
 	out.APIKey = string(value.Reveal())
 	return out, err
 }
 
 func listAPIKeys(ctx context.Context, c *call) (any, error) {
-	all, err := c.IAM.APIKeys(ctx, c.r.URL.Query().Get("serviceId"))
+	all, err := c.IAM.APIKeys(ctx, c.manager(), c.r.URL.Query().Get("serviceId"))
 	out := kmsapi.APIKeys{APIKeys: []kmsapi.APIKey{}}
 	for _, k := range all {
 		out.APIKeys = append(out.APIKeys, kmsapi.APIKey{ID: k.ID, Name: k.Name, ServiceID: k.ServiceID, CreatedAt: k.CreatedAt})
@@ -147,7 +167,7 @@ func listAPIKeys(ctx context.Context, c *call) (any, error) {
 }
 
 func listPolicies(ctx context.Context, c *call) (any, error) {
-	sid, all, err := c.IAM.Policies(ctx, c.r.PathValue("service"))
+	sid, all, err := c.IAM.Policies(ctx, c.manager(), c.r.PathValue("service"))
 	out := kmsapi.Policies{Policies: []kmsapi.Policy{}}
 	for _, p := range all {
 		for _, r := range p.Resources {
@@ -185,12 +205,22 @@ func createServiceID(ctx context.Context, c *call) (any, error) {
 	if err := c.decode(&in); err != nil {
 		return nil, err
 	}
-	s, err := c.IAM.CreateServiceID(ctx, c.who, in.Name, in.Description, in.Subjects...)
+	who := c.manager()
+	if in.Instance != "" {
+		if !who.Admin() && in.Instance != c.instance {
+			return nil, fault.Newf(fault.Denied, "", "", "another instance than the header's").WithReason(kmsapi.Forbidden)
+		}
+		if _, err := c.KMS.Instance(ctx, in.Instance); err != nil {
+			return nil, err
+		}
+		who, c.instance = who.In(in.Instance), in.Instance
+	}
+	s, err := c.IAM.CreateServiceID(ctx, who, in.Name, in.Description, in.Subjects...)
 	return kmsapi.ServiceID(s), err
 }
 
 func listServiceIDs(ctx context.Context, c *call) (any, error) {
-	all, err := c.IAM.ServiceIDs(ctx)
+	all, err := c.IAM.ServiceIDs(ctx, c.manager())
 	out := kmsapi.ServiceIDs{ServiceIDs: []kmsapi.ServiceID{}}
 	for _, s := range all {
 		out.ServiceIDs = append(out.ServiceIDs, kmsapi.ServiceID(s))
@@ -199,7 +229,17 @@ func listServiceIDs(ctx context.Context, c *call) (any, error) {
 }
 
 func deleteServiceID(ctx context.Context, c *call) (any, error) {
-	return nil, c.IAM.DeleteServiceID(ctx, c.id)
+	return nil, c.dropServiceID(ctx, c.id)
+}
+
+// dropServiceID deletes, and has the audit log name a bound service ID by its
+// id: its name alone does not say which.
+func (c *call) dropServiceID(ctx context.Context, nameOrID string) error {
+	sid, err := c.IAM.DeleteServiceID(ctx, c.manager(), nameOrID)
+	if sid.Instance != "" {
+		c.instance, c.id = sid.Instance, sid.ID
+	}
+	return err
 }
 
 func createAPIKey(ctx context.Context, c *call) (any, error) {
@@ -207,7 +247,7 @@ func createAPIKey(ctx context.Context, c *call) (any, error) {
 	if err := c.decode(&in); err != nil {
 		return nil, err
 	}
-	k, value, err := c.IAM.CreateAPIKey(ctx, c.who, in.Name, in.ServiceID)
+	k, value, err := c.IAM.CreateAPIKey(ctx, c.manager(), in.Name, in.ServiceID)
 	if err != nil {
 		return nil, err
 	}
@@ -215,7 +255,7 @@ func createAPIKey(ctx context.Context, c *call) (any, error) {
 }
 
 func deleteAPIKey(ctx context.Context, c *call) (any, error) {
-	return nil, c.IAM.DeleteAPIKey(ctx, c.id)
+	return nil, c.IAM.DeleteAPIKey(ctx, c.manager(), c.id)
 }
 
 func createPolicy(ctx context.Context, c *call) (any, error) {
@@ -223,21 +263,33 @@ func createPolicy(ctx context.Context, c *call) (any, error) {
 	if err := c.decode(&in); err != nil {
 		return nil, err
 	}
-	c.instance = in.Instance
 	if in.Key != "" && in.KeyRing != "" {
 		return nil, fault.New(fault.Usage, "", "", errors.New("key and keyRing exclude each other")).WithReason(kmsapi.InvalidField)
-	}
-	if _, err := c.KMS.Instance(ctx, in.Instance); err != nil {
-		return nil, err
 	}
 	p, err := iam.NewPolicy(in.Instance, in.Key, in.KeyRing, in.Role)
 	if err != nil {
 		return nil, err
 	}
-	id, err := c.IAM.CreatePolicy(ctx, c.who, in.ServiceID, p)
+	id, err := c.grant(ctx, in.ServiceID, p)
 	return kmsapi.PolicyID{ID: id}, err
 }
 
+// grant gives a service ID a policy: whether the caller may comes before the
+// look whether its instances exist.
+func (c *call) grant(ctx context.Context, service string, p iam.Policy) (id string, err error) {
+	who := c.manager()
+	if err := c.IAM.MayGrant(ctx, who, p); err != nil {
+		return "", err
+	}
+	for _, r := range p.Resources {
+		c.instance = r.Instance
+		if _, err := c.KMS.Instance(ctx, r.Instance); err != nil {
+			return "", err
+		}
+	}
+	return c.IAM.CreatePolicy(ctx, who, service, p)
+}
+
 func deletePolicy(ctx context.Context, c *call) (any, error) {
-	return nil, c.IAM.DeletePolicy(ctx, c.r.PathValue("service"), c.id)
+	return nil, c.IAM.DeletePolicy(ctx, c.manager(), c.r.PathValue("service"), c.id)
 }

@@ -22,13 +22,13 @@ func icpRoutes() []route {
 	}
 	const made = http.StatusCreated
 	return []route{
-		{"POST", identity("/serviceids"), "iam.service-ids.create", "Service ID could not be created", iam.IAMManage, everywhere, made, icpCreateServiceID},
-		{"GET", identity("/serviceids"), "iam.service-ids.list", "Service IDs could not be retrieved", iam.IAMManage, everywhere, http.StatusOK, icpListServiceIDs},
-		{"DELETE", []string{"/serviceids/{id}", "/iam-token/serviceids/{id}"}, "iam.service-ids.delete", "Service ID could not be deleted", iam.IAMManage, everywhere, http.StatusNoContent, icpDeleteServiceID},
-		{"POST", identity("/apikeys"), "iam.api-keys.create", "API key could not be created", iam.IAMManage, everywhere, made, icpCreateAPIKey},
-		{"POST", pap(""), "iam.policies.create", "Policy could not be created", iam.IAMManage, everywhere, made, icpCreatePolicy},
-		{"GET", pap(""), "iam.policies.list", "Policies could not be retrieved", iam.IAMManage, everywhere, http.StatusOK, icpListPolicies},
-		{"DELETE", pap("/{id}"), "iam.policies.delete", "Policy could not be deleted", iam.IAMManage, everywhere, http.StatusNoContent, icpDeletePolicy},
+		{"POST", identity("/serviceids"), "iam.service-ids.create", "Service ID could not be created", iam.IAMGrant, managing, made, icpCreateServiceID},
+		{"GET", identity("/serviceids"), "iam.service-ids.list", "Service IDs could not be retrieved", iam.IAMGrant, managing, http.StatusOK, icpListServiceIDs},
+		{"DELETE", []string{"/serviceids/{id}", "/iam-token/serviceids/{id}"}, "iam.service-ids.delete", "Service ID could not be deleted", iam.IAMGrant, managing, http.StatusNoContent, icpDeleteServiceID},
+		{"POST", identity("/apikeys"), "iam.api-keys.create", "API key could not be created", iam.IAMGrant, managing, made, icpCreateAPIKey},
+		{"POST", pap(""), "iam.policies.create", "Policy could not be created", iam.IAMGrant, managing, made, icpCreatePolicy},
+		{"GET", pap(""), "iam.policies.list", "Policies could not be retrieved", iam.IAMGrant, managing, http.StatusOK, icpListPolicies},
+		{"DELETE", pap("/{id}"), "iam.policies.delete", "Policy could not be deleted", iam.IAMGrant, managing, http.StatusNoContent, icpDeletePolicy},
 	}
 }
 
@@ -70,7 +70,7 @@ func icpCreateServiceID(ctx context.Context, c *call) (any, error) {
 	if err := c.decode(&in); err != nil {
 		return nil, err
 	}
-	s, err := c.IAM.CreateServiceID(ctx, c.who, in.Name, in.Description)
+	s, err := c.IAM.CreateServiceID(ctx, c.manager(), in.Name, in.Description)
 	if err != nil {
 		return nil, err
 	}
@@ -78,7 +78,7 @@ func icpCreateServiceID(ctx context.Context, c *call) (any, error) {
 }
 
 func icpListServiceIDs(ctx context.Context, c *call) (any, error) {
-	all, err := c.IAM.ServiceIDs(ctx)
+	all, err := c.IAM.ServiceIDs(ctx, c.manager())
 	out := struct {
 		Items []icpServiceID `json:"items"`
 	}{[]icpServiceID{}}
@@ -89,7 +89,7 @@ func icpListServiceIDs(ctx context.Context, c *call) (any, error) {
 }
 
 func icpDeleteServiceID(ctx context.Context, c *call) (any, error) {
-	return nil, c.IAM.DeleteServiceID(ctx, icpName(c.id))
+	return nil, c.dropServiceID(ctx, icpName(c.id))
 }
 
 func icpCreateAPIKey(ctx context.Context, c *call) (any, error) {
@@ -97,7 +97,7 @@ func icpCreateAPIKey(ctx context.Context, c *call) (any, error) {
 	if err := c.decode(&in); err != nil {
 		return nil, err
 	}
-	k, value, err := c.IAM.CreateAPIKey(ctx, c.who, in.Name, icpName(in.BoundTo))
+	k, value, err := c.IAM.CreateAPIKey(ctx, c.manager(), in.Name, icpName(in.BoundTo))
 	if err != nil {
 		return nil, err
 	}
@@ -112,25 +112,19 @@ func icpCreatePolicy(ctx context.Context, c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, r := range p.Resources {
-		c.instance = r.Instance
-		if _, err := c.KMS.Instance(ctx, r.Instance); err != nil {
-			return nil, err
-		}
-	}
-	p.ID, err = c.IAM.CreatePolicy(ctx, c.who, icpName(c.r.PathValue("service")), p)
+	p.ID, err = c.grant(ctx, icpName(c.r.PathValue("service")), p)
 	return p, err
 }
 
 func icpListPolicies(ctx context.Context, c *call) (any, error) {
-	_, all, err := c.IAM.Policies(ctx, icpName(c.r.PathValue("service")))
+	_, all, err := c.IAM.Policies(ctx, c.manager(), icpName(c.r.PathValue("service")))
 	return struct {
 		Policies []iam.Policy `json:"policies"`
 	}{all}, err
 }
 
 func icpDeletePolicy(ctx context.Context, c *call) (any, error) {
-	return nil, c.IAM.DeletePolicy(ctx, icpName(c.r.PathValue("service")), c.id)
+	return nil, c.IAM.DeletePolicy(ctx, c.manager(), icpName(c.r.PathValue("service")), c.id)
 }
 
 // identityToken refuses ICP's way to log in by name and password: there are no

@@ -44,7 +44,7 @@ func (m *metrics) done(rt route, instance string, status int, took time.Duration
 	code := strconv.Itoa(status)
 	m.requests.WithLabelValues(rt.name, code).Inc()
 	m.duration.WithLabelValues(rt.name).Observe(took.Seconds())
-	if rt.scope != everywhere && instance != "" {
+	if rt.scope.inside() && instance != "" {
 		m.ibm.count(rt.name, code, instance, took)
 	}
 }

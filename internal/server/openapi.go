@@ -108,7 +108,7 @@ func operation(s schemas, r route, path string) object {
 	for _, m := range pathParameter().FindAllStringSubmatch(path, -1) {
 		param("path", m[1], true)
 	}
-	if r.scope != everywhere {
+	if r.scope.inside() || r.scope == managing {
 		param("header", kmsapi.HeaderInstance, false)
 		param("header", kmsapi.HeaderInstanceICP, false)
 	}

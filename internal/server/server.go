@@ -215,7 +215,11 @@ const (
 	inRing                  // the key ring of the header, the default one without
 	onKey                   // the key in the path, within the instance
 	everywhere              // no instance: administration
+	managing                // of an administrator nothing, else the whole instance of the header
 )
+
+// inside says whether every call is in an instance.
+func (s scope) inside() bool { return s == inInstance || s == inRing || s == onKey }
 
 func (r route) patterns() []string {
 	var out []string
@@ -319,13 +323,18 @@ func (s *Server) do(ctx context.Context, rt route, c *call) (any, error) {
 			return nil, err
 		}
 	}
-	if rt.scope != everywhere {
-		if c.instance = instanceOf(c.r); uuid.Validate(c.instance) != nil {
-			c.instance = ""
+	if rt.scope.inside() || rt.scope == managing && !c.who.Admin() {
+		c.instance = instanceOf(c.r)
+	}
+	if uuid.Validate(c.instance) != nil {
+		c.instance = ""
+		if rt.scope.inside() {
 			return nil, fault.Newf(fault.Usage, "", "", "instance header missing or no UUID").WithReason(kmsapi.InvalidInstance)
 		}
 	}
-	c.ring = c.r.Header.Get(kmsapi.HeaderKeyRing)
+	if rt.scope.inside() {
+		c.ring = c.r.Header.Get(kmsapi.HeaderKeyRing)
+	}
 	if rt.scope == inRing && c.ring == "" {
 		c.ring = kmsapi.DefaultKeyRing
 	}
@@ -382,7 +391,7 @@ func (s *Server) authorize(ctx context.Context, rt route, c *call) error {
 		res.KeyRing = c.ring
 	}
 	err := s.IAM.Authorize(ctx, c.who, rt.action, res)
-	if err == nil && rt.scope != everywhere && c.who.Kind != iam.KindLocal {
+	if err == nil && c.instance != "" && c.who.Kind != iam.KindLocal {
 		var allowed bool
 		if allowed, err = s.KMS.AllowsAddress(ctx, c.instance, remote(c.r)); err == nil && !allowed {
 			return fault.Newf(fault.Denied, "", "", "the instance's policy does not allow this address").WithReason(kmsapi.Forbidden)

@@ -396,15 +396,18 @@ type ServiceID struct {
 	CreatedAt   time.Time `json:"createdAt"`
 	CreatedBy   string    `json:"createdBy"`
 	Subjects    []string  `json:"subjects,omitempty"`
+	Instance    string    `json:"instance,omitempty"` // it is bound to: it has no rights elsewhere
 }
 
 // CreateServiceID is the body of POST /kmsctl/v1/iam/service-ids. Subjects are
 // further ways to prove it, besides API keys: cert:COMMON-NAME for a client
-// certificate, serviceaccount:NAMESPACE:NAME for a token of Kubernetes.
+// certificate, serviceaccount:NAMESPACE:NAME for a token of Kubernetes. Instance
+// binds it to an instance; what the instance's managers make is always bound.
 type CreateServiceID struct {
 	Name        string   `json:"name"`
 	Description string   `json:"description,omitempty"`
 	Subjects    []string `json:"subjects,omitempty"`
+	Instance    string   `json:"instance,omitempty"`
 }
 
 // ServiceIDs is the answer of GET /kmsctl/v1/iam/service-ids.

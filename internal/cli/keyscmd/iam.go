@@ -30,9 +30,9 @@ type serviceIDList struct {
 func (l serviceIDList) Table() ([]string, [][]string) {
 	rows := make([][]string, 0, len(l.ServiceIDs))
 	for _, s := range l.ServiceIDs {
-		rows = append(rows, []string{s.ID, s.Name, s.CreatedAt.UTC().Format(time.RFC3339)})
+		rows = append(rows, []string{s.ID, s.Name, s.Instance, s.CreatedAt.UTC().Format(time.RFC3339)})
 	}
-	return []string{"ID", "NAME", "CREATED"}, rows
+	return []string{"ID", "NAME", "INSTANCE", "CREATED"}, rows
 }
 
 type apiKeyResult kmsapi.APIKey
@@ -54,6 +54,7 @@ type iamOptions struct {
 	client                     app.ClientFlags
 	name, description          string
 	serviceID, role, key, ring string
+	boundTo                    string
 	certs, accounts            []string
 	needInstance, needService  bool
 }
@@ -83,6 +84,9 @@ func iamVerb(a *app.App, use, short, example string, args cobra.PositionalArgs, 
 		return app.Run(cmd.Context(), o, run)
 	}}
 	o.client.Add(cmd.Flags(), a)
+	if use != "token" {
+		o.client.AddInstance(cmd.Flags())
+	}
 	if flags != nil {
 		flags(cmd, o)
 	}
@@ -91,12 +95,18 @@ func iamVerb(a *app.App, use, short, example string, args cobra.PositionalArgs, 
 
 func newIAMCmd(a *app.App) *cobra.Command {
 	iam := &cobra.Command{Use: "iam", Short: "Say who may do what: service IDs, API keys, policies",
-		Long: "A service ID is somebody who is not a person. It proves itself by an API key, and may do what its policies allow."}
+		Long: `A service ID is somebody who is not a person. It proves itself by an API key, and may do
+what its policies allow.
+
+Administrators do this everywhere. Whoever is Manager (or Administrator) of an instance does it
+with --instance for that instance: the service IDs that they make are bound to it, and nobody
+gives more than they have.`}
 	ids := &cobra.Command{Use: "service-ids", Short: "Create, list and delete service IDs"}
 	ids.AddCommand(
 		iamVerb(a, "create NAME", "Create a service ID", "  kmsctl iam service-ids create orders", cobra.ExactArgs(1), runServiceIDCreate,
 			func(c *cobra.Command, o *iamOptions) {
 				c.Flags().StringVar(&o.description, "description", "", "what it is for")
+				c.Flags().StringVar(&o.boundTo, "bound-to", "", "id of the one instance that it can ever have rights in; a manager's are always bound")
 				c.Flags().StringSliceVar(&o.certs, "client-cert", nil, "common name of a client certificate that proves it too")
 				c.Flags().StringSliceVar(&o.accounts, "service-account", nil, "NAMESPACE/NAME of a Kubernetes ServiceAccount whose token proves it too")
 			}),
@@ -120,7 +130,6 @@ func newIAMCmd(a *app.App) *cobra.Command {
 			"  kmsctl iam policies create --service-id orders --instance shop --role Viewer --key 02fd6835-6001-4482-a892-13bd2085f75d",
 			cobra.NoArgs, runPolicyCreate, func(c *cobra.Command, o *iamOptions) {
 				serviceFlag(c, o)
-				o.client.AddInstance(c.Flags())
 				o.needInstance = true
 				c.Flags().StringVar(&o.role, "role", "", "Viewer, Editor, Administrator, ClusterAdministrator, Reader, ReaderPlus, Writer, Manager or KeyPurge")
 				c.Flags().StringVar(&o.key, "key", "", "only this key")
@@ -148,7 +157,7 @@ func (o *iamOptions) call(ctx context.Context, op, object, method, path string, 
 
 func runServiceIDCreate(ctx context.Context, o *iamOptions) error {
 	var out kmsapi.ServiceID
-	in := kmsapi.CreateServiceID{Name: o.name, Description: o.description}
+	in := kmsapi.CreateServiceID{Name: o.name, Description: o.description, Instance: o.boundTo}
 	for _, cn := range o.certs {
 		in.Subjects = append(in.Subjects, "cert:"+cn)
 	}
