@@ -8,6 +8,7 @@ package connector
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"sync"
@@ -427,6 +428,29 @@ func (c *Client) CreateRootKey(ctx context.Context) (hsm.NewKey, error) {
 func (c *Client) ImportRootKey(ctx context.Context, material secret.Value) (hsm.NewKey, error) {
 	return newKey(call(ctx, c, "import root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
 		return r.ImportRootKey(ctx, &wire.Bytes{Data: material.Reveal()})
+	}))
+}
+
+// CreatePlacedKey makes a root key that stays in the token.
+func (c *Client) CreatePlacedKey(ctx context.Context) (hsm.NewKey, error) { return c.place(ctx, nil) }
+
+// ImportPlacedKey brings material in that stays in the token.
+func (c *Client) ImportPlacedKey(ctx context.Context, material secret.Value) (hsm.NewKey, error) {
+	return c.place(ctx, material.Reveal())
+}
+
+func (c *Client) place(ctx context.Context, material []byte) (hsm.NewKey, error) {
+	const op = "keep a root key in the token"
+	if len(c.peers) > 0 {
+		return hsm.NewKey{}, fault.Newf(fault.NotReady, op, "", "there are several HSMs, and such a key would be in one of them only").
+			WithHint("use an instance with placement %s", hsm.PlacementWrapped)
+	}
+	id := make([]byte, 16)
+	if _, err := rand.Read(id); err != nil {
+		return hsm.NewKey{}, err
+	}
+	return newKey(call(ctx, c, op, slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
+		return r.PlaceRootKey(ctx, &wire.PlaceRootKeyRequest{Id: id, Material: material})
 	}))
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/connector/wire"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
 )
 
 // Join makes c the head of a group: each peer is a connector of its own, to a
@@ -150,4 +151,16 @@ func (c *Client) Evict(ctx context.Context, blob []byte) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// Destroy leaves nothing of a root key in the token: see token.Destroy. Keys
+// that stay in a token are made only where there is one member.
+func (c *Client) Destroy(ctx context.Context, blob []byte) error {
+	if !hsm.InToken(blob) {
+		return c.Evict(ctx, blob)
+	}
+	_, err := call(ctx, c, "destroy a root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.EvictReply, error) {
+		return r.DestroyRootKey(ctx, &wire.Bytes{Data: blob})
+	})
+	return err
 }

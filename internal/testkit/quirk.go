@@ -23,6 +23,8 @@ import (
 //	unwrap-loose, unwrap-lies  C_UnwrapKey ignores its template, and can be corrected, or cannot
 //	readable, wrap-any         a sensitive key can be read; one that is not extractable can be wrapped
 //	no-import                  C_CreateObject refuses keys (FIPS level 3)
+//	token-full, no-token-keys  no more token objects: there is no room, or the profile forbids them
+//	read-only                  the token's flag says that it is write-protected
 //	duplicates                 each object is found three times, by two names
 //	short-length               the length that C_Encrypt announces lacks the tag
 //	locked, final-try          the PIN's flags; lock-after-ten counts wrong PINs

@@ -29,6 +29,7 @@ type abilities struct {
 	forms      map[form]way // how to open each form
 	unwrapLen  bool         // C_UnwrapKey wants CKA_VALUE_LEN
 	importable bool         // C_CreateObject takes secret keys
+	readOnly   bool         // the token keeps no new objects
 	report     hsm.Capabilities
 }
 
@@ -69,7 +70,11 @@ func (t *Token) explore(all bool) (*abilities, error) {
 	if err != nil {
 		return nil, t.device("list the mechanisms of", err)
 	}
-	a := &abilities{forms: map[form]way{}}
+	ti, err := t.ctx.GetTokenInfo(t.slot)
+	if err != nil {
+		return nil, t.device("describe token", err)
+	}
+	a := &abilities{forms: map[form]way{}, readOnly: ti.Flags&pkcs11.CKF_WRITE_PROTECTED != 0}
 	for _, m := range list {
 		a.mechanisms = append(a.mechanisms, m.Mechanism)
 	}
@@ -414,7 +419,7 @@ func (x *explorer) proveCBC() (string, error) {
 		return "", err
 	}
 	defer x.destroy(x.s, m)
-	pair, a := keyPair{k.handle, m}, &abilities{suite: hsm.SuiteCBCHMAC, mac: x.a.mac}
+	pair, a := keyPair{enc: k.handle, mac: m}, &abilities{suite: hsm.SuiteCBCHMAC, mac: x.a.mac}
 	first, err := x.encrypt(x.s, a, pair, sample, []byte("aad"))
 	if err != nil {
 		return "", err
@@ -488,7 +493,7 @@ func (x *explorer) proveWrap(w way) (string, error) {
 		return "", err
 	}
 	defer x.destroy(x.s, key.handle)
-	pair := keyPair{kek.handle, mac}
+	pair := keyPair{enc: kek.handle, mac: mac}
 	b, err := x.wrapKey(x.s, w, x.a.mac, pair, key.handle)
 	if err != nil {
 		return "", err
@@ -595,10 +600,14 @@ func (x *explorer) conclude() {
 		return
 	}
 	if r.WrapWay != "" {
-		r.Placements = append(r.Placements, "wrapped")
+		r.Placements = append(r.Placements, hsm.PlacementWrapped)
 		r.Notes = append(r.Notes, "placement wrapped: who has both the token's PIN and the store can bring a root key back as one that is readable; a key that must never leave belongs into the token")
 	}
-	r.Placements = append(r.Placements, "token")
+	if x.a.readOnly {
+		r.Notes = append(r.Notes, "the token is write-protected: no root key can stay in it")
+	} else {
+		r.Placements = append(r.Placements, hsm.PlacementToken)
+	}
 	if r.Suite == hsm.SuiteCBCHMAC {
 		r.Notes = append(r.Notes, "suite 3: each root key has a MAC key of its own beside it")
 	}

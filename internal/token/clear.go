@@ -155,7 +155,7 @@ func (t *Token) proven(s pkcs11.SessionHandle, a *abilities, install string, obj
 	for _, k := range keys {
 		for _, m := range macs {
 			whole = true
-			if _, err := t.decrypt(s, a, keyPair{k, m}, c, p.AAD); err == nil {
+			if _, err := t.decrypt(s, a, keyPair{enc: k, mac: m}, c, p.AAD); err == nil {
 				return nil
 			} else if Lost(err) {
 				return err

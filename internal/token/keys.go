@@ -166,18 +166,30 @@ func (t *Token) CreateRootKey() (hsm.NewKey, error) {
 // key, where there is one, follows from the material, so that the same
 // material opens the same ciphertexts wherever it was imported.
 func (t *Token) ImportRootKey(material secret.Value) (hsm.NewKey, error) {
-	if n := len(material.Reveal()); n != 16 && n != 24 && n != 32 {
-		return hsm.NewKey{}, fault.Newf(fault.Usage, "import root key", "", "%d bytes are no AES key", n)
+	if err := checkMaterial(material); err != nil {
+		return hsm.NewKey{}, err
 	}
 	return t.newRoot(func(s pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
 		return t.bring(s, material.Reveal(), pkcs11.CKK_AES, t.sessionTemplate(true))
 	}, func(s pkcs11.SessionHandle, m macKind) (pkcs11.ObjectHandle, error) {
-		h := hmac.New(sha256.New, material.Reveal())
-		h.Write([]byte("kmsctl mac key of an imported root key"))
-		value := h.Sum(nil)
+		value := macOf(material)
 		defer clear(value)
 		return t.bring(s, value, m.typ, macTemplate(t.sessionTemplate(true)))
 	})
+}
+
+func checkMaterial(m secret.Value) error {
+	if n := len(m.Reveal()); n != 16 && n != 24 && n != 32 {
+		return fault.Newf(fault.Usage, "import root key", "", "%d bytes are no AES key", n)
+	}
+	return nil
+}
+
+// macOf gives the MAC key that belongs to imported material.
+func macOf(material secret.Value) []byte {
+	h := hmac.New(sha256.New, material.Reveal())
+	h.Write([]byte("kmsctl mac key of an imported root key"))
+	return h.Sum(nil)
 }
 
 func (t *Token) newRoot(makeKey func(pkcs11.SessionHandle) (pkcs11.ObjectHandle, error), makeMAC func(pkcs11.SessionHandle, macKind) (pkcs11.ObjectHandle, error)) (out hsm.NewKey, err error) {
@@ -218,9 +230,11 @@ func (t *Token) newRoot(makeKey func(pkcs11.SessionHandle) (pkcs11.ObjectHandle,
 	return out, err
 }
 
-// use brings a root key back into the token, from the cache where it can. A
-// handle that the token no longer knows is brought back once more.
+// use lends the root key of a blob, from the cache where it can.
 func (t *Token) use(blob []byte, f func(s pkcs11.SessionHandle, a *abilities, k keyPair) error) error {
+	if hsm.InToken(blob) {
+		return t.usePlaced(blob, f)
+	}
 	a, m, err := t.open()
 	if err != nil {
 		return err
@@ -234,23 +248,7 @@ func (t *Token) use(blob []byte, f func(s pkcs11.SessionHandle, a *abilities, k 
 		return fault.Newf(fault.NotReady, "open root key on", t.module, "the token cannot unwrap form %d, by which the key was wrapped", form).
 			WithHint("see what it can do with `kmsctl hsm probe`")
 	}
-	return t.with(func(s pkcs11.SessionHandle) error {
-		for try := 0; ; try++ {
-			k, err := t.cache.get(sha256.Sum256(blob), func() (keyPair, error) { return t.bringBack(s, a, m, w, enc, mac) }, t.forget)
-			if err != nil {
-				return err
-			}
-			err = f(s, a, k.keys)
-			unknown := is(err, pkcs11.CKR_KEY_HANDLE_INVALID, pkcs11.CKR_OBJECT_HANDLE_INVALID)
-			if unknown {
-				t.cache.drop(k)
-			}
-			t.cache.release(k, t.forget)
-			if !unknown || try > 0 {
-				return err
-			}
-		}
-	})
+	return t.cached(blob, a, func(s pkcs11.SessionHandle) (keyPair, error) { return t.bringBack(s, a, m, w, enc, mac) }, f)
 }
 
 // bringBack makes the session objects in the session that holds the login,
@@ -298,6 +296,9 @@ func keyLen(f form, wrapped []byte) int {
 }
 
 func (t *Token) forget(k keyPair) {
+	if k.placed {
+		return
+	}
 	t.destroy(t.login, k.enc)
 	if k.mac != 0 {
 		t.destroy(t.login, k.mac)

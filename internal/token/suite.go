@@ -13,7 +13,10 @@ import (
 
 // keyPair is what a cipher suite works with: an AES key, and for suite 3 a
 // MAC key of its own.
-type keyPair struct{ enc, mac pkcs11.ObjectHandle }
+type keyPair struct {
+	enc, mac pkcs11.ObjectHandle
+	placed   bool // token objects, which outlive the cache
+}
 
 // ivRule says who makes the IV of AES-GCM on this token.
 type ivRule int

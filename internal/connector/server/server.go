@@ -241,6 +241,26 @@ func (s *Server) ImportRootKey(ctx context.Context, q *wire.Bytes) (*wire.NewKey
 	})
 }
 
+// PlaceRootKey makes or imports a key that stays in the token.
+func (s *Server) PlaceRootKey(ctx context.Context, q *wire.PlaceRootKeyRequest) (*wire.NewKey, error) {
+	defer clear(q.Material)
+	return use(ctx, s, func(t *token.Token) (*wire.NewKey, error) {
+		if len(q.Material) > 0 {
+			return asNewKey(t.ImportPlacedKey(q.Id, secret.New(q.Material)))
+		}
+		return asNewKey(t.CreatePlacedKey(q.Id))
+	})
+}
+
+func asNewKey(k hsm.NewKey, err error) (*wire.NewKey, error) {
+	return &wire.NewKey{Blob: k.Blob, Kcv: k.KCV}, err
+}
+
+// DestroyRootKey leaves nothing of a root key in the token.
+func (s *Server) DestroyRootKey(ctx context.Context, q *wire.Bytes) (*wire.EvictReply, error) {
+	return use(ctx, s, func(t *token.Token) (*wire.EvictReply, error) { return &wire.EvictReply{}, t.Destroy(q.Data) })
+}
+
 // maxRandom bounds what one call may ask of the token's generator.
 const maxRandom = 4096
 

@@ -548,6 +548,60 @@ func (*CreateRootKeyRequest) Descriptor() ([]byte, []int) {
 	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{8}
 }
 
+// The id is chosen by the caller, so that the call can be repeated. Material
+// empty: the token makes the key.
+type PlaceRootKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Material      []byte                 `protobuf:"bytes,2,opt,name=material,proto3" json:"material,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlaceRootKeyRequest) Reset() {
+	*x = PlaceRootKeyRequest{}
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlaceRootKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlaceRootKeyRequest) ProtoMessage() {}
+
+func (x *PlaceRootKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlaceRootKeyRequest.ProtoReflect.Descriptor instead.
+func (*PlaceRootKeyRequest) Descriptor() ([]byte, []int) {
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *PlaceRootKeyRequest) GetId() []byte {
+	if x != nil {
+		return x.Id
+	}
+	return nil
+}
+
+func (x *PlaceRootKeyRequest) GetMaterial() []byte {
+	if x != nil {
+		return x.Material
+	}
+	return nil
+}
+
 type NewKey struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Blob          []byte                 `protobuf:"bytes,1,opt,name=blob,proto3" json:"blob,omitempty"`
@@ -558,7 +612,7 @@ type NewKey struct {
 
 func (x *NewKey) Reset() {
 	*x = NewKey{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[9]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -570,7 +624,7 @@ func (x *NewKey) String() string {
 func (*NewKey) ProtoMessage() {}
 
 func (x *NewKey) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[9]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -583,7 +637,7 @@ func (x *NewKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewKey.ProtoReflect.Descriptor instead.
 func (*NewKey) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{9}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *NewKey) GetBlob() []byte {
@@ -611,7 +665,7 @@ type Sealed struct {
 
 func (x *Sealed) Reset() {
 	*x = Sealed{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[10]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -623,7 +677,7 @@ func (x *Sealed) String() string {
 func (*Sealed) ProtoMessage() {}
 
 func (x *Sealed) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[10]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -636,7 +690,7 @@ func (x *Sealed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sealed.ProtoReflect.Descriptor instead.
 func (*Sealed) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{10}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Sealed) GetSuite() uint32 {
@@ -674,7 +728,7 @@ type WrapRequest struct {
 
 func (x *WrapRequest) Reset() {
 	*x = WrapRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[11]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -686,7 +740,7 @@ func (x *WrapRequest) String() string {
 func (*WrapRequest) ProtoMessage() {}
 
 func (x *WrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[11]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -699,7 +753,7 @@ func (x *WrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrapRequest.ProtoReflect.Descriptor instead.
 func (*WrapRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{11}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WrapRequest) GetBlob() []byte {
@@ -740,7 +794,7 @@ type WrapReply struct {
 
 func (x *WrapReply) Reset() {
 	*x = WrapReply{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[12]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -752,7 +806,7 @@ func (x *WrapReply) String() string {
 func (*WrapReply) ProtoMessage() {}
 
 func (x *WrapReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[12]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -765,7 +819,7 @@ func (x *WrapReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrapReply.ProtoReflect.Descriptor instead.
 func (*WrapReply) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{12}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WrapReply) GetSealed() *Sealed {
@@ -793,7 +847,7 @@ type UnwrapRequest struct {
 
 func (x *UnwrapRequest) Reset() {
 	*x = UnwrapRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[13]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -805,7 +859,7 @@ func (x *UnwrapRequest) String() string {
 func (*UnwrapRequest) ProtoMessage() {}
 
 func (x *UnwrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[13]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -818,7 +872,7 @@ func (x *UnwrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnwrapRequest.ProtoReflect.Descriptor instead.
 func (*UnwrapRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{13}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *UnwrapRequest) GetBlob() []byte {
@@ -850,7 +904,7 @@ type EvictReply struct {
 
 func (x *EvictReply) Reset() {
 	*x = EvictReply{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[14]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -862,7 +916,7 @@ func (x *EvictReply) String() string {
 func (*EvictReply) ProtoMessage() {}
 
 func (x *EvictReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[14]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -875,7 +929,7 @@ func (x *EvictReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReply.ProtoReflect.Descriptor instead.
 func (*EvictReply) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{14}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{15}
 }
 
 // random > 0: seal that many random bytes of the token, which do not leave
@@ -891,7 +945,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[15]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -903,7 +957,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[15]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -916,7 +970,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{15}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SealRequest) GetPlaintext() []byte {
@@ -950,7 +1004,7 @@ type UnsealRequest struct {
 
 func (x *UnsealRequest) Reset() {
 	*x = UnsealRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[16]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -962,7 +1016,7 @@ func (x *UnsealRequest) String() string {
 func (*UnsealRequest) ProtoMessage() {}
 
 func (x *UnsealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[16]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -975,7 +1029,7 @@ func (x *UnsealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnsealRequest.ProtoReflect.Descriptor instead.
 func (*UnsealRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{16}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *UnsealRequest) GetSealed() []byte {
@@ -1001,7 +1055,7 @@ type RandomRequest struct {
 
 func (x *RandomRequest) Reset() {
 	*x = RandomRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[17]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1013,7 +1067,7 @@ func (x *RandomRequest) String() string {
 func (*RandomRequest) ProtoMessage() {}
 
 func (x *RandomRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[17]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1026,7 +1080,7 @@ func (x *RandomRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RandomRequest.ProtoReflect.Descriptor instead.
 func (*RandomRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{17}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RandomRequest) GetN() uint32 {
@@ -1044,7 +1098,7 @@ type InstallationsRequest struct {
 
 func (x *InstallationsRequest) Reset() {
 	*x = InstallationsRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1056,7 +1110,7 @@ func (x *InstallationsRequest) String() string {
 func (*InstallationsRequest) ProtoMessage() {}
 
 func (x *InstallationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1069,7 +1123,7 @@ func (x *InstallationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallationsRequest.ProtoReflect.Descriptor instead.
 func (*InstallationsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{18}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{19}
 }
 
 type InstallationsReply struct {
@@ -1081,7 +1135,7 @@ type InstallationsReply struct {
 
 func (x *InstallationsReply) Reset() {
 	*x = InstallationsReply{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1093,7 +1147,7 @@ func (x *InstallationsReply) String() string {
 func (*InstallationsReply) ProtoMessage() {}
 
 func (x *InstallationsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1106,7 +1160,7 @@ func (x *InstallationsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallationsReply.ProtoReflect.Descriptor instead.
 func (*InstallationsReply) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{19}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *InstallationsReply) GetInstallations() []*Installation {
@@ -1126,7 +1180,7 @@ type Installation struct {
 
 func (x *Installation) Reset() {
 	*x = Installation{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1138,7 +1192,7 @@ func (x *Installation) String() string {
 func (*Installation) ProtoMessage() {}
 
 func (x *Installation) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1151,7 +1205,7 @@ func (x *Installation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Installation.ProtoReflect.Descriptor instead.
 func (*Installation) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{20}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Installation) GetId() string {
@@ -1180,7 +1234,7 @@ type ClearRequest struct {
 
 func (x *ClearRequest) Reset() {
 	*x = ClearRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[21]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1192,7 +1246,7 @@ func (x *ClearRequest) String() string {
 func (*ClearRequest) ProtoMessage() {}
 
 func (x *ClearRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[21]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1205,7 +1259,7 @@ func (x *ClearRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClearRequest.ProtoReflect.Descriptor instead.
 func (*ClearRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{21}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ClearRequest) GetInstall() string {
@@ -1238,7 +1292,7 @@ type ClearReply struct {
 
 func (x *ClearReply) Reset() {
 	*x = ClearReply{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[22]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1304,7 @@ func (x *ClearReply) String() string {
 func (*ClearReply) ProtoMessage() {}
 
 func (x *ClearReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[22]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1317,7 @@ func (x *ClearReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClearReply.ProtoReflect.Descriptor instead.
 func (*ClearReply) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{22}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ClearReply) GetObjects() uint32 {
@@ -1288,7 +1342,7 @@ type Fault struct {
 
 func (x *Fault) Reset() {
 	*x = Fault{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[23]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1300,7 +1354,7 @@ func (x *Fault) String() string {
 func (*Fault) ProtoMessage() {}
 
 func (x *Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[23]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1313,7 +1367,7 @@ func (x *Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fault.ProtoReflect.Descriptor instead.
 func (*Fault) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{23}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Fault) GetKind() string {
@@ -1377,7 +1431,7 @@ type Op struct {
 
 func (x *Op) Reset() {
 	*x = Op{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1389,7 +1443,7 @@ func (x *Op) String() string {
 func (*Op) ProtoMessage() {}
 
 func (x *Op) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
+	mi := &file_internal_connector_wire_connector_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1402,7 +1456,7 @@ func (x *Op) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Op.ProtoReflect.Descriptor instead.
 func (*Op) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{24}
+	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Op) GetWithinMs() uint32 {
@@ -1547,7 +1601,10 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\x05suite\x18\x04 \x01(\rR\x05suite\x12\x19\n" +
 	"\bwrap_way\x18\x05 \x01(\tR\awrapWay\x12\x14\n" +
 	"\x05notes\x18\x06 \x03(\tR\x05notes\"\x16\n" +
-	"\x14CreateRootKeyRequest\".\n" +
+	"\x14CreateRootKeyRequest\"A\n" +
+	"\x13PlaceRootKeyRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\fR\x02id\x12\x1a\n" +
+	"\bmaterial\x18\x02 \x01(\fR\bmaterial\".\n" +
 	"\x06NewKey\x12\x12\n" +
 	"\x04blob\x18\x01 \x01(\fR\x04blob\x12\x10\n" +
 	"\x03kcv\x18\x02 \x01(\fR\x03kcv\"N\n" +
@@ -1608,7 +1665,7 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\tunwrapped\x18\x06 \x01(\v2\x1a.kmsctl.connector.v1.BytesH\x00R\tunwrapped\x122\n" +
 	"\x05fault\x18\a \x01(\v2\x1a.kmsctl.connector.v1.FaultH\x00R\x05fault\x12\x12\n" +
 	"\x04code\x18\b \x01(\rR\x04codeB\x06\n" +
-	"\x04body2\x93\b\n" +
+	"\x04body2\xb9\t\n" +
 	"\tConnector\x12T\n" +
 	"\bDescribe\x12$.kmsctl.connector.v1.DescribeRequest\x1a\".kmsctl.connector.v1.DescribeReply\x12R\n" +
 	"\vFingerprint\x12'.kmsctl.connector.v1.FingerprintRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12K\n" +
@@ -1616,8 +1673,10 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\n" +
 	"OpenMaster\x12&.kmsctl.connector.v1.OpenMasterRequest\x1a$.kmsctl.connector.v1.OpenMasterReply\x12W\n" +
 	"\rCreateRootKey\x12).kmsctl.connector.v1.CreateRootKeyRequest\x1a\x1b.kmsctl.connector.v1.NewKey\x12H\n" +
-	"\rImportRootKey\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1b.kmsctl.connector.v1.NewKey\x12D\n" +
-	"\x05Evict\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1f.kmsctl.connector.v1.EvictReply\x12D\n" +
+	"\rImportRootKey\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1b.kmsctl.connector.v1.NewKey\x12U\n" +
+	"\fPlaceRootKey\x12(.kmsctl.connector.v1.PlaceRootKeyRequest\x1a\x1b.kmsctl.connector.v1.NewKey\x12D\n" +
+	"\x05Evict\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1f.kmsctl.connector.v1.EvictReply\x12M\n" +
+	"\x0eDestroyRootKey\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1f.kmsctl.connector.v1.EvictReply\x12D\n" +
 	"\x04Seal\x12 .kmsctl.connector.v1.SealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
 	"\x06Unseal\x12\".kmsctl.connector.v1.UnsealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12>\n" +
 	"\x04Sign\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
@@ -1637,7 +1696,7 @@ func file_internal_connector_wire_connector_proto_rawDescGZIP() []byte {
 	return file_internal_connector_wire_connector_proto_rawDescData
 }
 
-var file_internal_connector_wire_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_internal_connector_wire_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_internal_connector_wire_connector_proto_goTypes = []any{
 	(*Bytes)(nil),                // 0: kmsctl.connector.v1.Bytes
 	(*DescribeRequest)(nil),      // 1: kmsctl.connector.v1.DescribeRequest
@@ -1648,60 +1707,65 @@ var file_internal_connector_wire_connector_proto_goTypes = []any{
 	(*OpenMasterRequest)(nil),    // 6: kmsctl.connector.v1.OpenMasterRequest
 	(*OpenMasterReply)(nil),      // 7: kmsctl.connector.v1.OpenMasterReply
 	(*CreateRootKeyRequest)(nil), // 8: kmsctl.connector.v1.CreateRootKeyRequest
-	(*NewKey)(nil),               // 9: kmsctl.connector.v1.NewKey
-	(*Sealed)(nil),               // 10: kmsctl.connector.v1.Sealed
-	(*WrapRequest)(nil),          // 11: kmsctl.connector.v1.WrapRequest
-	(*WrapReply)(nil),            // 12: kmsctl.connector.v1.WrapReply
-	(*UnwrapRequest)(nil),        // 13: kmsctl.connector.v1.UnwrapRequest
-	(*EvictReply)(nil),           // 14: kmsctl.connector.v1.EvictReply
-	(*SealRequest)(nil),          // 15: kmsctl.connector.v1.SealRequest
-	(*UnsealRequest)(nil),        // 16: kmsctl.connector.v1.UnsealRequest
-	(*RandomRequest)(nil),        // 17: kmsctl.connector.v1.RandomRequest
-	(*InstallationsRequest)(nil), // 18: kmsctl.connector.v1.InstallationsRequest
-	(*InstallationsReply)(nil),   // 19: kmsctl.connector.v1.InstallationsReply
-	(*Installation)(nil),         // 20: kmsctl.connector.v1.Installation
-	(*ClearRequest)(nil),         // 21: kmsctl.connector.v1.ClearRequest
-	(*ClearReply)(nil),           // 22: kmsctl.connector.v1.ClearReply
-	(*Fault)(nil),                // 23: kmsctl.connector.v1.Fault
-	(*Op)(nil),                   // 24: kmsctl.connector.v1.Op
+	(*PlaceRootKeyRequest)(nil),  // 9: kmsctl.connector.v1.PlaceRootKeyRequest
+	(*NewKey)(nil),               // 10: kmsctl.connector.v1.NewKey
+	(*Sealed)(nil),               // 11: kmsctl.connector.v1.Sealed
+	(*WrapRequest)(nil),          // 12: kmsctl.connector.v1.WrapRequest
+	(*WrapReply)(nil),            // 13: kmsctl.connector.v1.WrapReply
+	(*UnwrapRequest)(nil),        // 14: kmsctl.connector.v1.UnwrapRequest
+	(*EvictReply)(nil),           // 15: kmsctl.connector.v1.EvictReply
+	(*SealRequest)(nil),          // 16: kmsctl.connector.v1.SealRequest
+	(*UnsealRequest)(nil),        // 17: kmsctl.connector.v1.UnsealRequest
+	(*RandomRequest)(nil),        // 18: kmsctl.connector.v1.RandomRequest
+	(*InstallationsRequest)(nil), // 19: kmsctl.connector.v1.InstallationsRequest
+	(*InstallationsReply)(nil),   // 20: kmsctl.connector.v1.InstallationsReply
+	(*Installation)(nil),         // 21: kmsctl.connector.v1.Installation
+	(*ClearRequest)(nil),         // 22: kmsctl.connector.v1.ClearRequest
+	(*ClearReply)(nil),           // 23: kmsctl.connector.v1.ClearReply
+	(*Fault)(nil),                // 24: kmsctl.connector.v1.Fault
+	(*Op)(nil),                   // 25: kmsctl.connector.v1.Op
 }
 var file_internal_connector_wire_connector_proto_depIdxs = []int32{
-	10, // 0: kmsctl.connector.v1.WrapReply.sealed:type_name -> kmsctl.connector.v1.Sealed
-	10, // 1: kmsctl.connector.v1.UnwrapRequest.sealed:type_name -> kmsctl.connector.v1.Sealed
-	20, // 2: kmsctl.connector.v1.InstallationsReply.installations:type_name -> kmsctl.connector.v1.Installation
-	11, // 3: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
-	13, // 4: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
-	12, // 5: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
+	11, // 0: kmsctl.connector.v1.WrapReply.sealed:type_name -> kmsctl.connector.v1.Sealed
+	11, // 1: kmsctl.connector.v1.UnwrapRequest.sealed:type_name -> kmsctl.connector.v1.Sealed
+	21, // 2: kmsctl.connector.v1.InstallationsReply.installations:type_name -> kmsctl.connector.v1.Installation
+	12, // 3: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
+	14, // 4: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
+	13, // 5: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
 	0,  // 6: kmsctl.connector.v1.Op.unwrapped:type_name -> kmsctl.connector.v1.Bytes
-	23, // 7: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
+	24, // 7: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
 	1,  // 8: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
 	3,  // 9: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
 	4,  // 10: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
 	6,  // 11: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
 	8,  // 12: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
 	0,  // 13: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
-	0,  // 14: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
-	15, // 15: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
-	16, // 16: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
-	0,  // 17: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
-	17, // 18: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
-	18, // 19: kmsctl.connector.v1.Connector.Installations:input_type -> kmsctl.connector.v1.InstallationsRequest
-	21, // 20: kmsctl.connector.v1.Connector.Clear:input_type -> kmsctl.connector.v1.ClearRequest
-	2,  // 21: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
-	0,  // 22: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
-	5,  // 23: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
-	7,  // 24: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
-	9,  // 25: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
-	9,  // 26: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
-	14, // 27: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
-	0,  // 28: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 29: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 30: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 31: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
-	19, // 32: kmsctl.connector.v1.Connector.Installations:output_type -> kmsctl.connector.v1.InstallationsReply
-	22, // 33: kmsctl.connector.v1.Connector.Clear:output_type -> kmsctl.connector.v1.ClearReply
-	21, // [21:34] is the sub-list for method output_type
-	8,  // [8:21] is the sub-list for method input_type
+	9,  // 14: kmsctl.connector.v1.Connector.PlaceRootKey:input_type -> kmsctl.connector.v1.PlaceRootKeyRequest
+	0,  // 15: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
+	0,  // 16: kmsctl.connector.v1.Connector.DestroyRootKey:input_type -> kmsctl.connector.v1.Bytes
+	16, // 17: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
+	17, // 18: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
+	0,  // 19: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
+	18, // 20: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
+	19, // 21: kmsctl.connector.v1.Connector.Installations:input_type -> kmsctl.connector.v1.InstallationsRequest
+	22, // 22: kmsctl.connector.v1.Connector.Clear:input_type -> kmsctl.connector.v1.ClearRequest
+	2,  // 23: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
+	0,  // 24: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
+	5,  // 25: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
+	7,  // 26: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
+	10, // 27: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
+	10, // 28: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
+	10, // 29: kmsctl.connector.v1.Connector.PlaceRootKey:output_type -> kmsctl.connector.v1.NewKey
+	15, // 30: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
+	15, // 31: kmsctl.connector.v1.Connector.DestroyRootKey:output_type -> kmsctl.connector.v1.EvictReply
+	0,  // 32: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 33: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 34: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 35: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
+	20, // 36: kmsctl.connector.v1.Connector.Installations:output_type -> kmsctl.connector.v1.InstallationsReply
+	23, // 37: kmsctl.connector.v1.Connector.Clear:output_type -> kmsctl.connector.v1.ClearReply
+	23, // [23:38] is the sub-list for method output_type
+	8,  // [8:23] is the sub-list for method input_type
 	8,  // [8:8] is the sub-list for extension type_name
 	8,  // [8:8] is the sub-list for extension extendee
 	0,  // [0:8] is the sub-list for field type_name
@@ -1712,7 +1776,7 @@ func file_internal_connector_wire_connector_proto_init() {
 	if File_internal_connector_wire_connector_proto != nil {
 		return
 	}
-	file_internal_connector_wire_connector_proto_msgTypes[24].OneofWrappers = []any{
+	file_internal_connector_wire_connector_proto_msgTypes[25].OneofWrappers = []any{
 		(*Op_Wrap)(nil),
 		(*Op_Unwrap)(nil),
 		(*Op_Wrapped)(nil),
@@ -1725,7 +1789,7 @@ func file_internal_connector_wire_connector_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_connector_wire_connector_proto_rawDesc), len(file_internal_connector_wire_connector_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,19 +22,21 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Connector_Describe_FullMethodName      = "/kmsctl.connector.v1.Connector/Describe"
-	Connector_Fingerprint_FullMethodName   = "/kmsctl.connector.v1.Connector/Fingerprint"
-	Connector_Login_FullMethodName         = "/kmsctl.connector.v1.Connector/Login"
-	Connector_OpenMaster_FullMethodName    = "/kmsctl.connector.v1.Connector/OpenMaster"
-	Connector_CreateRootKey_FullMethodName = "/kmsctl.connector.v1.Connector/CreateRootKey"
-	Connector_ImportRootKey_FullMethodName = "/kmsctl.connector.v1.Connector/ImportRootKey"
-	Connector_Evict_FullMethodName         = "/kmsctl.connector.v1.Connector/Evict"
-	Connector_Seal_FullMethodName          = "/kmsctl.connector.v1.Connector/Seal"
-	Connector_Unseal_FullMethodName        = "/kmsctl.connector.v1.Connector/Unseal"
-	Connector_Sign_FullMethodName          = "/kmsctl.connector.v1.Connector/Sign"
-	Connector_Random_FullMethodName        = "/kmsctl.connector.v1.Connector/Random"
-	Connector_Installations_FullMethodName = "/kmsctl.connector.v1.Connector/Installations"
-	Connector_Clear_FullMethodName         = "/kmsctl.connector.v1.Connector/Clear"
+	Connector_Describe_FullMethodName       = "/kmsctl.connector.v1.Connector/Describe"
+	Connector_Fingerprint_FullMethodName    = "/kmsctl.connector.v1.Connector/Fingerprint"
+	Connector_Login_FullMethodName          = "/kmsctl.connector.v1.Connector/Login"
+	Connector_OpenMaster_FullMethodName     = "/kmsctl.connector.v1.Connector/OpenMaster"
+	Connector_CreateRootKey_FullMethodName  = "/kmsctl.connector.v1.Connector/CreateRootKey"
+	Connector_ImportRootKey_FullMethodName  = "/kmsctl.connector.v1.Connector/ImportRootKey"
+	Connector_PlaceRootKey_FullMethodName   = "/kmsctl.connector.v1.Connector/PlaceRootKey"
+	Connector_Evict_FullMethodName          = "/kmsctl.connector.v1.Connector/Evict"
+	Connector_DestroyRootKey_FullMethodName = "/kmsctl.connector.v1.Connector/DestroyRootKey"
+	Connector_Seal_FullMethodName           = "/kmsctl.connector.v1.Connector/Seal"
+	Connector_Unseal_FullMethodName         = "/kmsctl.connector.v1.Connector/Unseal"
+	Connector_Sign_FullMethodName           = "/kmsctl.connector.v1.Connector/Sign"
+	Connector_Random_FullMethodName         = "/kmsctl.connector.v1.Connector/Random"
+	Connector_Installations_FullMethodName  = "/kmsctl.connector.v1.Connector/Installations"
+	Connector_Clear_FullMethodName          = "/kmsctl.connector.v1.Connector/Clear"
 )
 
 // ConnectorClient is the client API for Connector service.
@@ -53,7 +55,11 @@ type ConnectorClient interface {
 	OpenMaster(ctx context.Context, in *OpenMasterRequest, opts ...grpc.CallOption) (*OpenMasterReply, error)
 	CreateRootKey(ctx context.Context, in *CreateRootKeyRequest, opts ...grpc.CallOption) (*NewKey, error)
 	ImportRootKey(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*NewKey, error)
+	// PlaceRootKey makes or imports a key that stays in the token.
+	PlaceRootKey(ctx context.Context, in *PlaceRootKeyRequest, opts ...grpc.CallOption) (*NewKey, error)
 	Evict(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*EvictReply, error)
+	// DestroyRootKey leaves nothing of a root key in the token.
+	DestroyRootKey(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*EvictReply, error)
 	Seal(ctx context.Context, in *SealRequest, opts ...grpc.CallOption) (*Bytes, error)
 	Unseal(ctx context.Context, in *UnsealRequest, opts ...grpc.CallOption) (*Bytes, error)
 	Sign(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*Bytes, error)
@@ -132,10 +138,30 @@ func (c *connectorClient) ImportRootKey(ctx context.Context, in *Bytes, opts ...
 	return out, nil
 }
 
+func (c *connectorClient) PlaceRootKey(ctx context.Context, in *PlaceRootKeyRequest, opts ...grpc.CallOption) (*NewKey, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(NewKey)
+	err := c.cc.Invoke(ctx, Connector_PlaceRootKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *connectorClient) Evict(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*EvictReply, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(EvictReply)
 	err := c.cc.Invoke(ctx, Connector_Evict_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *connectorClient) DestroyRootKey(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*EvictReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EvictReply)
+	err := c.cc.Invoke(ctx, Connector_DestroyRootKey_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -218,7 +244,11 @@ type ConnectorServer interface {
 	OpenMaster(context.Context, *OpenMasterRequest) (*OpenMasterReply, error)
 	CreateRootKey(context.Context, *CreateRootKeyRequest) (*NewKey, error)
 	ImportRootKey(context.Context, *Bytes) (*NewKey, error)
+	// PlaceRootKey makes or imports a key that stays in the token.
+	PlaceRootKey(context.Context, *PlaceRootKeyRequest) (*NewKey, error)
 	Evict(context.Context, *Bytes) (*EvictReply, error)
+	// DestroyRootKey leaves nothing of a root key in the token.
+	DestroyRootKey(context.Context, *Bytes) (*EvictReply, error)
 	Seal(context.Context, *SealRequest) (*Bytes, error)
 	Unseal(context.Context, *UnsealRequest) (*Bytes, error)
 	Sign(context.Context, *Bytes) (*Bytes, error)
@@ -255,8 +285,14 @@ func (UnimplementedConnectorServer) CreateRootKey(context.Context, *CreateRootKe
 func (UnimplementedConnectorServer) ImportRootKey(context.Context, *Bytes) (*NewKey, error) {
 	return nil, status.Error(codes.Unimplemented, "method ImportRootKey not implemented")
 }
+func (UnimplementedConnectorServer) PlaceRootKey(context.Context, *PlaceRootKeyRequest) (*NewKey, error) {
+	return nil, status.Error(codes.Unimplemented, "method PlaceRootKey not implemented")
+}
 func (UnimplementedConnectorServer) Evict(context.Context, *Bytes) (*EvictReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Evict not implemented")
+}
+func (UnimplementedConnectorServer) DestroyRootKey(context.Context, *Bytes) (*EvictReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method DestroyRootKey not implemented")
 }
 func (UnimplementedConnectorServer) Seal(context.Context, *SealRequest) (*Bytes, error) {
 	return nil, status.Error(codes.Unimplemented, "method Seal not implemented")
@@ -405,6 +441,24 @@ func _Connector_ImportRootKey_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Connector_PlaceRootKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PlaceRootKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).PlaceRootKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_PlaceRootKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).PlaceRootKey(ctx, req.(*PlaceRootKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Connector_Evict_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(Bytes)
 	if err := dec(in); err != nil {
@@ -419,6 +473,24 @@ func _Connector_Evict_Handler(srv interface{}, ctx context.Context, dec func(int
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(ConnectorServer).Evict(ctx, req.(*Bytes))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Connector_DestroyRootKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(Bytes)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).DestroyRootKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_DestroyRootKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).DestroyRootKey(ctx, req.(*Bytes))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -563,8 +635,16 @@ var Connector_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Connector_ImportRootKey_Handler,
 		},
 		{
+			MethodName: "PlaceRootKey",
+			Handler:    _Connector_PlaceRootKey_Handler,
+		},
+		{
 			MethodName: "Evict",
 			Handler:    _Connector_Evict_Handler,
+		},
+		{
+			MethodName: "DestroyRootKey",
+			Handler:    _Connector_DestroyRootKey_Handler,
 		},
 		{
 			MethodName: "Seal",

@@ -36,14 +36,14 @@ typedef struct {
 } gcm_t;
 
 enum {
-	OK = 0, SLOT_ID_INVALID = 0x03, GENERAL_ERROR = 0x05, ATTRIBUTE_READ_ONLY = 0x10, DEVICE_ERROR = 0x30, KEY_HANDLE_INVALID = 0x60,
+	OK = 0, SLOT_ID_INVALID = 0x03, GENERAL_ERROR = 0x05, DEVICE_MEMORY = 0x31, ATTRIBUTE_READ_ONLY = 0x10, DEVICE_ERROR = 0x30, KEY_HANDLE_INVALID = 0x60,
 	MECHANISM_INVALID = 0x70, MECHANISM_PARAM_INVALID = 0x71, PIN_INCORRECT = 0xA0, PIN_LOCKED = 0xA4, SESSION_HANDLE_INVALID = 0xB3,
 	TEMPLATE_INCOMPLETE = 0xD0, BUFFER_TOO_SMALL = 0x150, TEMPLATE_INCONSISTENT = 0xD1
 };
 enum { AES_GCM = 0x1087, KW = 0x2109, KW_PAD = 0x210A };
 #define LUNA_GCM 0x8000011CUL
 #define LUNA_KW 0x80000170UL
-enum { CKA_SENSITIVE = 0x103, CKA_VALUE_LEN = 0x161, CKA_EXTRACTABLE = 0x162, CKA_VALUE = 0x11 };
+enum { CKA_TOKEN = 0x01, CKA_SENSITIVE = 0x103, CKA_VALUE_LEN = 0x161, CKA_EXTRACTABLE = 0x162, CKA_VALUE = 0x11 };
 enum { F_INITIALIZE = 0, F_FINALIZE = 1, F_GET_LIST = 3, F_SLOT_LIST = 4, F_SLOT_INFO = 5, F_TOKEN_INFO = 6, F_MECH_LIST = 7, F_MECH_INFO = 8,
 	F_OPEN = 12, F_CLOSE = 13, F_CLOSE_ALL = 14, F_LOGIN = 18, F_CREATE = 20, F_DESTROY = 22, F_GET_ATTR = 24, F_SET_ATTR = 25, F_FIND_INIT = 26,
 	F_FIND = 27, F_FIND_FINAL = 28, F_ENC_INIT = 29, F_ENC = 30, F_DEC_INIT = 33, F_DEC = 34, F_SIGN_INIT = 42, F_SIGN = 43, F_GEN = 58, F_GEN_PAIR = 59,
@@ -199,6 +199,8 @@ static ul q_token_info(ul slot, byte *info) {
 		*flags |= 0x40000;
 	if (rv == OK && on("final-try"))
 		*flags |= 0x20000;
+	if (rv == OK && on("read-only"))
+		*flags |= 0x2;
 	return rv;
 }
 
@@ -281,11 +283,22 @@ static ul q_login(ul s, ul user, byte *pin, ul len) {
 	return rv;
 }
 
+// kept says whether a template is of an object that stays, and how the token
+// refuses it.
+static ul kept(attr_t *t, ul n) {
+	for (ul i = 0; i < n; i++)
+		if (t[i].type == CKA_TOKEN && t[i].len == 1 && *(byte *)t[i].value)
+			return on("token-full") ? DEVICE_MEMORY : on("no-token-keys") ? TEMPLATE_INCONSISTENT : OK;
+	return OK;
+}
+
 static ul q_create(ul s, attr_t *t, ul n, ul *h) {
 	GATE();
 	SESSION(v, s);
 	if (on("no-import"))
 		return TEMPLATE_INCONSISTENT;
+	if (kept(t, n) != OK)
+		return kept(t, n);
 	return ((ul(*)(ul, attr_t *, ul, ul *))real->f[F_CREATE])(v->real, t, n, h);
 }
 
@@ -453,6 +466,8 @@ static ul q_sign(ul s, byte *in, ul in_len, byte *out, ul *out_len) {
 static ul q_gen(ul s, mech_t *m, attr_t *t, ul n, ul *h) {
 	GATE();
 	SESSION(v, s);
+	if (kept(t, n) != OK)
+		return kept(t, n);
 	return ((ul(*)(ul, mech_t *, attr_t *, ul, ul *))real->f[F_GEN])(v->real, m, t, n, h);
 }
 
