@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
 	"github.com/kmsctl/kmsctl/internal/record"
 )
 
@@ -162,8 +163,7 @@ func (c *counter) summary() Summary {
 type keyView struct {
 	State   int `json:"state"`
 	Version struct {
-		Blob   []byte `json:"blob"`
-		Sealed []byte `json:"sealed"`
+		Blob []byte `json:"blob"`
 	} `json:"version"`
 }
 
@@ -174,10 +174,10 @@ func view(r record.Raw) (k keyView, ok bool) {
 const stateDestroyed = 5
 
 // inToken says whether a key's material is not in its record, although it was
-// not destroyed.
+// not destroyed: it stays in the token.
 func inToken(r record.Raw) bool {
 	k, ok := view(r)
-	return ok && k.State != stateDestroyed && len(k.Version.Blob) == 0 && len(k.Version.Sealed) == 0
+	return ok && k.State != stateDestroyed && hsm.InToken(k.Version.Blob)
 }
 
 // Decoder checks a record's proof of origin; record.Codec is one.

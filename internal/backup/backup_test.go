@@ -13,6 +13,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/backup"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
 	"github.com/kmsctl/kmsctl/internal/record"
 	"github.com/kmsctl/kmsctl/internal/store"
 )
@@ -73,7 +74,7 @@ func fill(t *testing.T, n int) (store.EtcdClient, *store.Store) {
 	for i := range n {
 		put(t, s, keyPath(i), key{State: 1, Version: map[string]any{"blob": []byte("wrapped")}})
 	}
-	put(t, s, "keys/inst/in-token", key{State: 1, Version: map[string]any{"id": "v"}})
+	put(t, s, "keys/inst/in-token", key{State: 1, Version: map[string]any{"id": "v", "blob": hsm.PlacedBlob([]byte("placed-id-123456"), false)}})
 	put(t, s, "keys/inst/destroyed", key{State: 5, Version: map[string]any{"id": "v"}})
 	return c, s
 }

@@ -41,7 +41,11 @@ type HSM interface {
 	Wrap(ctx context.Context, blob, plaintext, aad []byte) (hsm.Sealed, error)
 	WrapNew(ctx context.Context, blob []byte, n int, aad []byte) ([]byte, hsm.Sealed, error)
 	Unwrap(ctx context.Context, blob []byte, s hsm.Sealed, aad []byte) ([]byte, error)
-	Evict(ctx context.Context, blob []byte) error // forget the key of a blob
+	// CreatePlacedKey and ImportPlacedKey make keys that stay in the token.
+	CreatePlacedKey(ctx context.Context) (hsm.NewKey, error)
+	ImportPlacedKey(ctx context.Context, material secret.Value) (hsm.NewKey, error)
+	// Destroy leaves nothing of a blob's key in the HSM.
+	Destroy(ctx context.Context, blob []byte) error
 }
 
 // Sealer encrypts what the service itself must keep.
@@ -235,9 +239,9 @@ func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in 
 	}
 	if err := s.store.Commit(ctx, changes...); err != nil {
 		if errors.Is(err, record.ErrConflict) { // a new key's path is free: an alias is taken
-			return kmsapi.Key{}, refusal(fault.Conflict, "", kmsapi.Conflict)
+			err = refusal(fault.Conflict, "", kmsapi.Conflict)
 		}
-		return kmsapi.Key{}, err
+		return kmsapi.Key{}, s.unmake(ctx, &k.Version, err)
 	}
 	if k.Kind == kindStandard {
 		return s.withPayload(ctx, &k)
@@ -246,16 +250,37 @@ func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in 
 }
 
 func (s *Service) fillRoot(ctx context.Context, k *keyRecord, v *versionRecord, payload []byte) error {
-	made, err := hsm.NewKey{}, error(nil)
+	in, err := s.Instance(ctx, k.Instance)
+	if err != nil {
+		return err
+	}
+	create, bring := s.hsm.CreateRootKey, s.hsm.ImportRootKey
+	if in.Placement == hsm.PlacementToken {
+		create, bring = s.hsm.CreatePlacedKey, s.hsm.ImportPlacedKey
+	}
+	var made hsm.NewKey
 	if payload != nil {
-		made, err = s.hsm.ImportRootKey(ctx, secret.New(payload))
+		made, err = bring(ctx, secret.New(payload))
 		k.Bits = len(payload) * 8
 	} else {
-		made, err = s.hsm.CreateRootKey(ctx)
+		made, err = create(ctx)
 		k.Bits = 256
 	}
 	v.Blob, v.KCV = made.Blob, made.KCV
 	return err
+}
+
+// unmake destroys a version that did not come into the store, for a reason
+// that it gives back: only one that stays in the token would be left over. When
+// it is not known whether the store took it, it stays.
+func (s *Service) unmake(ctx context.Context, v *versionRecord, why error) error {
+	switch fault.KindOf(why) {
+	case fault.Conflict, fault.NotFound, fault.Usage:
+		if hsm.InToken(v.Blob) {
+			return errors.Join(why, s.hsm.Destroy(context.WithoutCancel(ctx), v.Blob))
+		}
+	}
+	return why
 }
 
 func (s *Service) fillStandard(ctx context.Context, k *keyRecord, v *versionRecord, payload []byte) (err error) {
@@ -506,7 +531,13 @@ func (s *Service) CreateInstance(ctx context.Context, in kmsapi.CreateInstance, 
 	if in.Dialect != DialectKeyProtect && in.Dialect != DialectICP {
 		return kmsapi.Instance{}, invalid("dialect", "%s or %s", DialectKeyProtect, DialectICP)
 	}
-	out := kmsapi.Instance{ID: uuid.NewString(), Name: in.Name, Dialect: in.Dialect, CreatedAt: s.now().UTC().Truncate(time.Second), CreatedBy: who}
+	if in.Placement == "" {
+		in.Placement = hsm.PlacementWrapped
+	}
+	if in.Placement != hsm.PlacementWrapped && in.Placement != hsm.PlacementToken {
+		return kmsapi.Instance{}, invalid("placement", "%s or %s", hsm.PlacementWrapped, hsm.PlacementToken)
+	}
+	out := kmsapi.Instance{ID: uuid.NewString(), Name: in.Name, Dialect: in.Dialect, Placement: in.Placement, CreatedAt: s.now().UTC().Truncate(time.Second), CreatedBy: who}
 	err := s.store.Commit(ctx, record.Change{Path: "instances/" + out.ID, Value: out}, record.Change{Path: "instancenames/" + in.Name, Value: out.ID})
 	if errors.Is(err, record.ErrConflict) {
 		return kmsapi.Instance{}, fault.Newf(fault.Conflict, "create instance", in.Name, "an instance of this name exists").

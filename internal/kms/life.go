@@ -32,7 +32,7 @@ func (s *Service) Rotate(ctx context.Context, instance, id string, in kmsapi.Rot
 	}
 	defer clear(payload)
 	fresh := versionRecord{ID: uuid.NewString(), CreatedAt: s.stamp()}
-	made := keyRecord{}
+	made := keyRecord{Instance: instance}
 	if err := s.fillRoot(ctx, &made, &fresh, payload); err != nil {
 		return err
 	}
@@ -44,7 +44,7 @@ func (s *Service) Rotate(ctx context.Context, instance, id string, in kmsapi.Rot
 		k.Version, k.RotatedAt, k.Bits = fresh, &now, made.Bits
 		return []record.Change{{Path: versionDir(instance, k.ID) + old.ID, Value: old}}, nil
 	})
-	return err
+	return s.unmake(ctx, &fresh, err)
 }
 
 func (s *Service) mayRotate(k *keyRecord, in kmsapi.RotateRequest) error {
@@ -147,7 +147,7 @@ func (s *Service) Delete(ctx context.Context, instance, id, who string, force bo
 	if err != nil {
 		return kmsapi.Key{}, err
 	}
-	return s.show(k), s.evict(ctx, gone)
+	return s.show(k), s.destroy(ctx, gone)
 }
 
 func (s *Service) mayDelete(ctx context.Context, k *keyRecord, who string, force bool) error {
@@ -187,11 +187,12 @@ func (s *Service) dropVersions(ctx context.Context, k *keyRecord) (changes []rec
 	return changes, blobs, err
 }
 
-func (s *Service) evict(ctx context.Context, blobs [][]byte) error {
+// destroy makes an end of keys in the HSM.
+func (s *Service) destroy(ctx context.Context, blobs [][]byte) error {
 	var errs []error
 	for _, b := range blobs {
 		if len(b) > 0 {
-			errs = append(errs, s.hsm.Evict(ctx, b))
+			errs = append(errs, s.hsm.Destroy(ctx, b))
 		}
 	}
 	return errors.Join(errs...)
@@ -269,7 +270,7 @@ func (s *Service) purge(ctx context.Context, k *keyRecord, rev int64) error {
 		}
 		return err
 	}
-	return s.evict(ctx, blobs)
+	return s.destroy(ctx, blobs)
 }
 
 // Sync notes that the services which use a key should look at it again; ours

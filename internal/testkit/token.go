@@ -164,6 +164,14 @@ func (t *Token) ImportRootKey(ctx context.Context, m secret.Value) (hsm.NewKey, 
 	return hsm.NewKey{Blob: b}, err
 }
 
+// CreatePlacedKey is CreateRootKey: this token has no objects.
+func (t *Token) CreatePlacedKey(ctx context.Context) (hsm.NewKey, error) { return t.CreateRootKey(ctx) }
+
+// ImportPlacedKey is ImportRootKey.
+func (t *Token) ImportPlacedKey(ctx context.Context, m secret.Value) (hsm.NewKey, error) {
+	return t.ImportRootKey(ctx, m)
+}
+
 // Wrap encrypts under the key of a blob.
 func (t *Token) Wrap(ctx context.Context, blob, plain, aad []byte) (hsm.Sealed, error) {
 	t.count()
@@ -199,5 +207,5 @@ func (t *Token) Unwrap(ctx context.Context, blob []byte, s hsm.Sealed, aad []byt
 	return out, nil
 }
 
-// Evict forgets nothing: the token keeps no keys.
-func (t *Token) Evict(context.Context, []byte) error { return nil }
+// Destroy forgets nothing: the token keeps no keys.
+func (t *Token) Destroy(context.Context, []byte) error { return nil }

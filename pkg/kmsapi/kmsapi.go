@@ -330,15 +330,17 @@ type Ciphertext struct {
 type Instance struct {
 	ID        string    `json:"id"`
 	Name      string    `json:"name"`
-	Dialect   string    `json:"dialect"` // key-protect or icp
+	Dialect   string    `json:"dialect"`             // key-protect or icp
+	Placement string    `json:"placement,omitempty"` // of root keys: wrapped (also when it is empty) or token
 	CreatedAt time.Time `json:"createdAt"`
 	CreatedBy string    `json:"createdBy"`
 }
 
 // CreateInstance is the body of POST /kmsctl/v1/instances.
 type CreateInstance struct {
-	Name    string `json:"name"`
-	Dialect string `json:"dialect,omitempty"`
+	Name      string `json:"name"`
+	Dialect   string `json:"dialect,omitempty"`
+	Placement string `json:"placement,omitempty"`
 }
 
 // Instances is the answer of GET /kmsctl/v1/instances.

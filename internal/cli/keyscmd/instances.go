@@ -1,6 +1,7 @@
 package keyscmd
 
 import (
+	"cmp"
 	"context"
 	"net/http"
 	"strings"
@@ -31,9 +32,9 @@ type instanceList struct {
 func (l instanceList) Table() ([]string, [][]string) {
 	rows := make([][]string, 0, len(l.Instances))
 	for _, i := range l.Instances {
-		rows = append(rows, []string{i.ID, i.Name, i.Dialect, i.CreatedAt.UTC().Format(time.RFC3339)})
+		rows = append(rows, []string{i.ID, i.Name, i.Dialect, cmp.Or(i.Placement, "wrapped"), i.CreatedAt.UTC().Format(time.RFC3339)})
 	}
-	return []string{"ID", "NAME", "DIALECT", "CREATED"}, rows
+	return []string{"ID", "NAME", "DIALECT", "PLACEMENT", "CREATED"}, rows
 }
 
 func newInstancesCmd(a *app.App) *cobra.Command {
@@ -45,9 +46,10 @@ func newInstancesCmd(a *app.App) *cobra.Command {
 
 type instanceOptions struct {
 	*app.App
-	client  app.ClientFlags
-	name    string
-	dialect string
+	client    app.ClientFlags
+	name      string
+	dialect   string
+	placement string
 }
 
 // Check holds the rules of the flags.
@@ -56,7 +58,7 @@ func (o *instanceOptions) Check() error { return o.client.Check(false) }
 func newInstanceCreateCmd(a *app.App) *cobra.Command {
 	o := &instanceOptions{App: a}
 	cmd := &cobra.Command{
-		Use: "create NAME", Short: "Create an instance", Args: cobra.ExactArgs(1), Example: "  kmsctl instances create shop -o json",
+		Use: "create NAME", Short: "Create an instance", Args: cobra.ExactArgs(1), Example: "  kmsctl instances create shop -o json\n  kmsctl instances create vault --placement token",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.name = args[0]
 			return app.Run(cmd.Context(), o, runInstanceCreate)
@@ -64,6 +66,8 @@ func newInstanceCreateCmd(a *app.App) *cobra.Command {
 	}
 	o.client.Add(cmd.Flags(), a)
 	cmd.Flags().StringVar(&o.dialect, "dialect", "key-protect", "which API generation the instance speaks: key-protect or icp")
+	cmd.Flags().StringVar(&o.placement, "placement", "wrapped", "where its root keys live: wrapped by the master key, in any number; or token: objects that never leave the HSM, as many as it has room for, in no backup")
+	_ = cmd.RegisterFlagCompletionFunc("placement", cobra.FixedCompletions([]string{"wrapped", "token"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("dialect", cobra.FixedCompletions([]string{"key-protect", "icp"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
@@ -74,7 +78,7 @@ func runInstanceCreate(ctx context.Context, o *instanceOptions) error {
 		return err
 	}
 	var out kmsapi.Instance
-	if err := c.Do(ctx, http.MethodPost, "/kmsctl/v1/instances", kmsapi.CreateInstance{Name: o.name, Dialect: o.dialect}, &out); err != nil {
+	if err := c.Do(ctx, http.MethodPost, "/kmsctl/v1/instances", kmsapi.CreateInstance{Name: o.name, Dialect: o.dialect, Placement: o.placement}, &out); err != nil {
 		return o.ClientError("create instance", o.name, err)
 	}
 	return o.Print(instanceResult(out))
