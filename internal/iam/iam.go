@@ -33,32 +33,30 @@ type Store interface {
 	Version(dir string) int64
 }
 
-// Config of a Service. SigningKey is a P-256 key that is the same in every
-// replica and never stored in the clear.
+// Config of a Service.
 type Config struct {
+	// SigningKey is the first key that signs access tokens: a P-256 key that is
+	// the same in every replica and never stored in the clear.
 	SigningKey *ecdsa.PrivateKey
-	Now        func() time.Time
+	// Derive gives a further one, the same for the same salt in every replica.
+	Derive func(ctx context.Context, salt []byte) (*ecdsa.PrivateKey, error)
+	Now    func() time.Time
 }
 
 // Service answers who and whether. Safe for concurrent use.
 type Service struct {
-	store Store
-	key   *ecdsa.PrivateKey
-	kid   string
-	now   func() time.Time
+	store  Store
+	derive func(ctx context.Context, salt []byte) (*ecdsa.PrivateKey, error)
+	now    func() time.Time
 
+	keys   keyring
 	proofs proofs
 	rights rights
 }
 
 // New makes a Service.
 func New(s Store, c Config) *Service {
-	pub, err := c.SigningKey.PublicKey.Bytes()
-	if err != nil {
-		panic(err) // a P-256 key always has its point
-	}
-	sum := sha256.Sum256(pub)
-	return &Service{store: s, key: c.SigningKey, kid: hex.EncodeToString(sum[:8]), now: c.Now}
+	return &Service{store: s, keys: newKeyring(c.SigningKey), derive: c.Derive, now: c.Now}
 }
 
 // ServiceID is somebody who is not a person, at iam/serviceids/<id>.
@@ -208,9 +206,13 @@ func (s *Service) Issue(ctx context.Context, key secret.Value) (Token, error) {
 	p := principalOf(k)
 	c := claims{IAMID: "iam-" + p.String(), KeyID: k.ID, Kind: p.Kind, RegisteredClaims: jwt.RegisteredClaims{
 		Issuer: issuer, Subject: p.String(), ID: uuid.NewString(), IssuedAt: jwt.NewNumericDate(now), ExpiresAt: jwt.NewNumericDate(now.Add(tokenLife))}}
+	by, private, err := s.signs(ctx)
+	if err != nil {
+		return Token{}, err
+	}
 	t := jwt.NewWithClaims(jwt.SigningMethodES256, c)
-	t.Header["kid"] = s.kid
-	signed, err := t.SignedString(s.key)
+	t.Header["kid"] = by.ID
+	signed, err := t.SignedString(private)
 	if err != nil {
 		return Token{}, fmt.Errorf("sign token: %w", err)
 	}
@@ -221,12 +223,14 @@ func (s *Service) Issue(ctx context.Context, key secret.Value) (Token, error) {
 // exist: a token outlives neither.
 func (s *Service) Authenticate(ctx context.Context, token string) (Principal, error) {
 	c, proven := s.proofs.get(token, s.now())
-	if !proven {
-		_, err := jwt.ParseWithClaims(token, &c, func(t *jwt.Token) (any, error) {
-			if t.Header["kid"] != s.kid {
-				return nil, errNotKnown
-			}
-			return &s.key.PublicKey, nil
+	if proven {
+		if _, err := s.goodKey(ctx, c.key); err != nil {
+			return Principal{}, unproven(err)
+		}
+	} else {
+		_, err := jwt.ParseWithClaims(token, &c.claims, func(t *jwt.Token) (any, error) {
+			c.key, _ = t.Header["kid"].(string)
+			return s.verifies(ctx, c.key)
 		}, jwt.WithValidMethods([]string{"ES256"}), jwt.WithIssuer(issuer), jwt.WithExpirationRequired(), jwt.WithIssuedAt(),
 			jwt.WithLeeway(clockLeeway), jwt.WithTimeFunc(s.now))
 		if err != nil || c.IssuedAt == nil {
@@ -235,13 +239,19 @@ func (s *Service) Authenticate(ctx context.Context, token string) (Principal, er
 		s.proofs.put(token, c)
 	}
 	k, err := s.liveKey(ctx, c.KeyID)
-	if errors.Is(err, errNotKnown) {
-		return Principal{}, fault.New(fault.Denied, "", "", errNotKnown)
-	}
 	if err != nil {
-		return Principal{}, err
+		return Principal{}, unproven(err)
 	}
 	return principalOf(k), nil
+}
+
+// unproven makes a refusal of what proves nobody, and leaves faults of the
+// store as they are.
+func unproven(err error) error {
+	if errors.Is(err, errNotKnown) {
+		return fault.New(fault.Denied, "", "", errNotKnown)
+	}
+	return err
 }
 
 func principalOf(k APIKey) Principal {

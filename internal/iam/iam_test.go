@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"slices"
@@ -31,8 +32,20 @@ const (
 
 type world struct {
 	*iam.Service
-	key *ecdsa.PrivateKey
-	now time.Time
+	key    *ecdsa.PrivateKey
+	now    time.Time
+	store  *store.Store
+	config iam.Config
+	away   error // of the HSM
+}
+
+// derive makes a key of a salt, the same each time.
+func (w *world) derive(_ context.Context, salt []byte) (*ecdsa.PrivateKey, error) {
+	if w.away != nil {
+		return nil, w.away
+	}
+	sum := sha256.Sum256(salt)
+	return ecdsa.ParseRawPrivateKey(elliptic.P256(), sum[:])
 }
 
 func newWorld(t *testing.T) *world {
@@ -55,8 +68,9 @@ func newWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{key: k, now: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}
-	w.Service = iam.New(st, iam.Config{SigningKey: k, Now: func() time.Time { return w.now }})
+	w := &world{key: k, store: st, now: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}
+	w.config = iam.Config{SigningKey: k, Derive: w.derive, Now: func() time.Time { return w.now }}
+	w.Service = iam.New(st, w.config)
 	return w
 }
 

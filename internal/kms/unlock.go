@@ -35,7 +35,7 @@ type Opened struct {
 	Token     hsm.TokenInfo
 	Master    hsm.Master
 	RecordKey []byte // 32 bytes, authenticates records
-	TokenKey  []byte // 32 bytes, seed of the key that signs access tokens
+	TokenKey  []byte // 32 bytes, seed of the keys that sign access tokens
 }
 
 // Zero overwrites the two keys.
@@ -88,10 +88,22 @@ func Unlock(ctx context.Context, p Plain, t Token, now func() time.Time) (Opened
 	if o.RecordKey, err = t.Unseal(ctx, in.RecordKey, purpose(in.ID, "record")); err != nil {
 		return Opened{}, fault.New(fault.BadContent, "unseal the record key of", in.ID, err)
 	}
-	if o.TokenKey, err = t.Unseal(ctx, in.TokenKey, purpose(in.ID, "token")); err != nil {
-		return Opened{}, fault.New(fault.BadContent, "unseal the token key of", in.ID, err)
+	o.TokenKey, err = TokenKey(ctx, p, t)
+	return o, err
+}
+
+// TokenKey opens the seed of the keys that sign access tokens, once the HSM is
+// unlocked.
+func TokenKey(ctx context.Context, p Plain, e Sealer) ([]byte, error) {
+	var in install
+	if _, err := p.Get(ctx, "install", &in); err != nil {
+		return nil, err
 	}
-	return o, nil
+	seed, err := e.Unseal(ctx, in.TokenKey, purpose(in.ID, "token"))
+	if err != nil {
+		return nil, fault.New(fault.BadContent, "unseal the token key of", in.ID, err)
+	}
+	return seed, nil
 }
 
 func purpose(install, what string) []byte {

@@ -44,6 +44,8 @@ var about = map[string]string{
 	"kmsctl.onboard":                           "Give a service an instance, a key, a service ID, an API key and a policy on that one key, in one go.",
 	"kmsctl.audit.read":                        "Read the public key of the audit logs and their last signed heads, for `kmsctl audit verify`.",
 	"kmsctl.backup.read":                       "Stream every record as it was at one moment, as lines of JSON, for `kmsctl backup`.",
+	"iam.signing-keys.list":                    "List the keys that sign access tokens",
+	"iam.signing-keys.rotate":                  "Make a new key that signs access tokens",
 	"iam.service-ids.create":                   "Create a service ID.",
 	"iam.service-ids.list":                     "List the service IDs.",
 	"iam.service-ids.delete":                   "Delete a service ID with its API keys and policies: its tokens stop working at once.",

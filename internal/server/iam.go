@@ -293,3 +293,30 @@ func (c *call) grant(ctx context.Context, service string, p iam.Policy) (id stri
 func deletePolicy(ctx context.Context, c *call) (any, error) {
 	return nil, c.IAM.DeletePolicy(ctx, c.manager(), c.r.PathValue("service"), c.id)
 }
+
+func showSigningKey(k iam.SigningKey) kmsapi.SigningKey {
+	out := kmsapi.SigningKey{ID: k.ID, CreatedBy: k.CreatedBy, RetiredAt: k.RetiredAt, GoodUntil: k.GoodUntil(), Signs: k.RetiredAt == nil}
+	if !k.CreatedAt.IsZero() { // the first one's day is the installation's
+		out.CreatedAt = &k.CreatedAt
+	}
+	return out
+}
+
+func listSigningKeys(ctx context.Context, c *call) (any, error) {
+	all, err := c.IAM.SigningKeys(ctx)
+	out := kmsapi.SigningKeys{SigningKeys: []kmsapi.SigningKey{}}
+	for _, k := range all {
+		out.SigningKeys = append(out.SigningKeys, showSigningKey(k))
+	}
+	return out, err
+}
+
+func rotateSigningKey(ctx context.Context, c *call) (any, error) {
+	var in kmsapi.RotateSigningKey
+	if err := c.decode(&in); err != nil {
+		return nil, err
+	}
+	k, err := c.IAM.RotateSigningKey(ctx, c.who, in.Now)
+	c.id = k.ID
+	return showSigningKey(k), err
+}

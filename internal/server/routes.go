@@ -75,6 +75,8 @@ func ownRoutes() []route {
 		{"GET", own("/audit/heads"), "kmsctl.audit.read", "Heads of the audit logs could not be retrieved", iam.IAMManage, everywhere, http.StatusOK, auditHeads},
 		{"GET", own("/backup"), "kmsctl.backup.read", "Backup could not be made", iam.IAMManage, everywhere, http.StatusOK, readBackup},
 		{"POST", own("/onboard"), "kmsctl.onboard", "Service could not be onboarded", iam.IAMGrant, managing, http.StatusCreated, onboard},
+		{"GET", own("/iam/signing-keys"), "iam.signing-keys.list", "Signing keys could not be retrieved", iam.IAMManage, everywhere, http.StatusOK, listSigningKeys},
+		{"POST", own("/iam/signing-keys/rotate"), "iam.signing-keys.rotate", "Signing key could not be rotated", iam.IAMManage, everywhere, http.StatusCreated, rotateSigningKey},
 		{"POST", own("/iam/service-ids"), "iam.service-ids.create", "Service ID could not be created", iam.IAMGrant, managing, http.StatusCreated, createServiceID},
 		{"GET", own("/iam/service-ids"), "iam.service-ids.list", "Service IDs could not be retrieved", iam.IAMGrant, managing, http.StatusOK, listServiceIDs},
 		{"DELETE", own("/iam/service-ids/{id}"), "iam.service-ids.delete", "Service ID could not be deleted", iam.IAMGrant, managing, http.StatusNoContent, deleteServiceID},

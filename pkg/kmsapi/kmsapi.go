@@ -384,6 +384,27 @@ type TokenError struct {
 	ErrorMessage string `json:"errorMessage"`
 }
 
+// SigningKey is a key that signs access tokens; ID is the kid of their header.
+type SigningKey struct {
+	ID        string     `json:"id"`
+	Signs     bool       `json:"signs"`
+	CreatedAt *time.Time `json:"createdAt,omitempty"`
+	CreatedBy string     `json:"createdBy,omitempty"`
+	RetiredAt *time.Time `json:"retiredAt,omitempty"`
+	GoodUntil *time.Time `json:"goodUntil,omitempty"` // of what a retired one signed
+}
+
+// SigningKeys is the answer of GET /kmsctl/v1/iam/signing-keys.
+type SigningKeys struct {
+	SigningKeys []SigningKey `json:"signingKeys"`
+}
+
+// RotateSigningKey is the body of POST /kmsctl/v1/iam/signing-keys/rotate. With
+// Now, every token that was issued before is worth nothing.
+type RotateSigningKey struct {
+	Now bool `json:"now,omitempty"`
+}
+
 // Health is the answer of /readyz.
 type Health struct {
 	Ready   bool     `json:"ready"`

@@ -67,7 +67,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	if err != nil {
 		return nil, err
 	}
-	key, err := signingKey(opened.TokenKey)
+	key, err := signingKey(opened.TokenKey, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -76,7 +76,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		return nil, err
 	}
 	k := &KMS{KMSConfig: c, Opened: opened, store: st, plain: plain, codec: codec}
-	k.IAM = iam.New(st, iam.Config{SigningKey: key, Now: c.Now})
+	k.IAM = iam.New(st, iam.Config{SigningKey: key, Derive: k.deriveSigningKey, Now: c.Now})
 	ac := c.Audit
 	ac.Sign, ac.PublicKey, ac.Now, ac.SaveHead = c.Token.Sign, opened.Master.PublicKey, c.Now, k.saveHead
 	if ac.Known, err = k.knownHead(ctx); err != nil {
@@ -231,12 +231,22 @@ func (k *KMS) heads(ctx context.Context) (kmsapi.AuditHeads, error) {
 	return out, err
 }
 
-// signingKey derives the P-256 key that signs access tokens from the sealed
+// deriveSigningKey opens the sealed seed for a moment: it does not stay here.
+func (k *KMS) deriveSigningKey(ctx context.Context, salt []byte) (*ecdsa.PrivateKey, error) {
+	seed, err := kms.TokenKey(ctx, k.plain, k.Token)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(seed)
+	return signingKey(seed, salt)
+}
+
+// signingKey derives a P-256 key that signs access tokens from the sealed
 // seed, so that all replicas have the same one. The seed is 32 random bytes
 // of the HSM; the scalar is its HKDF output of 48 bytes reduced into [1, n-1]
 // (FIPS 186-5, A.2.1).
-func signingKey(seed []byte) (*ecdsa.PrivateKey, error) {
-	wide, err := hkdf.Key(sha256.New, seed, nil, "kmsctl access token", 48)
+func signingKey(seed, salt []byte) (*ecdsa.PrivateKey, error) {
+	wide, err := hkdf.Key(sha256.New, seed, salt, "kmsctl access token", 48)
 	if err != nil {
 		return nil, err
 	}

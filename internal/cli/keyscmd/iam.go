@@ -57,6 +57,7 @@ type iamOptions struct {
 	boundTo                    string
 	certs, accounts            []string
 	needInstance, needService  bool
+	now                        bool
 }
 
 // Check holds the rules of the flags.
@@ -137,7 +138,16 @@ gives more than they have.`}
 			}),
 		iamVerb(a, "delete ID", "Delete a policy of a service ID", "  kmsctl iam policies delete 1f… --service-id orders", cobra.ExactArgs(1), runPolicyDelete, serviceFlag),
 	)
-	iam.AddCommand(ids, keys, policies, iamVerb(a, "token", "Exchange an API key for an access token", "  KMSCTL_API_KEY=… kmsctl iam token --server https://kms-api:28674 -o json", cobra.NoArgs, runToken, nil))
+	signing := &cobra.Command{Use: "signing-key", Short: "Look at, and rotate, the key that signs access tokens"}
+	signing.AddCommand(
+		iamVerb(a, "list", "List the keys that sign access tokens, and until when what they signed is good", "  kmsctl iam signing-key list", cobra.NoArgs, runSigningKeyList, nil),
+		iamVerb(a, "rotate", "Make a new key that signs access tokens, for all replicas",
+			"  kmsctl iam signing-key rotate         # tokens that are out stay good until they end\n  kmsctl iam signing-key rotate --now   # they are worth nothing from now on; clients fetch new ones",
+			cobra.NoArgs, runSigningKeyRotate, func(c *cobra.Command, o *iamOptions) {
+				c.Flags().BoolVar(&o.now, "now", false, "withdraw the old key: every token that it signed is refused (a backup from before brings it back: rotate again after a restore)")
+			}),
+	)
+	iam.AddCommand(ids, keys, policies, signing, iamVerb(a, "token", "Exchange an API key for an access token", "  KMSCTL_API_KEY=… kmsctl iam token --server https://kms-api:28674 -o json", cobra.NoArgs, runToken, nil))
 	return iam
 }
 
@@ -282,4 +292,44 @@ func runPolicyCreate(ctx context.Context, o *iamOptions) error {
 func runPolicyDelete(ctx context.Context, o *iamOptions) error {
 	path := "/kmsctl/v1/iam/policies/" + url.PathEscape(o.serviceID) + "/" + url.PathEscape(o.name)
 	return o.call(ctx, "delete policy", o.name, http.MethodDelete, path, nil, nil)
+}
+
+type signingKeyList struct {
+	SigningKeys []kmsapi.SigningKey `json:"signingKeys"`
+}
+
+// Table is one line a key.
+func (l signingKeyList) Table() ([]string, [][]string) {
+	var rows [][]string
+	for _, k := range l.SigningKeys {
+		until := "it signs"
+		if k.GoodUntil != nil {
+			until = k.GoodUntil.UTC().Format(time.RFC3339)
+		}
+		rows = append(rows, []string{k.ID, until, k.CreatedBy})
+	}
+	return []string{"ID", "GOOD UNTIL", "CREATED BY"}, rows
+}
+
+type signingKeyResult kmsapi.SigningKey
+
+// Table is one line.
+func (r signingKeyResult) Table() ([]string, [][]string) {
+	return signingKeyList{[]kmsapi.SigningKey{kmsapi.SigningKey(r)}}.Table()
+}
+
+func runSigningKeyList(ctx context.Context, o *iamOptions) error {
+	var out kmsapi.SigningKeys
+	if err := o.call(ctx, "list signing keys", "", http.MethodGet, "/kmsctl/v1/iam/signing-keys", nil, &out); err != nil {
+		return err
+	}
+	return o.Print(signingKeyList{out.SigningKeys})
+}
+
+func runSigningKeyRotate(ctx context.Context, o *iamOptions) error {
+	var out kmsapi.SigningKey
+	if err := o.call(ctx, "rotate the signing key", "", http.MethodPost, "/kmsctl/v1/iam/signing-keys/rotate", kmsapi.RotateSigningKey{Now: o.now}, &out); err != nil {
+		return err
+	}
+	return o.Print(signingKeyResult(out))
 }
