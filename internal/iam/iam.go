@@ -415,8 +415,8 @@ func absent(what, object string, err error) error {
 	return err
 }
 
-// DeleteServiceID removes a service ID with its API keys and policies, in one
-// transaction, and gives what it was.
+// DeleteServiceID removes a service ID with its API keys and policies, and
+// gives what it was.
 func (s *Service) DeleteServiceID(ctx context.Context, who Principal, nameOrID string) (ServiceID, error) {
 	sid, rev, err := s.Find(ctx, who, nameOrID)
 	if err != nil {
@@ -441,13 +441,14 @@ func (s *Service) removeServiceID(ctx context.Context, sid ServiceID, rev int64)
 		return err
 	}
 	changes = append(changes, freed...)
+	var rest []record.Change
 	err = s.store.List(ctx, apiKeys, func(m record.Meta, decode func(any) error) error {
 		var k APIKey
 		if err := decode(&k); err != nil {
 			return err
 		}
 		if k.ServiceID == sid.ID {
-			changes = append(changes, record.Change{Path: m.Path, Rev: m.Rev})
+			rest = append(rest, record.Change{Path: m.Path, Rev: m.Rev})
 		}
 		return nil
 	})
@@ -455,13 +456,46 @@ func (s *Service) removeServiceID(ctx context.Context, sid ServiceID, rev int64)
 		return err
 	}
 	err = s.store.List(ctx, policies+sid.ID+"/", func(m record.Meta, _ func(any) error) error {
-		changes = append(changes, record.Change{Path: m.Path, Rev: m.Rev})
+		rest = append(rest, record.Change{Path: m.Path, Rev: m.Rev})
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	return s.store.Commit(ctx, changes...)
+	// What a transaction cannot take goes before, so that a second call goes on
+	// where this one was cut short.
+	fits := min(len(rest), batch-len(changes))
+	if err := s.commitAll(ctx, rest[fits:]); err != nil {
+		return err
+	}
+	return s.store.Commit(ctx, append(changes, rest[:fits]...)...)
+}
+
+// ForgetInstance removes the service IDs that are bound to an instance, and
+// from all others what they may do in it. Cut short, a second call goes on.
+func (s *Service) ForgetInstance(ctx context.Context, instance string) error {
+	var all []ServiceID
+	revs := map[string]int64{}
+	err := s.store.List(ctx, serviceIDs, func(m record.Meta, decode func(any) error) error {
+		var sid ServiceID
+		err := decode(&sid)
+		all, revs[sid.ID] = append(all, sid), m.Rev
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	for _, sid := range all {
+		if sid.Instance == instance {
+			err = s.removeServiceID(ctx, sid, revs[sid.ID])
+		} else {
+			err = s.withdraw(ctx, sid, instance)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // CreateAPIKey makes an API key for a service ID. The key is in the answer,

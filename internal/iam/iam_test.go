@@ -423,6 +423,44 @@ func TestBoundServiceIDs(t *testing.T) {
 	}
 }
 
+// TestManyKeysAndPolicies: a service ID of more API keys and policies than one
+// transaction takes is deleted whole, and so is an instance's.
+func TestManyKeysAndPolicies(t *testing.T) {
+	w := newWorld(t)
+	ctx, admin := t.Context(), iam.LocalAdmin()
+	for _, name := range []string{"deleted", "forgotten"} {
+		sid, err := w.CreateServiceID(ctx, admin.In(shop), name, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := iam.NewPolicy(shop, "", "", "Viewer")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 120 {
+			if _, err := w.CreatePolicy(ctx, admin, sid.ID, p); err != nil {
+				t.Fatal(err)
+			}
+			if _, _, err := w.CreateAPIKey(ctx, admin, "k", sid.ID); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if name == "deleted" {
+			_, err = w.DeleteServiceID(ctx, admin, sid.ID)
+		} else {
+			err = w.ForgetInstance(ctx, shop)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids, err := w.ServiceIDs(ctx, admin)
+		keys, err2 := w.APIKeys(ctx, admin, "")
+		if err != nil || err2 != nil || len(ids) != 0 || len(keys) != 0 || w.store.Version("iam/policies/"+sid.ID+"/") == 0 {
+			t.Errorf("%s: %d service IDs, %d API keys, %v %v", name, len(ids), len(keys), err, err2)
+		}
+	}
+}
+
 func TestFirstAdmin(t *testing.T) {
 	w := newWorld(t)
 	key, id, hash, err := iam.NewAPIKey()

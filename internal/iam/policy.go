@@ -333,3 +333,41 @@ func (s *Service) DeletePolicy(ctx context.Context, who Principal, service, id s
 	}
 	return s.store.Commit(ctx, record.Change{Path: path, Rev: rev})
 }
+
+// withdraw takes from a service ID what it may do in an instance.
+func (s *Service) withdraw(ctx context.Context, sid ServiceID, instance string) error {
+	var changes []record.Change
+	err := s.store.List(ctx, policies+sid.ID+"/", func(m record.Meta, decode func(any) error) error {
+		var p Policy
+		if err := decode(&p); err != nil {
+			return err
+		}
+		there := len(p.Resources)
+		p.Resources = slices.DeleteFunc(p.Resources, func(r Resource) bool { return r.Instance == instance })
+		switch len(p.Resources) {
+		case there:
+		case 0:
+			changes = append(changes, record.Change{Path: m.Path, Rev: m.Rev})
+		default:
+			changes = append(changes, record.Change{Path: m.Path, Value: p, Rev: m.Rev})
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return s.commitAll(ctx, changes)
+}
+
+// batch is how many changes one transaction makes: etcd takes 128.
+const batch = 100
+
+// commitAll makes changes that need not come together.
+func (s *Service) commitAll(ctx context.Context, changes []record.Change) error {
+	for part := range slices.Chunk(changes, batch) {
+		if err := s.store.Commit(ctx, part...); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -201,7 +201,8 @@ func sealAAD(instance, id, version string) []byte {
 // CreateKey makes a key, or imports one when a payload is given, and gives it
 // as the API shows it; a standard key's payload is in the answer.
 func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in kmsapi.CreateKey) (kmsapi.Key, error) {
-	if _, err := s.Instance(ctx, instance); err != nil {
+	alive, err := s.alive(ctx, instance)
+	if err != nil {
 		return kmsapi.Key{}, err
 	}
 	if err := s.checkNew(in); err != nil {
@@ -233,7 +234,7 @@ func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in 
 	if err != nil {
 		return kmsapi.Key{}, err
 	}
-	changes := []record.Change{{Path: k.path(), Value: k}}
+	changes := []record.Change{alive, {Path: k.path(), Value: k}}
 	for _, a := range in.Aliases {
 		changes = append(changes, record.Change{Path: aliasPath(instance, a), Value: kmsapi.Alias{KeyID: k.ID, Alias: a, CreatedBy: who, CreationDate: &now}})
 	}
@@ -506,20 +507,6 @@ func (s *Service) Key(ctx context.Context, instance, id string, material bool) (
 	return s.show(k), nil
 }
 
-// Instance gives an instance; what is not there, or is no UUID, is an error of
-// its own code.
-func (s *Service) Instance(ctx context.Context, id string) (kmsapi.Instance, error) {
-	if uuid.Validate(id) != nil || id != strings.ToLower(id) {
-		return kmsapi.Instance{}, fault.Newf(fault.Usage, "", id, "not a UUID").WithReason(kmsapi.InvalidInstance)
-	}
-	var in kmsapi.Instance
-	_, err := s.store.Get(ctx, "instances/"+id, &in)
-	if errors.Is(err, record.ErrNotFound) {
-		return in, fault.Newf(fault.NotFound, "", id, "instance does not exist").WithReason(kmsapi.InstanceNotFound)
-	}
-	return in, err
-}
-
 // CreateInstance makes an instance; its name is unique.
 func (s *Service) CreateInstance(ctx context.Context, in kmsapi.CreateInstance, who string) (kmsapi.Instance, error) {
 	if n := len([]rune(in.Name)); n < 2 || n > 90 || strings.ContainsAny(in.Name, "/\x00") {
@@ -558,29 +545,4 @@ func (s *Service) Instances(ctx context.Context) ([]kmsapi.Instance, error) {
 		return nil
 	})
 	return out, err
-}
-
-// DeleteInstance removes an instance that holds no key.
-func (s *Service) DeleteInstance(ctx context.Context, id string) error {
-	in, err := s.Instance(ctx, id)
-	if err != nil {
-		return err
-	}
-	keys, err := s.Keys(ctx, id, Query{Limit: 0, States: []int{0, 1, 2, 3, 5}})
-	if err != nil {
-		return err
-	}
-	if keys.Total > 0 {
-		return fault.Newf(fault.Conflict, "delete instance", in.Name, "it holds %d keys", keys.Total).WithReason(kmsapi.Conflict)
-	}
-	rev, err := s.store.Get(ctx, "instances/"+id, &in)
-	if err != nil {
-		return err
-	}
-	var name string
-	nameRev, err := s.store.Get(ctx, "instancenames/"+in.Name, &name)
-	if err != nil {
-		return err
-	}
-	return s.store.Commit(ctx, record.Change{Path: "instances/" + id, Rev: rev}, record.Change{Path: "instancenames/" + in.Name, Rev: nameRev})
 }

@@ -23,6 +23,8 @@ type world struct {
 	instance string
 	token    *testkit.Token
 	now      time.Time
+	store    *store.Store
+	etcd     store.EtcdClient
 }
 
 func newWorld(t *testing.T) *world {
@@ -42,6 +44,7 @@ func newWorld(t *testing.T) *world {
 	}
 	t.Cleanup(func() { st.Close(); c.Close(); m.Close() })
 	w := &world{token: testkit.NewToken("p", "p"), now: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}
+	w.store, w.etcd = st, c
 	w.Service = kms.New(st, w.token, w.token, func() time.Time { return w.now }, kms.DefaultWindows())
 	w.instance = w.newInstance(t, "shop")
 	return w
@@ -285,11 +288,11 @@ func TestListAndInstances(t *testing.T) {
 	if _, err := w.CreateInstance(ctx, kmsapi.CreateInstance{Name: "shop"}, "me"); fault.KindOf(err) != fault.Conflict {
 		t.Errorf("same name twice: %v", err)
 	}
-	if err := w.DeleteInstance(ctx, w.instance); fault.KindOf(err) != fault.Conflict {
+	if err := w.DeleteInstance(ctx, w.instance, nothing); fault.KindOf(err) != fault.Conflict {
 		t.Errorf("delete with keys: %v", err)
 	}
 	empty := w.newInstance(t, "empty")
-	if err := w.DeleteInstance(ctx, empty); err != nil {
+	if err := w.DeleteInstance(ctx, empty, nothing); err != nil {
 		t.Error(err)
 	}
 	if all, _ := w.Instances(ctx); len(all) != 1 {

@@ -131,6 +131,7 @@ func (s *Service) Delete(ctx context.Context, instance, id, who string, force bo
 		return kmsapi.Key{}, err
 	}
 	var gone [][]byte
+	var later []record.Change
 	k, err := s.change(ctx, instance, id, func(k *keyRecord, now time.Time) ([]record.Change, error) {
 		if err := s.mayDelete(ctx, k, who, force); err != nil {
 			return nil, err
@@ -141,13 +142,15 @@ func (s *Service) Delete(ctx context.Context, instance, id, who string, force bo
 		}
 		var changes []record.Change
 		changes, gone, err = s.dropVersions(ctx, k)
+		fits := min(len(changes), batch)
+		later = changes[fits:]
 		k.Final, k.Version.Blob, k.Version.Sealed = true, nil, nil
-		return changes, err
+		return changes[:fits], err
 	})
 	if err != nil {
 		return kmsapi.Key{}, err
 	}
-	return s.show(k), s.destroy(ctx, gone)
+	return s.show(k), errors.Join(s.commitAll(ctx, later), s.destroy(ctx, gone))
 }
 
 func (s *Service) mayDelete(ctx context.Context, k *keyRecord, who string, force bool) error {
@@ -242,11 +245,11 @@ func (s *Service) Purge(ctx context.Context, instance, id string) (kmsapi.Key, e
 }
 
 func (s *Service) purge(ctx context.Context, k *keyRecord, rev int64) error {
-	changes, blobs, err := s.dropVersions(ctx, k)
+	rest, blobs, err := s.dropVersions(ctx, k)
 	if err != nil {
 		return err
 	}
-	changes = append(changes, record.Change{Path: k.path(), Rev: rev})
+	changes := []record.Change{{Path: k.path(), Rev: rev}}
 	for _, a := range k.Aliases {
 		var have kmsapi.Alias
 		rev, err := s.store.Get(ctx, aliasPath(k.Instance, a), &have)
@@ -257,17 +260,20 @@ func (s *Service) purge(ctx context.Context, k *keyRecord, rev int64) error {
 	}
 	err = s.store.List(ctx, registrationDir(k.Instance), func(m record.Meta, _ func(any) error) error {
 		if strings.HasPrefix(m.Path, registrationDir(k.Instance)+k.ID+".") {
-			changes = append(changes, record.Change{Path: m.Path, Rev: m.Rev})
+			rest = append(rest, record.Change{Path: m.Path, Rev: m.Rev})
 		}
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	if err := s.store.Commit(ctx, changes...); err != nil {
-		if errors.Is(err, record.ErrConflict) {
-			return refusal(fault.Conflict, k.ID, kmsapi.Conflict)
-		}
+	// What a transaction cannot take goes before, so that a second purge goes on
+	// where this one was cut short.
+	fits := min(len(rest), batch-len(changes))
+	if err := s.commitAll(ctx, rest[fits:]); err != nil {
+		return err
+	}
+	if err := conflict(s.store.Commit(ctx, append(changes, rest[:fits]...)...)); err != nil {
 		return err
 	}
 	return s.destroy(ctx, blobs)

@@ -94,7 +94,8 @@ func (s *Service) ringExists(ctx context.Context, instance, ring string) error {
 
 // CreateRing makes a key ring.
 func (s *Service) CreateRing(ctx context.Context, instance, ring, who string) error {
-	if _, err := s.Instance(ctx, instance); err != nil {
+	alive, err := s.alive(ctx, instance)
+	if err != nil {
 		return err
 	}
 	if !ringForm().MatchString(ring) {
@@ -111,11 +112,7 @@ func (s *Service) CreateRing(ctx context.Context, instance, ring, who string) er
 		return refusal(fault.Conflict, ring, kmsapi.RingLimit)
 	}
 	now := s.stamp()
-	err = s.store.Commit(ctx, record.Change{Path: ringPath(instance, ring), Value: kmsapi.KeyRing{ID: ring, CreationDate: &now, CreatedBy: who}})
-	if errors.Is(err, record.ErrConflict) {
-		return refusal(fault.Conflict, ring, kmsapi.Conflict)
-	}
-	return err
+	return conflict(s.store.Commit(ctx, alive, record.Change{Path: ringPath(instance, ring), Value: kmsapi.KeyRing{ID: ring, CreationDate: &now, CreatedBy: who}}))
 }
 
 // Rings lists an instance's key rings; the default one is always there.

@@ -172,7 +172,8 @@ func badPolicyQuery() error {
 // SetInstancePolicies sets policies of an instance, all or none. With a kind,
 // the body must hold that one alone.
 func (s *Service) SetInstancePolicies(ctx context.Context, instance, kind, who string, in []kmsapi.InstancePolicy) error {
-	if _, err := s.Instance(ctx, instance); err != nil {
+	alive, err := s.alive(ctx, instance)
+	if err != nil {
 		return err
 	}
 	switch {
@@ -203,11 +204,7 @@ func (s *Service) SetInstancePolicies(ctx context.Context, instance, kind, who s
 		}
 		changes = append(changes, record.Change{Path: path, Value: p, Rev: rev})
 	}
-	err := s.store.Commit(ctx, changes...)
-	if errors.Is(err, record.ErrConflict) {
-		return refusal(fault.Conflict, "", kmsapi.Conflict)
-	}
-	return err
+	return conflict(s.store.Commit(ctx, append(changes, alive)...))
 }
 
 func checkInstancePolicy(p kmsapi.InstancePolicy) error {

@@ -124,6 +124,13 @@ func (x *index) keys(ctx context.Context, s Store, instance string) ([]*listed, 
 	return have.sorted, nil
 }
 
+// forget drops what is kept of an instance.
+func (x *index) forget(instance string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	delete(x.inst, instance)
+}
+
 func list(ctx context.Context, s Store, dir string) (*indexed, error) {
 	out := &indexed{version: s.Version(dir)} // before the list: what comes meanwhile is seen twice
 	err := s.List(ctx, dir, func(m record.Meta, decode func(v any) error) error {

@@ -59,7 +59,8 @@ func (t *tokenRecord) show() kmsapi.ImportToken {
 
 // CreateImportToken makes an import token; it replaces the one before.
 func (s *Service) CreateImportToken(ctx context.Context, instance string, in kmsapi.ImportTokenRequest) (kmsapi.ImportToken, error) {
-	if _, err := s.Instance(ctx, instance); err != nil {
+	alive, err := s.alive(ctx, instance)
+	if err != nil {
 		return kmsapi.ImportToken{}, err
 	}
 	seconds, times := defaultExpiry, 1
@@ -88,10 +89,7 @@ func (s *Service) CreateImportToken(ctx context.Context, instance string, in kms
 	if err != nil && !errors.Is(err, record.ErrNotFound) {
 		return kmsapi.ImportToken{}, err
 	}
-	if err := s.store.Commit(ctx, record.Change{Path: importTokenDir + instance, Value: t, Rev: rev}); err != nil {
-		if errors.Is(err, record.ErrConflict) {
-			err = refusal(fault.Conflict, "", kmsapi.Conflict)
-		}
+	if err := conflict(s.store.Commit(ctx, alive, record.Change{Path: importTokenDir + instance, Value: t, Rev: rev})); err != nil {
 		return kmsapi.ImportToken{}, err
 	}
 	return t.show(), nil

@@ -29,11 +29,13 @@ var (
 )
 
 // Change is one step of a transaction. Rev is the revision that the record
-// must have now: 0 means it must not exist. A nil Value deletes.
+// must have now: 0 means it must not exist. A nil Value deletes, unless the
+// record must only stay the Same while the others change.
 type Change struct {
 	Path  string
 	Value any
 	Rev   int64
+	Same  bool
 }
 
 // Meta is what the store knows of a record besides its body.

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/kmsctl/kmsctl/internal/iam"
+	"github.com/kmsctl/kmsctl/internal/kms"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -170,4 +171,56 @@ func TestManagerOnboards(t *testing.T) {
 	if r := orders.do(t, "POST", "/api/v2/keys/"+made.KeyID+"/actions/wrap", ""); r.status != 401 {
 		t.Error(r)
 	}
+}
+
+// TestDeletedInstanceIsForgotten: its service IDs are gone, and nobody has
+// rights in it any more.
+func TestDeletedInstanceIsForgotten(t *testing.T) {
+	w := newWorld(t)
+	home, away := w.root(t, "home"), w.root(t, "away")
+	manager := home.service(t, "manager", "Manager", "", "")
+	if r := away.do(t, "POST", "/kmsctl/v1/iam/policies", `{"serviceId":"manager","role":"Reader","instance":"`+away.instance+`"}`); r.status != 201 {
+		t.Fatal(r)
+	}
+	mine := newCrew(t, home, "crew")
+	key := home.create(t, `"name":"root"`)
+	if r := home.do(t, "DELETE", "/kmsctl/v1/instance", ""); r.status != 409 {
+		t.Errorf("with a key: %d %s", r.status, r.body)
+	}
+	home.do(t, "DELETE", "/api/v2/keys/"+key.ID, "")
+	w.advance(kms.DefaultWindows().PurgeMin)
+	home.token, away.token = w.login(t, w.admin), w.login(t, w.admin)
+	purger := home.service(t, "purger", "KeyPurge", "", "")
+	if r := purger.do(t, "DELETE", "/api/v2/keys/"+key.ID+"/purge", ""); r.status != 204 {
+		t.Fatal(r)
+	}
+	for range 2 { // a second time there is none
+		if r := home.do(t, "DELETE", "/kmsctl/v1/instance", ""); r.status != 204 && r.code() != kmsapi.InstanceNotFound {
+			t.Fatal(r)
+		}
+	}
+	var ids kmsapi.ServiceIDs
+	away.do(t, "GET", "/kmsctl/v1/iam/service-ids", "").into(t, &ids)
+	if slices.ContainsFunc(ids.ServiceIDs, func(s kmsapi.ServiceID) bool { return s.ID == mine.service }) || len(ids.ServiceIDs) != 2 {
+		t.Errorf("%+v", ids)
+	}
+	var ps kmsapi.Policies
+	away.do(t, "GET", "/kmsctl/v1/iam/policies/manager", "").into(t, &ps)
+	if len(ps.Policies) != 1 || ps.Policies[0].Instance != away.instance {
+		t.Errorf("%+v", ps)
+	}
+	manager.token = w.login(t, string(w.anotherKey(t, "manager")))
+	if r := manager.do(t, "GET", "/api/v2/keys", ""); r.status != 403 {
+		t.Error(r)
+	}
+}
+
+// anotherKey is one more API key of a service ID.
+func (w *world) anotherKey(t *testing.T, service string) []byte {
+	t.Helper()
+	_, v, err := w.iam.CreateAPIKey(t.Context(), iam.LocalAdmin(), "k", service)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v.Reveal()
 }

@@ -105,7 +105,7 @@ func listInstances(ctx context.Context, c *call) (any, error) {
 }
 
 func deleteInstance(ctx context.Context, c *call) (any, error) {
-	return nil, c.KMS.DeleteInstance(ctx, c.instance)
+	return nil, c.KMS.DeleteInstance(ctx, c.instance, func(ctx context.Context) error { return c.IAM.ForgetInstance(ctx, c.instance) })
 }
 
 func auditHeads(ctx context.Context, c *call) (any, error) { return c.AuditHeads(ctx) }

@@ -402,6 +402,9 @@ func (s *Store) Commit(ctx context.Context, changes ...record.Change) error {
 	for _, ch := range changes {
 		key := rec + ch.Path
 		cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(key), "=", ch.Rev))
+		if ch.Same {
+			continue
+		}
 		if ch.Value == nil {
 			deletes = true
 			ops = append(ops, clientv3.OpDelete(key))

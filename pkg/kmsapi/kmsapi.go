@@ -334,6 +334,7 @@ type Instance struct {
 	Placement string    `json:"placement,omitempty"` // of root keys: wrapped (also when it is empty) or token
 	CreatedAt time.Time `json:"createdAt"`
 	CreatedBy string    `json:"createdBy"`
+	Deleting  bool      `json:"deleting,omitempty"` // its deletion was cut short: delete it again
 }
 
 // CreateInstance is the body of POST /kmsctl/v1/instances.

@@ -109,7 +109,7 @@ func runInstanceList(ctx context.Context, o *instanceOptions) error {
 func newInstanceDeleteCmd(a *app.App) *cobra.Command {
 	o := &instanceOptions{App: a}
 	cmd := &cobra.Command{
-		Use: "delete INSTANCE", Short: "Delete an instance that holds no key", Args: cobra.ExactArgs(1), Example: "  kmsctl instances delete shop",
+		Use: "delete INSTANCE", Short: "Delete an instance that holds no key, with its rings, policies and service IDs", Args: cobra.ExactArgs(1), Example: "  kmsctl instances delete shop",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.client.Instance = args[0]
 			return app.Run(cmd.Context(), o, runInstanceDelete)
