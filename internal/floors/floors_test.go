@@ -25,7 +25,7 @@ var floor = map[string]int{
 	"internal/connector/wire": 0, "templates": 0, "pkg/ppa": 0, "pkg/kmsapi": 0,
 
 	"internal/archive": 1, "internal/image": 1, "internal/chart": 1, "internal/render": 1, "internal/kube": 1, "internal/release": 1,
-	"internal/connector": 1, "internal/token": 1, "internal/store": 1, "internal/ask": 1, "internal/seal": 1, "internal/output": 1,
+	"internal/connector": 1, "internal/token": 1, "internal/store": 1, "internal/ask": 1, "internal/seal": 1, "internal/output": 1, "internal/trace": 1,
 	"pkg/kmsclient": 1,
 
 	"internal/kms": 2, "internal/iam": 2, "internal/pack": 2, "internal/push": 2, "internal/install": 2, "internal/audit": 2,
@@ -60,6 +60,7 @@ var home = map[string][]string{
 	"google.golang.org/grpc":                 {"internal/connector", "internal/plugin", "internal/store"}, // etcd answers its clients by it
 	"github.com/golang-jwt/jwt":              {"internal/iam"},
 	"github.com/prometheus":                  {"internal/server"},
+	"go.opentelemetry.io":                    {"internal/trace"},
 	"github.com/vbauerster/mpb":              {"internal/output"},
 	"github.com/spf13/viper":                 {},
 	"github.com/pkg/errors":                  {},

@@ -26,6 +26,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/iam"
 	"github.com/kmsctl/kmsctl/internal/kms"
+	"github.com/kmsctl/kmsctl/internal/trace"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -58,6 +59,7 @@ type Config struct {
 	// Healthy lists what is wrong with the HSM; empty means ready.
 	Healthy func(ctx context.Context) []string
 	Limits  Limits
+	Trace   *trace.Tracer    // nil: no traces
 	Now     func() time.Time // nil: the machine's clock
 }
 
@@ -261,7 +263,8 @@ func (s *Server) handler(rt route) http.Handler {
 		}
 		w.Header().Set(kmsapi.HeaderCorrelation, corr)
 		c := &call{Server: s, rt: rt, r: r, id: r.PathValue("id"), status: rt.status, resHeader: w.Header()}
-		body, err := s.do(r.Context(), rt, c)
+		ctx, span := s.Trace.Request(r, rt.name)
+		body, err := s.do(ctx, rt, c)
 		var lim *limited
 		errors.As(err, &lim)
 		status, code, message, what := c.status, "", "", rt.what
@@ -280,7 +283,7 @@ func (s *Server) handler(rt route) http.Handler {
 		}
 		if lim != nil {
 			s.metrics.limited.WithLabelValues(lim.name).Inc()
-		} else if aerr := s.Audit.Append(context.WithoutCancel(r.Context()), e); aerr != nil {
+		} else if aerr := s.append(ctx, e); aerr != nil {
 			// What is not written down does not happen for the caller.
 			s.Log.Error("audit", "error", aerr)
 			status, code, message, err = http.StatusServiceUnavailable, kmsapi.Unavailable, "", aerr
@@ -293,6 +296,8 @@ func (s *Server) handler(rt route) http.Handler {
 		} else {
 			writeJSON(w, status, body)
 		}
+		span.Set([2]string{"kmsctl.correlation_id", corr}, [2]string{"kmsctl.principal", e.Principal}, [2]string{"kmsctl.instance", e.Instance}, [2]string{"kmsctl.key", e.Key})
+		span.Answered(status, code)
 		s.metrics.done(rt, c.instance, status, time.Since(start))
 		level := slog.LevelInfo
 		attrs := []slog.Attr{slog.String("route", rt.name), slog.Int("status", status), slog.Float64("ms", float64(time.Since(start).Microseconds())/1000),
@@ -303,6 +308,14 @@ func (s *Server) handler(rt route) http.Handler {
 		}
 		s.Log.LogAttrs(r.Context(), level, "request", attrs...)
 	})
+}
+
+// append writes e down, whatever becomes of the call.
+func (s *Server) append(ctx context.Context, e audit.Event) error {
+	ctx, span := s.Trace.Part(ctx, "audit")
+	err := s.Audit.Append(context.WithoutCancel(ctx), e)
+	span.End(err)
+	return err
 }
 
 // do is the order that every call keeps: is the view fresh, who is it, may
@@ -360,7 +373,10 @@ func (s *Server) do(ctx context.Context, rt route, c *call) (any, error) {
 		return nil, err
 	}
 	defer leave()
-	return rt.handle(ctx, c)
+	ctx, span := s.Trace.Part(ctx, "perform")
+	out, err := rt.handle(ctx, c)
+	span.End(err)
+	return out, err
 }
 
 func (c *call) readBody() (err error) {

@@ -108,7 +108,7 @@ func newWorld(tb testing.TB) *world {
 	return newWorldWith(tb, server.Limits{})
 }
 
-func newWorldWith(tb testing.TB, limits server.Limits) *world {
+func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Config)) *world {
 	tb.Helper()
 	m, err := store.OpenEmbedded(tb.Context(), tb.TempDir())
 	if err != nil {
@@ -133,7 +133,7 @@ func newWorldWith(tb testing.TB, limits server.Limits) *world {
 	none := []string{}
 	w.sick.Store(&none)
 	log := slog.New(slog.NewJSONHandler(&safeBuffer{b: w.log}, nil))
-	s := server.New(server.Config{
+	cfg := server.Config{
 		KMS: w.kms, IAM: w.iam, Audit: w.audit, Log: log,
 		Review: func(_ context.Context, token string) (string, error) {
 			w.reviews.Add(1)
@@ -147,7 +147,11 @@ func newWorldWith(tb testing.TB, limits server.Limits) *world {
 		Lag:     func() time.Duration { return time.Duration(w.lag.Load()) },
 		Healthy: func(context.Context) []string { return *w.sick.Load() },
 		Limits:  limits, Now: w.now,
-	})
+	}
+	for _, f := range more {
+		f(&cfg)
+	}
+	s := server.New(cfg)
 	w.server = s
 	ctx, cancel := context.WithCancel(tb.Context())
 	var lc net.ListenConfig

@@ -41,6 +41,7 @@ type Embedded struct {
 	Pass  PassphraseFlags `json:"-"`
 	Audit AuditFlags      `json:"-"`
 	Limit LimitFlags      `json:"-"`
+	Trace TraceFlags      `json:"-"`
 }
 
 const (
@@ -84,6 +85,11 @@ func (e *Embedded) Start(ctx context.Context, a *App, log *slog.Logger, connecto
 			r.Close()
 		}
 	}()
+	tracer, stopTracing, err := e.Trace.Open(ctx, a, log)
+	if err != nil {
+		return nil, err
+	}
+	r.stop = append(r.stop, stopTracing)
 	member, err := store.OpenEmbedded(ctx, filepath.Join(e.Data, "etcd"))
 	if err != nil {
 		return nil, err
@@ -97,7 +103,7 @@ func (e *Embedded) Start(ctx context.Context, a *App, log *slog.Logger, connecto
 		return nil, err
 	}
 	r.stop = append(r.stop, token.Close)
-	r.KMS, err = OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Audit: e.Audit.Config(a.Out), Limits: e.Limit.Limits(), Name: embeddedName,
+	r.KMS, err = OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Audit: e.Audit.Config(a.Out), Limits: e.Limit.Limits(), Trace: tracer, Name: embeddedName,
 		Now: a.Now, Log: log, Windows: windows})
 	if err != nil {
 		return nil, err

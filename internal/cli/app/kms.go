@@ -21,6 +21,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/record"
 	"github.com/kmsctl/kmsctl/internal/server"
 	"github.com/kmsctl/kmsctl/internal/store"
+	"github.com/kmsctl/kmsctl/internal/trace"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -31,6 +32,7 @@ type KMSConfig struct {
 	AuditDir string
 	Audit    audit.Config // size, policy and copy of its files
 	Limits   server.Limits
+	Trace    *trace.Tracer
 	Name     string // of this process, for the audit log's heads
 	Now      func() time.Time
 	Log      *slog.Logger
@@ -90,7 +92,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	}
 	k.kms = kms.New(st, c.Token, c.Token, c.Now, c.Windows)
 	k.Server = server.New(server.Config{KMS: k.kms, Review: c.Review, IAM: k.IAM, Audit: k.audit, Log: c.Log,
-		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Limits: c.Limits})
+		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Limits: c.Limits, Trace: c.Trace})
 	k.gauges()
 	return k, nil
 }

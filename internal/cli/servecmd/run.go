@@ -34,6 +34,7 @@ type apiOptions struct {
 	windows     app.WindowFlags
 	audit       app.AuditFlags
 	limit       app.LimitFlags
+	trace       app.TraceFlags
 }
 
 func newRunAPICmd(a *app.App, run func(context.Context, *apiOptions) error) *cobra.Command {
@@ -65,12 +66,13 @@ refused is not tried again until the secret changes.`,
 	o.windows.Add(fs)
 	o.audit.Add(cmd)
 	o.limit.Add(fs)
+	o.trace.Add(fs)
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *apiOptions) Check() error {
-	errs := []error{o.audit.Check(), o.limit.Check()}
+	errs := []error{o.audit.Check(), o.limit.Check(), o.trace.Check()}
 	for name, v := range map[string]string{"connector-socket": strings.Join(o.sockets, ","), "etcd-ca-file": o.etcd.CAFile, "etcd-cert-file": o.etcd.CertFile,
 		"etcd-key-file": o.etcd.KeyFile, "tls-cert-file": o.cert, "tls-key-file": o.key, "audit-dir": o.auditDir} {
 		if v == "" {
@@ -164,7 +166,12 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 	if err != nil {
 		return err
 	}
-	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Name: name,
+	tracer, stopTracing, err := o.trace.Open(ctx, o.App, log)
+	if err != nil {
+		return err
+	}
+	defer stopTracing()
+	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Trace: tracer, Name: name,
 		Now: o.Now, Log: log, Windows: windows, Review: review})
 	if err != nil {
 		return err
