@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
 )
@@ -23,9 +24,10 @@ type Report struct {
 	First      uint64 `json:"first"` // number of the first line; above 1 the files before it were not given
 	Lines      uint64 `json:"lines"`
 	Events     uint64 `json:"events"`
-	SignedUpTo uint64 `json:"signedUpTo"` // number of the line with the last valid signature
-	Recoveries int    `json:"recoveries"` // crashes whose torn line was closed
-	Lost       uint64 `json:"lost"`       // calls that went by unwritten while the disk was full
+	SignedUpTo uint64 `json:"signedUpTo"`   // number of the line with the last valid signature
+	Recoveries int    `json:"recoveries"`   // crashes whose torn line was closed
+	Lost       uint64 `json:"lost"`         // calls that went by unwritten while the disk was full
+	SetBack    int    `json:"clockSetBack"` // lines that are earlier than the one before: order is by number, whatever the clock said
 	// Tail says what is known of the end: nobody can have removed signed
 	// lines and left a valid head of later ones, but the last lines may be
 	// missing unless a head kept elsewhere is given.
@@ -139,7 +141,12 @@ type verifier struct {
 	torn    int // length of a torn line that the next line must account for
 	found   bool
 	last    string // kind of the last line
+	time    time.Time
 }
+
+// jitter is how much earlier than the one before it a line may be without a
+// clock that was set back.
+const jitter = time.Second
 
 func (v *verifier) line(text []byte) error {
 	var ln line
@@ -174,7 +181,10 @@ func (v *verifier) line(text []byte) error {
 	if ln.Kind == "recovery" {
 		v.report.Recoveries++
 	}
-	v.torn = 0
+	if ln.Time.Before(v.time.Add(-jitter)) {
+		v.report.SetBack++
+	}
+	v.torn, v.time = 0, ln.Time
 	if err := v.kind(ln); err != nil {
 		return err
 	}

@@ -51,7 +51,7 @@ func (s *Service) mayRotate(k *keyRecord, in kmsapi.RotateRequest) error {
 	if err := s.checkRoot(k, stateActive, stateDeactivated); err != nil {
 		return err
 	}
-	if k.RotatedAt != nil && s.now().Before(k.RotatedAt.Add(s.window.Rotate)) {
+	if s.within(k.RotatedAt, s.window.Rotate) {
 		return refusal(fault.Conflict, k.ID, kmsapi.RotationTooSoon)
 	}
 	if k.Imported && in.Payload == "" {
@@ -61,6 +61,16 @@ func (s *Service) mayRotate(k *keyRecord, in kmsapi.RotateRequest) error {
 		return invalid("payload", "absent: this root key was made in the HSM")
 	}
 	return nil
+}
+
+// clockLeeway is how far the clocks of replicas may be apart.
+const clockLeeway = 10 * time.Second
+
+// within says whether now lies in the time d after a moment. A moment that is
+// still to come is the mark of a clock that was wrong, and holds nobody up.
+func (s *Service) within(at *time.Time, d time.Duration) bool {
+	now := s.now()
+	return at != nil && !now.Before(at.Add(-clockLeeway)) && now.Before(at.Add(d))
 }
 
 // Disable suspends a key; Enable takes it back.
@@ -85,7 +95,7 @@ func (s *Service) switchState(ctx context.Context, instance, id string, from, to
 		if s.stateNow(k) != from {
 			return nil, refuse(fault.Conflict, lead, id, kmsapi.InvalidState)
 		}
-		if to == stateActive && k.ActedAt != nil && s.now().Before(k.ActedAt.Add(s.window.Enable)) {
+		if to == stateActive && s.within(k.ActedAt, s.window.Enable) {
 			return nil, refusal(fault.Conflict, id, kmsapi.TooEarly)
 		}
 		k.State, k.ActedAt = to, &now
@@ -96,7 +106,7 @@ func (s *Service) switchState(ctx context.Context, instance, id string, from, to
 
 // authorized says whether a first authorization to delete is there and alive.
 func (s *Service) authorized(k *keyRecord) bool {
-	return k.SetAt != nil && s.now().Before(k.SetAt.Add(s.window.DualAuth))
+	return s.within(k.SetAt, s.window.DualAuth)
 }
 
 // SetForDeletion is the first of two authorizations to delete a key.
@@ -209,7 +219,7 @@ func (s *Service) Restore(ctx context.Context, instance, id string) (kmsapi.Key,
 			return nil, refusal(fault.Conflict, id, kmsapi.InvalidState)
 		case k.Final || s.now().After(k.DeletedAt.Add(s.window.RestoreMax)):
 			return nil, refusal(fault.Usage, id, kmsapi.RestoreExpired)
-		case s.now().Before(k.DeletedAt.Add(s.window.RestoreMin)):
+		case s.within(k.DeletedAt, s.window.RestoreMin):
 			return nil, refusal(fault.Conflict, id, kmsapi.TooEarly)
 		case k.Expires != nil && !s.now().Before(*k.Expires):
 			return nil, refuse(fault.Usage, "The key expired on "+k.Expires.UTC().Format(time.RFC3339), id, kmsapi.KeyExpired)

@@ -73,6 +73,7 @@ func (a *auditor) count() int {
 type world struct {
 	url, socket string
 	token       *testkit.Token
+	store       *faulty
 	kms         *kms.Service
 	iam         *iam.Service
 	audit       *auditor
@@ -128,8 +129,9 @@ func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Conf
 		tb.Fatal(err)
 	}
 	w := &world{token: testkit.NewToken("p", "p"), audit: &auditor{}, log: &bytes.Buffer{}}
-	w.iam = iam.New(st, iam.Config{SigningKey: k, Now: w.now})
-	w.kms = kms.New(st, w.token, w.token, w.now, kms.DefaultWindows())
+	w.store = &faulty{Store: st}
+	w.iam = iam.New(w.store, iam.Config{SigningKey: k, Now: w.now})
+	w.kms = kms.New(w.store, w.token, w.token, w.now, kms.DefaultWindows())
 	none := []string{}
 	w.sick.Store(&none)
 	log := slog.New(slog.NewJSONHandler(&safeBuffer{b: w.log}, nil))

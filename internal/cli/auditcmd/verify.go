@@ -80,7 +80,8 @@ type verifyResult struct {
 // Table is one line a field.
 func (r verifyResult) Table() ([]string, [][]string) {
 	return nil, [][]string{{"log", r.Log}, {"public key", r.PublicKey}, {"files", fmt.Sprint(r.Files)}, {"first line", fmt.Sprint(r.First)}, {"lines", fmt.Sprint(r.Lines)}, {"events", fmt.Sprint(r.Events)},
-		{"signed up to line", fmt.Sprint(r.SignedUpTo)}, {"recoveries", fmt.Sprint(r.Recoveries)}, {"calls lost on a full disk", fmt.Sprint(r.Lost)}, {"tail", r.Tail}}
+		{"signed up to line", fmt.Sprint(r.SignedUpTo)}, {"recoveries", fmt.Sprint(r.Recoveries)}, {"calls lost on a full disk", fmt.Sprint(r.Lost)},
+		{"clock set back", fmt.Sprint(r.SetBack)}, {"tail", r.Tail}}
 }
 
 func runVerify(ctx context.Context, o *verifyOptions) error {
