@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 )
 
@@ -15,3 +16,16 @@ func ServeImpatiently(ctx context.Context, h http.Handler, l net.Listener, heade
 
 // UndocumentedForTest are routes without a description, and the reverse.
 var UndocumentedForTest = undocumented
+
+// RoutesForTest gives for each pattern of the API the endpoint that it is a
+// form of: method and first path.
+func RoutesForTest() map[string]string {
+	out := map[string]string{}
+	for _, r := range routes() {
+		for _, p := range r.patterns() {
+			method, _, _ := strings.Cut(p, " ")
+			out[p] = method + " " + r.paths[0]
+		}
+	}
+	return out
+}

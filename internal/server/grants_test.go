@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/kmsctl/kmsctl/internal/iam"
 	"github.com/kmsctl/kmsctl/internal/kms"
@@ -223,4 +224,55 @@ func (w *world) anotherKey(t *testing.T, service string) []byte {
 		t.Fatal(err)
 	}
 	return v.Reveal()
+}
+
+// TestSigningKeysByHTTP: tokens of before live on after a rotation, and not
+// after a withdrawal.
+func TestSigningKeysByHTTP(t *testing.T) {
+	w := newWorld(t)
+	root := w.root(t, "shop")
+	rotate := func(body string) kmsapi.SigningKey {
+		t.Helper()
+		var k kmsapi.SigningKey
+		r := root.do(t, "POST", "/kmsctl/v1/iam/signing-keys/rotate", body)
+		if r.into(t, &k); r.status != 201 || !k.Signs || k.ID == "" {
+			t.Fatal(r)
+		}
+		if e := w.audit.last(); e.Action != "iam.signing-keys.rotate" || e.Key != k.ID {
+			t.Errorf("%+v", e)
+		}
+		return k
+	}
+	first := rotate("")
+	if r := root.do(t, "GET", "/api/v2/keys", ""); r.status != 200 {
+		t.Errorf("after a rotation: %+v", r)
+	}
+	w.advance(time.Second)
+	second := rotate(`{"now":true}`)
+	if r := root.do(t, "GET", "/api/v2/keys", ""); r.status != 401 {
+		t.Errorf("after a withdrawal: %+v", r)
+	}
+	root.token = w.login(t, w.admin)
+	var all kmsapi.SigningKeys
+	root.do(t, "GET", "/kmsctl/v1/iam/signing-keys", "").into(t, &all)
+	if len(all.SigningKeys) != 3 || all.SigningKeys[0].ID != second.ID || all.SigningKeys[1].ID != first.ID || all.SigningKeys[1].GoodUntil == nil || all.SigningKeys[2].CreatedAt != nil {
+		t.Errorf("%+v", all)
+	}
+	if r := root.do(t, "POST", "/kmsctl/v1/iam/signing-keys/rotate", `{"when":"now"}`); r.status != 400 {
+		t.Error(r)
+	}
+}
+
+// TestAdministratorsReadHeadsAndBackup: what administrators alone may read.
+func TestAdministratorsReadHeadsAndBackup(t *testing.T) {
+	w := newWorld(t)
+	root := w.root(t, "shop")
+	var heads kmsapi.AuditHeads
+	r := root.do(t, "GET", "/kmsctl/v1/audit/heads", "")
+	if r.into(t, &heads); r.status != 200 || len(heads.PublicKey) == 0 {
+		t.Error(r)
+	}
+	if r := root.do(t, "GET", "/kmsctl/v1/backup", ""); r.status != 200 || r.body != "a copy of the store" || r.header.Get("Cache-Control") != "no-store" {
+		t.Error(r)
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"io"
@@ -130,7 +131,11 @@ func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Conf
 	}
 	w := &world{token: testkit.NewToken("p", "p"), audit: &auditor{}, log: &bytes.Buffer{}}
 	w.store = &faulty{Store: st}
-	w.iam = iam.New(w.store, iam.Config{SigningKey: k, Now: w.now})
+	derive := func(_ context.Context, salt []byte) (*ecdsa.PrivateKey, error) {
+		sum := sha256.Sum256(salt)
+		return ecdsa.ParseRawPrivateKey(elliptic.P256(), sum[:])
+	}
+	w.iam = iam.New(w.store, iam.Config{SigningKey: k, Derive: derive, Now: w.now})
 	w.kms = kms.New(w.store, w.token, w.token, w.now, kms.DefaultWindows())
 	none := []string{}
 	w.sick.Store(&none)
@@ -145,6 +150,10 @@ func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Conf
 		},
 		AuditHeads: func(context.Context) (kmsapi.AuditHeads, error) {
 			return kmsapi.AuditHeads{PublicKey: w.token.PublicKey(), Heads: []kmsapi.AuditHead{}}, nil
+		},
+		Backup: func(_ context.Context, w io.Writer) error {
+			_, err := io.WriteString(w, "a copy of the store")
+			return err
 		},
 		Lag:     func() time.Duration { return time.Duration(w.lag.Load()) },
 		Healthy: func(context.Context) []string { return *w.sick.Load() },
@@ -167,8 +176,8 @@ func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Conf
 		tb.Fatal(err)
 	}
 	done := make(chan error, 2)
-	go func() { done <- server.Serve(ctx, s, log, tcp, false) }()
-	go func() { done <- server.Serve(ctx, s, log, local, true) }()
+	go func() { done <- server.Serve(ctx, seen.watch(s), log, tcp, false) }()
+	go func() { done <- server.Serve(ctx, seen.watch(s), log, local, true) }()
 	tb.Cleanup(func() {
 		cancel()
 		for range 2 {
