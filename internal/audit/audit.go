@@ -65,6 +65,7 @@ type Event struct {
 	CorrelationID string `json:"correlationId,omitempty"`
 	Remote        string `json:"remote,omitempty"`
 	Detail        string `json:"detail,omitempty"` // reason code of a failure
+	Expected      bool   `json:"-"`                // see Log.Expect
 }
 
 // Head is the last signed state of a chain.
@@ -130,7 +131,6 @@ type Log struct {
 	lost  uint64 // calls that went by since the last line
 
 	noSign time.Time     // the HSM is not asked before
-	group  int           // calls in the last group
 	synced time.Duration // what writing it took
 
 	mu      sync.Mutex
@@ -140,14 +140,14 @@ type Log struct {
 	signed  uint64 // seq of the last signed head
 	failed  error  // why the last write failed; nil when it did not
 
-	led     bool // somebody leads
-	awaited int  // as many calls wake the leader who gathers
-	closed  bool
-	busy    sync.WaitGroup // calls under way
+	led    bool // somebody leads
+	closed bool
+	busy   sync.WaitGroup // calls under way
 
-	wake chan struct{} // as many calls wait as are awaited
-	stop chan struct{}
-	done chan struct{}
+	coming atomic.Int64  // calls that will be appended soon
+	wake   chan struct{} // nobody is coming any more
+	stop   chan struct{}
+	done   chan struct{}
 
 	stats Stats
 }
@@ -426,26 +426,23 @@ func (l *Log) Ready() error {
 // is ended, whatever becomes of ctx.
 func (l *Log) Append(ctx context.Context, e Event) error {
 	if err := ctx.Err(); err != nil {
+		l.arrived(e)
 		return err
 	}
 	r := &request{event: e, done: make(chan outcome, 2)}
 	l.mu.Lock()
 	if l.closed {
 		l.mu.Unlock()
+		l.arrived(e)
 		return errors.New("audit log is closed")
 	}
 	l.busy.Add(1)
 	defer l.busy.Done()
 	l.pending = append(l.pending, r)
-	lead, whole := !l.led, len(l.pending) >= l.awaited
+	lead := !l.led
 	l.led = true
 	l.mu.Unlock()
-	if whole && !lead {
-		select {
-		case l.wake <- struct{}{}:
-		default:
-		}
-	}
+	l.arrived(e)
 	for {
 		if lead {
 			l.lead()
@@ -496,36 +493,43 @@ func (l *Log) run() {
 	}
 }
 
-// gather waits a moment for calls that come together: after a group was
-// written, its callers come back one by one, and the first of them must not
-// pay for an fsync of its own. Who is alone never waits.
+// gather waits a moment for the calls that said they would come: the first of
+// them must not pay for an fsync of its own. Who is alone never waits.
 func (l *Log) gather() {
-	l.mu.Lock()
-	l.awaited = l.group
-	n := len(l.pending)
-	l.mu.Unlock()
-	if n >= l.group {
+	if l.coming.Load() <= 0 {
 		return
 	}
-	late := time.NewTimer(min(l.synced/2, gatherMost))
+	late := time.NewTimer(min(max(l.synced, gatherLeast), gatherMost))
 	defer late.Stop()
-	for {
+	for l.coming.Load() > 0 {
 		select {
 		case <-l.wake: // maybe for the group before this one
 		case <-late.C:
 			return
 		}
-		l.mu.Lock()
-		n = len(l.pending)
-		l.mu.Unlock()
-		if n >= l.group {
-			return
-		}
 	}
 }
 
-// gatherMost bounds what a call waits for others.
-const gatherMost = time.Millisecond
+// A call waits for others about as long as the disk takes to write them, and
+// within these bounds.
+const (
+	gatherLeast = 500 * time.Microsecond
+	gatherMost  = time.Millisecond
+)
+
+// Expect says that n more calls are under way, or with -1 that one will not
+// come. Append counts those that come, by their event's Expected.
+func (l *Log) Expect(n int) { l.coming.Add(int64(n)) }
+
+// arrived takes that back; the last one wakes the leader who gathers.
+func (l *Log) arrived(e Event) {
+	if e.Expected && l.coming.Add(-1) == 0 {
+		select {
+		case l.wake <- struct{}{}:
+		default:
+		}
+	}
+}
 
 func (l *Log) flush() {
 	l.rotate()
@@ -545,7 +549,7 @@ func (l *Log) flush() {
 	l.mu.Unlock()
 	began := time.Now()
 	err := l.write(&b)
-	l.group, l.synced = len(batch), time.Since(began)
+	l.synced = time.Since(began)
 	l.settle(err, seq, prev)
 	if err != nil && l.cfg.WhenFull == GoOn {
 		l.lost += uint64(len(batch))

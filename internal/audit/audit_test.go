@@ -215,3 +215,33 @@ func BenchmarkAppend(b *testing.B) {
 		}
 	})
 }
+
+// TestExpectedCallsAreCounted: whatever becomes of the calls that were said to
+// come, nobody waits for them in the end.
+func TestExpectedCallsAreCounted(t *testing.T) {
+	l := open(t, t.TempDir(), newSigner(t))
+	stopped, cancel := context.WithCancel(t.Context())
+	cancel()
+	var wg sync.WaitGroup
+	for i := range 40 {
+		l.Expect(1)
+		ctx := t.Context()
+		if i%4 == 0 {
+			ctx = stopped
+		}
+		wg.Go(func() { _ = l.Append(ctx, audit.Event{Action: "x", Expected: true}) })
+	}
+	l.Expect(1)
+	l.Expect(-1)
+	wg.Wait()
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l.Expect(1)
+	if err := l.Append(t.Context(), audit.Event{Action: "x", Expected: true}); err == nil {
+		t.Error("a closed log took a line")
+	}
+	if n := l.ComingForTest(); n != 0 {
+		t.Errorf("%d calls are still expected", n)
+	}
+}

@@ -39,6 +39,9 @@ const maxLag = time.Second
 type Auditor interface {
 	Append(ctx context.Context, e audit.Event) error
 	Ready() error
+	// Expect says that n more calls are under way whose events will be Expected,
+	// or with -1 that one will not come.
+	Expect(n int)
 }
 
 // Config joins the parts.
@@ -195,6 +198,7 @@ type call struct {
 	ring      string
 	body      []byte
 	resHeader http.Header
+	expected  bool // by the audit log
 }
 
 // route is one endpoint.
@@ -263,6 +267,11 @@ func (s *Server) handler(rt route) http.Handler {
 		}
 		w.Header().Set(kmsapi.HeaderCorrelation, corr)
 		c := &call{Server: s, rt: rt, r: r, id: r.PathValue("id"), status: rt.status, resHeader: w.Header()}
+		defer func() {
+			if c.expected { // it was broken off
+				s.Audit.Expect(-1)
+			}
+		}()
 		ctx, span := s.Trace.Request(r, rt.name)
 		body, err := s.do(ctx, rt, c)
 		var lim *limited
@@ -277,10 +286,11 @@ func (s *Server) handler(rt route) http.Handler {
 			status = kmsapi.StatusOf(code)
 		}
 		e := audit.Event{Action: rt.name, Outcome: "success", Status: status, Principal: c.who.String(), Instance: c.instance, Key: c.id,
-			CorrelationID: corr, Remote: remote(r)}
+			CorrelationID: corr, Remote: remote(r), Expected: c.expected}
 		if err != nil {
 			e.Outcome, e.Detail = "failure", code
 		}
+		c.expected = false
 		if lim != nil {
 			s.metrics.limited.WithLabelValues(lim.name).Inc()
 		} else if aerr := s.append(ctx, e); aerr != nil {
@@ -373,6 +383,8 @@ func (s *Server) do(ctx context.Context, rt route, c *call) (any, error) {
 		return nil, err
 	}
 	defer leave()
+	s.Audit.Expect(1)
+	c.expected = true
 	ctx, span := s.Trace.Part(ctx, "perform")
 	out, err := rt.handle(ctx, c)
 	span.End(err)

@@ -36,17 +36,23 @@ type auditor struct {
 	events []audit.Event
 	err    error
 	full   error
+	coming atomic.Int64
 }
 
 func (a *auditor) Append(_ context.Context, e audit.Event) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if e.Expected {
+		a.coming.Add(-1)
+	}
 	if a.err != nil {
 		return a.err
 	}
 	a.events = append(a.events, e)
 	return nil
 }
+
+func (a *auditor) Expect(n int) { a.coming.Add(int64(n)) }
 
 func (a *auditor) Ready() error {
 	a.mu.Lock()
@@ -179,6 +185,9 @@ func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Conf
 	go func() { done <- server.Serve(ctx, seen.watch(s), log, tcp, false) }()
 	go func() { done <- server.Serve(ctx, seen.watch(s), log, local, true) }()
 	tb.Cleanup(func() {
+		if n := w.audit.coming.Load(); n != 0 {
+			tb.Errorf("the audit log expects %d calls when all are over", n)
+		}
 		cancel()
 		for range 2 {
 			if err := <-done; err != nil {
