@@ -108,25 +108,46 @@ func (c *Client) SetInstance(id string) { c.instance = id }
 func (c *Client) SetKeyRing(ring string) { c.ring = ring }
 
 // Do sends in as JSON (nil: no body) and reads the answer into out (nil:
-// dropped). path is below the server's root. A refusal is *Error.
+// dropped). path is below the server's root. A refusal is *Error. A token that
+// is not taken any more, since its signing key was withdrawn, is replaced once.
 func (c *Client) Do(ctx context.Context, method, path string, in, out any) error {
-	var body io.Reader
+	var body []byte
 	if in != nil {
-		b, err := json.Marshal(in)
-		if err != nil {
+		var err error
+		if body, err = json.Marshal(in); err != nil {
 			return err
 		}
-		defer clear(b)
-		body = bytes.NewReader(b)
+		defer clear(body)
 	}
-	req, err := c.request(ctx, method, path, body)
+	err := c.once(ctx, method, path, body, out)
+	if IsStatus(err, http.StatusUnauthorized) && c.forget() {
+		err = c.once(ctx, method, path, body, out)
+	}
+	return err
+}
+
+func (c *Client) once(ctx context.Context, method, path string, body []byte, out any) error {
+	var r io.Reader
+	if body != nil {
+		r = bytes.NewReader(body)
+	}
+	req, err := c.request(ctx, method, path, r)
 	if err != nil {
 		return err
 	}
-	if in != nil {
+	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
 	return c.send(req, out)
+}
+
+// forget drops the token, and says whether there was one.
+func (c *Client) forget() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	had := c.bearer != ""
+	c.bearer, c.until = "", time.Time{}
+	return had
 }
 
 // Stream copies the answer of a GET to w as it comes, however long that

@@ -1,6 +1,6 @@
 // Package servecmd has the commands that run the KMS: serve (everything in one
-// process and its connector), and run api|storage|watcher (one workload each,
-// as the chart's pods do).
+// process and its connector), run api|storage|watcher (one workload each, as
+// the chart's pods do), and plugin (for a Kubernetes API server).
 package servecmd
 
 import (
@@ -23,7 +23,7 @@ import (
 func New(a *app.App) []*cobra.Command {
 	run := &cobra.Command{Use: "run", Short: "Run one workload of the KMS, as the chart's pods do"}
 	run.AddCommand(newRunAPICmd(a, nil), newRunStorageCmd(a, nil), newRunWatcherCmd(a, nil), newRunPrepareCmd(a, nil))
-	return []*cobra.Command{newServeCmd(a, nil), run}
+	return []*cobra.Command{newServeCmd(a, nil), run, newPluginCmd(a, nil)}
 }
 
 type serveOptions struct {
