@@ -570,6 +570,29 @@ func (r *Registry) ReadBlob(ctx context.Context, repo, digest string, limit int6
 	return b, nil
 }
 
+// OpenBlob opens a blob of any size. Who reads it checks its digest.
+func (r *Registry) OpenBlob(ctx context.Context, repo, digest string) (io.ReadCloser, error) {
+	resp, err := r.do(ctx, request{method: http.MethodGet, path: "/v2/" + repo + "/blobs/" + digest, repo: repo, want: []int{200}}) //nolint:bodyclose // who reads it closes it
+	if err != nil {
+		return nil, err
+	}
+	return reading{resp.Body, r}, nil
+}
+
+// reading says which registry broke off.
+type reading struct {
+	io.ReadCloser
+	r *Registry
+}
+
+func (b reading) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = b.r.unreachable(err)
+	}
+	return n, err
+}
+
 // HasTags says whether a repository is there and has a tag.
 func (r *Registry) HasTags(ctx context.Context, repo string) (bool, error) {
 	resp, err := r.do(ctx, request{method: http.MethodGet, path: "/v2/" + repo + "/tags/list", query: url.Values{"n": {"1"}}, repo: repo, want: []int{200, 404}})

@@ -200,16 +200,20 @@ func newImage(e ppa.Image, img archive.Image, layers map[string]archive.Blob) (a
 // layer keeps one layer, compressed, and gives it as a blob.
 func (p *Repack) layer(in io.Reader, declared string) (archive.Blob, error) {
 	br := bufio.NewReaderSize(in, 256<<10)
-	head, err := br.Peek(2)
+	head, err := br.Peek(4)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return archive.Blob{}, err
 	}
 	start := p.at
-	stored, diff := sha256.New(), sha256.New()
+	source, stored, diff := sha256.New(), sha256.New(), sha256.New()
 	out := bufio.NewWriterSize(io.MultiWriter(&offsetWriter{p}, stored), 1<<20)
-	if bytes.HasPrefix(head, []byte{0x1f, 0x8b}) {
+	switch {
+	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
 		err = through(br, out, diff)
-	} else {
+	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+		// Registries and runtimes of the age of these archives know gzip alone.
+		err = recompress(io.TeeReader(br, source), out, diff, p.Level)
+	default:
 		err = compress(br, out, diff, p.Level)
 	}
 	if err == nil {
@@ -223,7 +227,7 @@ func (p *Repack) layer(in io.Reader, declared string) (archive.Blob, error) {
 		p.at = start
 		return was, nil
 	}
-	if declared != "" && declared != bl.Digest && declared != bl.DiffID {
+	if declared != "" && declared != bl.Digest && declared != bl.DiffID && declared != hexSum(source) {
 		return archive.Blob{}, fault.Newf(fault.BadContent, "read layer", declared, "it does not have the digest that its name says")
 	}
 	bl.Open = func() (io.ReadCloser, error) { return io.NopCloser(io.NewSectionReader(p.spool, start, bl.Size)), nil }
@@ -252,6 +256,20 @@ func compress(in io.Reader, out io.Writer, diff hash.Hash, level int) error {
 		return err
 	}
 	return z.Close()
+}
+
+// recompress unpacks a layer and compresses it by gzip.
+func recompress(in io.Reader, out io.Writer, diff hash.Hash, level int) error {
+	raw := bufio.NewReaderSize(in, 256<<10)
+	u, err := archive.Unpack(raw)
+	if err != nil {
+		return err
+	}
+	if err := compress(u, out, diff, level); err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, raw) // what is behind it counts for the digest
+	return err
 }
 
 // through keeps a layer as it stands and hashes what it unpacks to.

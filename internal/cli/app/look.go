@@ -19,6 +19,7 @@ import (
 type PullFlags struct {
 	user     string
 	password SecretInput
+	token    SecretInput
 	tls      TLSFlags
 }
 
@@ -27,11 +28,15 @@ func (f *PullFlags) Add(fs *pflag.FlagSet) {
 	f.password = SecretInput{Name: "registry-password", Title: "password of the registry's user"}
 	fs.StringVar(&f.user, "registry-user", "", "user at the registry; without it the Docker configuration counts")
 	f.password.Add(fs)
+	f.token = SecretInput{Name: "registry-token", Title: "bearer token for the registry or its token service"}
+	f.token.Add(fs)
 	f.tls.add(fs, "registry-", "the registry")
 }
 
 // Check holds the rules of the flags.
-func (f *PullFlags) Check() error { return errors.Join(f.password.Check(), f.tls.check("registry-")) }
+func (f *PullFlags) Check() error {
+	return errors.Join(f.password.Check(), f.token.Check(), f.tls.check("registry-"))
+}
 
 // Pull is the same registry for who only looks.
 func (f *DeliveryFlags) Pull() *PullFlags {
@@ -51,7 +56,7 @@ func (a *App) LookAtImages(ctx context.Context, f *PullFlags, refs []string, ins
 		}
 		r := registries[host]
 		if r == nil {
-			if r, err = a.lookInto(ctx, f, host, insecure); err != nil {
+			if r, err = a.OpenPull(ctx, f, host, insecure); err != nil {
 				return nil, err
 			}
 			registries[host] = r
@@ -74,12 +79,19 @@ func about(ref string, err error) error {
 	return fault.New(fault.KindOf(err), "find image", ref, err)
 }
 
-func (a *App) lookInto(ctx context.Context, f *PullFlags, host string, insecure bool) (*image.Registry, error) {
+// OpenPull reaches a registry to read from it.
+func (a *App) OpenPull(ctx context.Context, f *PullFlags, host string, insecure bool) (*image.Registry, error) {
 	o := image.Options{Host: host, Insecure: insecure, User: f.user, Tries: 2, UserAgent: "kmsctl/" + a.Version,
 		CAFile: f.tls.CA, CertFile: f.tls.Cert, KeyFile: f.tls.Key}
 	if f.user != "" {
 		var err error
 		if o.Password, err = f.password.Read(a, false); err != nil {
+			return nil, err
+		}
+	}
+	if f.token.Given(a) {
+		var err error
+		if o.Token, err = f.token.Read(a, false); err != nil {
 			return nil, err
 		}
 	}

@@ -28,6 +28,8 @@ type buildOptions struct {
 	charts        []string
 	images        []string
 	sources       pack.Sources
+	pull          app.PullFlags
+	insecure      bool
 	sign          signFlags
 }
 
@@ -48,10 +50,13 @@ the cache (KMSCTL_CACHE, else $XDG_CACHE_HOME/kmsctl), and from apt-get where th
 The vendors' clients for Luna and nShield may not be passed on, so that the images for them
 have none, unless a tar of the installed client is given.
 
-With --chart and --image, an archive of those is built instead.`,
+With --spec, --chart and --image, an archive of those is built instead. --spec is a
+manifest.yaml as IBM's create-archive reads it: its images are pulled, unless --image gives
+them under the same name. Layers that are compressed are stored as they are.`,
 		Example: `  kmsctl archive build --output-file key-management-hsm-amd64.tar.gz
   tar -C / -czf luna.tar.gz usr/safenet && kmsctl archive build --luna-client luna.tar.gz --output-file key-management-hsm-amd64.tar.gz
-  kmsctl archive build --chart ./app --image org/app:1.0=app.tar --output-file app.tar.gz`,
+  kmsctl archive build --chart ./app --image org/app:1.0=app.tar --output-file app.tar.gz
+  kmsctl archive build --spec manifest.yaml --registry registry.example:5000 --architectures amd64 --output-file app.tar.gz`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
 	fs := cmd.Flags()
@@ -62,14 +67,19 @@ With --chart and --image, an archive of those is built instead.`,
 	fs.StringVar(&o.nshieldClient, "nshield-client", "", "tar of the installed nShield client, for kms-thalesv12")
 	fs.BoolVar(&o.batch, "batch-images", false, "put all images into one member, each layer once: smaller, and IBM's loader from 3.1.2 on reads it")
 	fs.StringArrayVar(&o.charts, "chart", nil, "build an archive of other content: a chart package or folder; repeatable")
-	fs.StringArrayVar(&o.images, "image", nil, "build an archive of other content: NAME:TAG=FILE, where FILE is a tar of docker save or of an OCI layout; repeatable")
+	fs.StringArrayVar(&o.images, "image", nil, "build an archive of other content: NAME:TAG=FROM, where FROM is a tar of docker save or of an OCI layout, a folder with an OCI layout, or docker://HOST/REPOSITORY:TAG; repeatable")
+	fs.StringVar(&o.sources.Spec, "spec", "", "build an archive of other content: a manifest.yaml that names charts and images")
+	fs.StringSliceVar(&o.sources.Architectures, "architectures", nil, "of a spec's images, only those; of an image for many, the first (amd64 when none is given)")
+	fs.StringVar(&o.sources.Fallback, "registry", "", "registry of a spec's images whose names have none")
+	fs.BoolVar(&o.insecure, "insecure", false, "allow plain HTTP and certificates that nobody vouches for")
+	o.pull.Add(fs)
 	o.sign.add(fs)
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *buildOptions) Check() error {
-	errs := []error{o.sign.password.Check()}
+	errs := []error{o.sign.password.Check(), o.pull.Check()}
 	for _, s := range o.images {
 		i, err := pack.ParseImageSource(s)
 		errs = append(errs, err)
@@ -83,7 +93,7 @@ func (o *buildOptions) Check() error {
 }
 
 func runBuild(ctx context.Context, o *buildOptions) error {
-	if len(o.images)+len(o.charts) > 0 {
+	if len(o.images)+len(o.charts) > 0 || o.sources.Spec != "" {
 		return runBuildOther(ctx, o)
 	}
 	c, err := chart.FromFS(templates.Chart())
@@ -116,6 +126,10 @@ func runBuild(ctx context.Context, o *buildOptions) error {
 func runBuildOther(ctx context.Context, o *buildOptions) error {
 	p := &pack.Repack{Limits: archive.DefaultLimits, Batch: o.batch, Temp: filepath.Dir(o.outputFile), Level: 6}
 	defer p.Close()
+	o.sources.Getenv = o.Getenv
+	o.sources.Open = func(ctx context.Context, host string) (pack.Registry, error) {
+		return o.OpenPull(ctx, &o.pull, host, o.insecure)
+	}
 	b, err := o.sources.Build(ctx, p)
 	if err != nil {
 		return err
