@@ -45,13 +45,14 @@ func TestE2E(t *testing.T) {
 			for k, v := range env {
 				e.Setenv(k, v)
 			}
+			e.Values["servers"] = servers{}
 			// The programs as they are built, not this test.
 			e.Setenv("PATH", bin+string(filepath.ListSeparator)+e.Getenv("PATH"))
 			e.Setenv("XDG_STATE_HOME", filepath.Join(e.WorkDir, "xdg-state"))
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "pushimage": pushImage, "resolve": resolve, "field": field, "line": line, "eventually": eventually,
+			"exits": exits, "pushimage": pushImage, "resolve": resolve, "field": field, "line": line, "eventually": eventually, "kms": kms, "freeport": freePort,
 		},
 	})
 }
@@ -101,6 +102,21 @@ func resolve(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	if strings.Join(got, " ") != args[2] {
 		ts.Fatalf("%s is %v, want %s", args[1], got, args[2])
+	}
+}
+
+// freePort gives ports of the loopback that nobody uses: freeport VAR...
+func freePort(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: freeport VAR...")
+	}
+	for _, name := range args {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		ts.Check(err)
+		defer l.Close() // all are taken until the last one is known
+		_, port, err := net.SplitHostPort(l.Addr().String())
+		ts.Check(err)
+		ts.Setenv(name, port)
 	}
 }
 
