@@ -62,6 +62,7 @@ type Preflight struct {
 	SecretErr          error   // what is wrong with the given one
 	HSMPort            string  // "": the model's
 	Repair             bool    // the installation ends a pending change
+	Replicated         bool    // something has several replicas
 
 	// Answers says whether the registry lets us in, where the images come only
 	// with the installation; Images is nil then.
@@ -175,6 +176,9 @@ func (p Preflight) rightsNeeded() []cluster.Right {
 	add("", "secrets", "configmaps", "services", "serviceaccounts", "persistentvolumeclaims")
 	add("apps", "deployments", "statefulsets")
 	add("rbac.authorization.k8s.io", "roles", "rolebindings")
+	if p.Replicated {
+		add("policy", "poddisruptionbudgets")
+	}
 	for _, verb := range []string{"get", "list"} {
 		out = append(out, cluster.Right{Verb: verb, Resource: "pods", Namespace: p.Namespace}, cluster.Right{Verb: verb, Resource: "events", Namespace: p.Namespace})
 	}

@@ -40,7 +40,7 @@ func Leaves(release, namespace, domain string, sans []string) []Leaf {
 	}
 	return []Leaf{
 		{release + "-api-tls", "kms-api", pki.Server, append(api, sans...)},
-		{release + "-storage-tls", "storage", pki.Peer, storage},
+		{release + "-storage-tls", pki.StorageName, pki.Peer, storage},
 		{release + "-storage-client-tls", "oss", pki.Client, nil},
 	}
 }

@@ -35,6 +35,10 @@ func NewCA(name string, now time.Time) (Pair, error) {
 	return sign(t, nil)
 }
 
+// StorageName is the common name of the members of a store, by which they know
+// each other.
+const StorageName = "storage"
+
 // Usage says what a leaf is for.
 type Usage int
 

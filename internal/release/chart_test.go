@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
@@ -158,6 +159,60 @@ func lockedDown(t *testing.T, name string, p corev1.PodSpec) {
 	}
 }
 
+// TestReplicas: three members know each other and are what the API knows; what
+// has several replicas is spread and drained one at a time.
+func TestReplicas(t *testing.T) {
+	manifest, err := release.Template(embedded(t), "kms", "ns", modelValues("gemalto", values{"storage": values{"replicas": 3}, "oss": values{"replicas": 2},
+		"watcher": values{"replicas": 2}, "clusterDomain": "site.local"}), "1.37.2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	objs := objects(t, manifest)
+	pods := podSpecs(objs)
+	members, endpoints := []string{}, []string{}
+	for i := range 3 {
+		pod := fmt.Sprint("kms-storage-", i)
+		members = append(members, fmt.Sprintf("--member=%s=https://%s.kms-storage.ns.svc.site.local:2380", pod, pod))
+		endpoints = append(endpoints, fmt.Sprintf("--etcd-endpoints=https://%s.kms-storage.ns.svc.site.local:2379", pod))
+	}
+	for pod, want := range map[string][]string{"kms-storage": members, "kms-oss": endpoints} {
+		flag, _, _ := strings.Cut(want[0], "=")
+		var got []string
+		for _, a := range pods[pod].Containers[0].Args {
+			if strings.HasPrefix(a, flag+"=") {
+				got = append(got, a)
+			}
+		}
+		if d := cmp.Diff(want, got); d != "" {
+			t.Errorf("%s: %s", pod, d)
+		}
+	}
+	var budgets []string
+	for _, o := range objs {
+		if b, ok := o.(*policyv1.PodDisruptionBudget); ok {
+			budgets = append(budgets, fmt.Sprint(b.Name, " ", b.Spec.MaxUnavailable, " ", b.Spec.Selector.MatchLabels["app.kubernetes.io/component"]))
+		}
+	}
+	slices.Sort(budgets)
+	if d := cmp.Diff([]string{"kms-oss 1 oss", "kms-storage 1 storage", "kms-watcher 1 watcher"}, budgets); d != "" {
+		t.Error(d)
+	}
+	for name, p := range pods {
+		if p.Affinity == nil || len(p.Affinity.PodAntiAffinity.PreferredDuringSchedulingIgnoredDuringExecution) != 1 {
+			t.Errorf("%s is not spread: %+v", name, p.Affinity)
+		}
+	}
+	// The site's own affinity wins; single replicas need none.
+	manifest, err = release.Template(embedded(t), "kms", "ns", modelValues("softhsm", values{"storage": values{"replicas": 3}, "affinity": values{"nodeAffinity": values{}}}), "1.37.2")
+	if err != nil || strings.Contains(manifest, "podAntiAffinity") {
+		t.Errorf("anti-affinity beside the site's: %v", err)
+	}
+	manifest, err = release.Template(embedded(t), "kms", "ns", modelValues("softhsm", nil), "1.37.2")
+	if err != nil || strings.Contains(manifest, "podAntiAffinity") || strings.Contains(manifest, "PodDisruptionBudget") || strings.Contains(manifest, "--member") {
+		t.Errorf("one replica of each: %v", err)
+	}
+}
+
 // TestLunaPod: the pair of the pod's own node is mounted, by the downward API.
 func TestLunaPod(t *testing.T) {
 	manifest, err := release.Template(embedded(t), "r", "n", modelValues("gemalto", nil), "1.37.2")
@@ -243,7 +298,8 @@ func TestValuesRefused(t *testing.T) {
 		"client_certs":         {"client_certs": []any{}},
 		"hsm_pw":               {"hsm": values{"hsm_pw": "x"}},
 		"oss.replicas":         {"oss": values{"replicas": 3}},
-		"storage.replicas":     {"storage": values{"replicas": 3}},
+		"storage.replicas":     {"storage": values{"replicas": 2}},
+		"several members":      {"storage": values{"replicas": 3, "persistence": values{"existingClaim": "a"}}},
 		"exclude each other":   {"persistence": values{"hostPath": "/a", "emptyDir": true}},
 		"not an absolute path": {"persistence": values{"hostPath": "a"}},
 	} {

@@ -195,6 +195,12 @@ func (h *Helm) fault(ctx context.Context, op, name string, err error) error {
 		return nil
 	case strings.Contains(err.Error(), "updates to statefulset spec"):
 		return fault.New(fault.Conflict, op, name, err).WithHint("the volumes of a StatefulSet cannot be changed: give the same --storage-class, --host-path and sizes as before")
+	case strings.Contains(err.Error(), "execution error at"): // what the chart itself refuses
+		kind := fault.Usage
+		if strings.Contains(err.Error(), "the store has") {
+			kind = fault.Conflict
+		}
+		return fault.New(kind, op, name, err).WithHint("check the values; nothing was changed")
 	case errors.Is(err, driver.ErrReleaseNotFound), errors.Is(err, driver.ErrNoDeployedReleases):
 		return fault.New(fault.NotFound, op, name, fmt.Errorf("there is none in namespace %q", h.namespace)).WithHint("see: helm list --all-namespaces --all")
 	case ctx.Err() != nil:

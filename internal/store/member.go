@@ -10,9 +10,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"math"
 	"net"
-	"net/url"
+	"net/http"
 	"os"
 	"path/filepath"
 	"sync"
@@ -24,6 +26,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/config"
 	"go.etcd.io/etcd/server/v3/etcdserver"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/etcdhttp"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/membership"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3compactor"
@@ -42,6 +45,7 @@ const (
 	historyKept  = 5 * time.Minute // revisions older than this are compacted
 	startTimeout = 30 * time.Second
 	keepAlive    = 5 * time.Second
+	peerTimeout  = 5 * time.Minute // etcd's own: a snapshot takes its time
 )
 
 // testOnlyQuota lets a test fill a store.
@@ -53,6 +57,7 @@ var testOnlyQuota int64
 type Member struct {
 	etcd    *etcdserver.EtcdServer
 	clients *grpc.Server // nil when it listens nowhere
+	peers   *http.Server // nil when it is the only member
 	done    chan error
 	once    sync.Once
 }
@@ -70,48 +75,7 @@ func OpenEmbedded(ctx context.Context, dir string) (*Member, error) {
 	// Nobody has to catch up with the only member: its log may be short, in
 	// memory and on disk.
 	cfg.SnapshotCount, cfg.SnapshotCatchUpEntries = 1000, 100
-	return start(ctx, cfg)
-}
-
-// ServerConfig is what a member in a pod needs. All files are PEM.
-type ServerConfig struct {
-	Name          string
-	Dir           string
-	ListenClient  string // https://0.0.0.0:2379
-	AdvertiseHost string // DNS name that clients use
-	CertFile      string
-	KeyFile       string
-	CAFile        string // clients must show a certificate signed by it
-}
-
-// OpenServer starts a member that others reach by TLS with client certificates.
-func OpenServer(ctx context.Context, s ServerConfig) (*Member, error) {
-	if err := lock(s.Dir); err != nil {
-		return nil, err
-	}
-	listen, err := url.Parse(s.ListenClient)
-	if err != nil || listen.Scheme != "https" {
-		return nil, fault.Usagef("--listen-client: %q is not an https:// address", s.ListenClient)
-	}
-	info := transport.TLSInfo{CertFile: s.CertFile, KeyFile: s.KeyFile, TrustedCAFile: s.CAFile, ClientCertAuth: true}
-	t, err := info.ServerConfig()
-	if err != nil {
-		return nil, fault.New(fault.Usage, "read the certificates of storage", s.CertFile, err)
-	}
-	t.MinVersion = tls.VersionTLS12
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", listen.Host)
-	if err != nil {
-		return nil, fault.New(fault.Other, "listen for clients of storage on", listen.Host, err)
-	}
-	cfg := base(s.Dir, s.Name)
-	cfg.ClientURLs = types.URLs{{Scheme: "https", Host: cmp.Or(s.AdvertiseHost, "localhost") + ":" + listen.Port()}}
-	cfg.ClientCertAuthEnabled = true
-	m, err := start(ctx, cfg)
-	if err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	m.serve(l, t)
-	return m, nil
+	return start(ctx, cfg, nil, startTimeout)
 }
 
 // base has what etcd's own command has by default, and our limits.
@@ -130,26 +94,36 @@ func base(dir, name string) config.ServerConfig {
 	}
 }
 
-func start(ctx context.Context, cfg config.ServerConfig) (*Member, error) {
+// start starts the member, who hears the others on peers when there are any,
+// and waits until it is ready: for so long, 0 being as long as ctx has.
+func start(ctx context.Context, cfg config.ServerConfig, peers net.Listener, patience time.Duration) (*Member, error) {
 	e, err := etcdserver.NewServer(cfg)
 	if err != nil {
 		return nil, fault.New(fault.Other, "start storage in", cfg.DataDir, err).
 			WithHint("is the folder on a local disk with free space, and its owner the user who runs this?")
 	}
 	e.Start()
-	m := &Member{etcd: e, done: make(chan error, 2)}
+	m := &Member{etcd: e, done: make(chan error, 3)}
+	if peers != nil {
+		m.hear(peers)
+	}
+	var late <-chan time.Time
+	if patience > 0 {
+		late = time.After(patience)
+	}
 	select {
 	case <-e.ReadyNotify():
 		go m.watch()
 		return m, nil
 	case <-e.StopNotify():
+		m.Close()
 		return nil, fault.Newf(fault.Other, "start storage in", cfg.DataDir, "it stopped by itself")
 	case <-ctx.Done():
-		e.Stop()
+		m.Close()
 		return nil, ctx.Err()
-	case <-time.After(startTimeout):
-		e.Stop()
-		return nil, fault.Newf(fault.Unreachable, "start storage in", cfg.DataDir, "not ready after %s", startTimeout)
+	case <-late:
+		m.Close()
+		return nil, fault.Newf(fault.Unreachable, "start storage in", cfg.DataDir, "not ready after %s", patience)
 	}
 }
 
@@ -159,6 +133,16 @@ func (m *Member) serve(l net.Listener, t *tls.Config) {
 	m.clients = v3rpc.Server(m.etcd, t, nil, grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepAlive / 2}))
 	go func() {
 		if err := m.clients.Serve(l); err != nil {
+			m.done <- err
+		}
+	}()
+}
+
+// hear answers the other members on l.
+func (m *Member) hear(l net.Listener) {
+	m.peers = &http.Server{Handler: etcdhttp.NewPeerHandler(zap.NewNop(), m.etcd), ReadTimeout: peerTimeout, ErrorLog: log.New(io.Discard, "", 0)}
+	go func() {
+		if err := m.peers.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 			m.done <- err
 		}
 	}()
@@ -199,6 +183,9 @@ func (m *Member) Close() {
 			m.clients.Stop()
 		}
 		m.etcd.Stop()
+		if m.peers != nil {
+			_ = m.peers.Close() // the others have heard the last of it
+		}
 	})
 }
 

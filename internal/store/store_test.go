@@ -217,6 +217,7 @@ func certs(t *testing.T) func(string) string {
 		}
 	}
 	write("server", ca, pki.Peer)
+	write(pki.StorageName, ca, pki.Peer)
 	write("client", ca, pki.Client)
 	write("stranger", other, pki.Client)
 	if err := os.WriteFile(filepath.Join(dir, "ca.crt"), ca.Cert, 0o600); err != nil {

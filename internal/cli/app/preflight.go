@@ -45,8 +45,12 @@ func (a *App) Preflight(ctx context.Context, in PreflightInput) (*diagnose.Prefl
 	if err := a.preflightCluster(ctx, p, &in.Kube); err != nil {
 		return nil, err
 	}
+	var values map[string]any // nil: without a model the release is not known
 	if in.Settings != nil {
 		var err error
+		values = in.Settings.Helm()
+		in.Release.Beat(values)
+		p.Replicated = severalOf(values, "storage") || severalOf(values, "oss") || severalOf(values, "watcher")
 		p.Settings = in.Settings.HSM
 		if p.Model, err = hsm.Lookup(p.Settings.Model); err != nil {
 			return nil, err
@@ -64,7 +68,7 @@ func (a *App) Preflight(ctx context.Context, in PreflightInput) (*diagnose.Prefl
 		}
 		return p, nil
 	}
-	if refs := imagesOf(chart, in); len(refs) > 0 {
+	if refs := imagesOf(chart, values, in); len(refs) > 0 {
 		p.Registry, _, _ = strings.Cut(refs[0], "/")
 		var once sync.Mutex
 		var imgs []diagnose.Image
@@ -86,8 +90,9 @@ func (a *App) preflightCluster(ctx context.Context, p *diagnose.Preflight, f *Ku
 	if err == nil {
 		_, err = c.Version(ctx)
 	}
-	if p.ClusterErr = err; p.ClusterErr != nil {
-		return nil
+	if err != nil {
+		p.ClusterErr = err
+		return nil //nolint:nilerr // the check cluster tells it
 	}
 	p.Cluster = c
 	h, err := a.Helm(c, f)
@@ -113,6 +118,13 @@ func (a *App) preflightChart(ctx context.Context, p *diagnose.Preflight, f *Char
 	return chart
 }
 
+// severalOf says whether the values ask for several replicas of a block.
+func severalOf(values map[string]any, block string) bool {
+	b, _ := values[block].(map[string]any)
+	n, _ := b["replicas"].(int64)
+	return n > 1
+}
+
 func checkable(s render.Secret) *diagnose.Secret {
 	out := &diagnose.Secret{Password: s.Password.Reveal(), ServerCA: s.ServerCA, Cert: map[string][]byte{}, Key: map[string][]byte{}}
 	for ip, p := range s.Clients {
@@ -125,13 +137,13 @@ var imageLine = pattern.Lazy(`(?m)^\s*image: "?([^"\s]+)"?$`)
 
 // imagesOf are the references that the pods will have: those of the rendered
 // chart, else those of the settings.
-func imagesOf(chart *release.Chart, in PreflightInput) []string {
-	if in.Settings == nil {
-		return nil // without a model the release's images are not known
+func imagesOf(chart *release.Chart, values map[string]any, in PreflightInput) []string {
+	if values == nil {
+		return nil
 	}
 	var refs []string
 	if chart != nil {
-		m, err := release.Template(chart, in.Kube.Release, in.Kube.Namespace, in.Settings.Helm(), PlanVersion)
+		m, err := release.Template(chart, in.Kube.Release, in.Kube.Namespace, values, PlanVersion)
 		if err == nil {
 			for _, f := range imageLine().FindAllStringSubmatch(m, -1) {
 				refs = append(refs, f[1])

@@ -2,6 +2,7 @@ package app
 
 import (
 	"errors"
+	"maps"
 	"path"
 	"strings"
 	"time"
@@ -74,12 +75,14 @@ func (f *VolumeFlags) beat(values map[string]any) {
 // its chart and its HSM.
 type ReleaseFlags struct {
 	VolumeFlags
-	PullSecrets  []string
-	SANs         []string
-	Domain       string
-	AdminKeyFile string
-	Repair       bool
-	Timeout      time.Duration
+	StorageMembers int
+	APIReplicas    int
+	PullSecrets    []string
+	SANs           []string
+	Domain         string
+	AdminKeyFile   string
+	Repair         bool
+	Timeout        time.Duration
 }
 
 const defaultDomain = "cluster.local"
@@ -87,6 +90,8 @@ const defaultDomain = "cluster.local"
 // Add puts the flags into fs.
 func (f *ReleaseFlags) Add(fs *pflag.FlagSet) {
 	f.VolumeFlags.Add(fs)
+	fs.IntVar(&f.StorageMembers, "storage-members", 0, "members of the store, 1 or 3, which stay as many as they began; without it, what the settings say, or 1")
+	fs.IntVar(&f.APIReplicas, "api-replicas", 0, "replicas of the API, each with its HSM connector; without it, what the settings say, or 1")
 	fs.StringSliceVar(&f.PullSecrets, "image-pull-secret", nil, "Secret for the registry; repeatable")
 	fs.StringSliceVar(&f.SANs, "san", nil, "further DNS names or addresses of the API, for its certificate")
 	fs.StringVar(&f.Domain, "cluster-domain", "", "domain of the cluster's DNS; without it, what the settings say, or "+defaultDomain)
@@ -98,6 +103,12 @@ func (f *ReleaseFlags) Add(fs *pflag.FlagSet) {
 // Check holds the rules of the flags.
 func (f *ReleaseFlags) Check() error {
 	errs := []error{f.VolumeFlags.Check()}
+	if f.StorageMembers != 0 && f.StorageMembers != 1 && f.StorageMembers != 3 {
+		errs = append(errs, fault.Usagef("--storage-members: %d is neither 1 nor 3", f.StorageMembers))
+	}
+	if f.APIReplicas < 0 {
+		errs = append(errs, fault.Usagef("--api-replicas: %d is negative", f.APIReplicas))
+	}
 	if f.Timeout <= 0 {
 		errs = append(errs, fault.Usagef("--timeout: %s is not positive", f.Timeout))
 	}
@@ -107,6 +118,8 @@ func (f *ReleaseFlags) Check() error {
 // Beat lets the flags beat the values.
 func (f *ReleaseFlags) Beat(values map[string]any) {
 	f.beat(values)
+	replicas(values, "storage", f.StorageMembers)
+	replicas(values, "oss", f.APIReplicas)
 	if len(f.PullSecrets) > 0 {
 		var list []any
 		for _, s := range f.PullSecrets {
@@ -117,6 +130,20 @@ func (f *ReleaseFlags) Beat(values map[string]any) {
 	if f.Domain != "" {
 		values["clusterDomain"] = f.Domain
 	}
+}
+
+// replicas sets a block's number of replicas, unless it is 0.
+func replicas(values map[string]any, block string, n int) {
+	if n == 0 {
+		return
+	}
+	b, _ := values[block].(map[string]any)
+	b = maps.Clone(b) // the values may be those of the release that is there
+	if b == nil {
+		b = map[string]any{}
+	}
+	b["replicas"] = int64(n)
+	values[block] = b
 }
 
 // Job is the job's options for a release with these values; a secret of nil is

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"strings"
 	"time"
@@ -215,7 +216,8 @@ func (o *apiOptions) review() (func(context.Context, string) (string, error), er
 
 type storageOptions struct {
 	*app.App
-	cfg store.ServerConfig
+	cfg    store.ServerConfig
+	health string
 }
 
 func newRunStorageCmd(a *app.App, run func(context.Context, *storageOptions) error) *cobra.Command {
@@ -225,6 +227,9 @@ func newRunStorageCmd(a *app.App, run func(context.Context, *storageOptions) err
 	}
 	cmd := &cobra.Command{
 		Use: "storage", Short: "Run an etcd member that takes client certificates only", Args: cobra.NoArgs,
+		Long: `Run an etcd member: the only one of its store, or one of three, each of which gets all
+three by --member. A store keeps the members that it began with: a folder whose store has
+others is refused, and a store of three begins only when all three are there.`,
 		Example: "  kmsctl run storage --data-dir /data --listen-client https://0.0.0.0:2379 --cert-file … --key-file … --ca-file …",
 		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
@@ -235,13 +240,16 @@ func newRunStorageCmd(a *app.App, run func(context.Context, *storageOptions) err
 	fs.StringVar(&o.cfg.AdvertiseHost, "advertise-host", "", "DNS name that clients use")
 	fs.StringVar(&o.cfg.CertFile, "cert-file", "", "certificate of this server")
 	fs.StringVar(&o.cfg.KeyFile, "key-file", "", "its key")
-	fs.StringVar(&o.cfg.CAFile, "ca-file", "", "CA that signs clients' certificates")
+	fs.StringVar(&o.cfg.CAFile, "ca-file", "", "CA that signs the certificates of clients and members")
+	fs.StringToStringVar(&o.cfg.Members, "member", nil, "NAME=https://HOST:PORT of each member of a store of three, this one included; repeatable")
+	fs.StringVar(&o.cfg.ListenPeer, "listen-peer", "https://0.0.0.0:2380", "address for the other members")
+	fs.StringVar(&o.health, "listen-health", "", "address of /readyz, in plain HTTP")
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *storageOptions) Check() error {
-	var errs []error
+	errs := []error{o.cfg.Check()}
 	for name, v := range map[string]string{"data-dir": o.cfg.Dir, "cert-file": o.cfg.CertFile, "key-file": o.cfg.KeyFile, "ca-file": o.cfg.CAFile} {
 		if v == "" {
 			errs = append(errs, fault.Usagef("--%s: missing", name))
@@ -256,11 +264,45 @@ func runStorage(ctx context.Context, o *storageOptions) error {
 		return err
 	}
 	defer m.Close()
-	newLogger(o.Err).Info("ready", "listen", o.cfg.ListenClient)
+	log := newLogger(o.Err)
+	if o.health != "" {
+		stop, err := serveHealth(ctx, o.health, m)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
+	log.Info("ready", "listen", o.cfg.ListenClient, "members", max(len(o.cfg.Members), 1))
 	select {
 	case <-ctx.Done():
 		return nil
 	case err := <-m.Done():
 		return fault.New(fault.Other, "run storage", o.cfg.Name, err)
 	}
+}
+
+// healthWait is how long a member may take to agree with the others.
+const healthWait = 3 * time.Second
+
+// serveHealth answers probes. A member without most of the others is not ready.
+func serveHealth(ctx context.Context, listen string, m *store.Member) (stop func(), err error) {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", listen)
+	if err != nil {
+		return nil, fault.New(fault.Conflict, "listen on", listen, err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), healthWait)
+		defer cancel()
+		if err := m.Ready(ctx); err != nil {
+			http.Error(w, "the members do not agree: "+err.Error(), http.StatusServiceUnavailable)
+		}
+	})
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: healthWait}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = srv.Serve(l) // it ends when it is closed
+	}()
+	return func() { _ = srv.Close(); <-done }, nil
 }

@@ -55,9 +55,20 @@ nodeSelector:
 tolerations:
 {{- toYaml . | nindent 0 }}
 {{- end }}
-{{- with .root.Values.affinity }}
+{{- if .root.Values.affinity }}
 affinity:
-{{- toYaml . | nindent 2 }}
+{{- toYaml .root.Values.affinity | nindent 2 }}
+{{- else if gt (int (index .root.Values .component).replicas) 1 }}
+# Preferred, so that a small site has them all the same.
+affinity:
+  podAntiAffinity:
+    preferredDuringSchedulingIgnoredDuringExecution:
+      - weight: 100
+        podAffinityTerm:
+          topologyKey: kubernetes.io/hostname
+          labelSelector:
+            matchLabels:
+              {{- include "kms.selector" . | nindent 14 }}
 {{- end }}
 {{- with .root.Values.priorityClassName }}
 priorityClassName: {{ . | quote }}
@@ -77,6 +88,33 @@ labels:
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end }}
+
+{{/* The members of the store: their pods' names and DNS names. */}}
+{{- define "kms.members" -}}
+{{- $name := include "kms.name" (dict "root" . "component" "storage") -}}
+{{- $out := list -}}
+{{- range $i := until (int .Values.storage.replicas) -}}
+{{- $pod := printf "%s-%d" $name $i -}}
+{{- $out = append $out (dict "name" $pod "host" (printf "%s.%s.%s.svc.%s" $pod $name $.Release.Namespace $.Values.clusterDomain)) -}}
+{{- end -}}
+{{- toJson $out -}}
+{{- end }}
+
+{{/* A drained node takes one replica at a time. */}}
+{{- define "kms.budget" }}
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {{ include "kms.name" . }}
+  labels:
+    {{- include "kms.labels" . | nindent 4 }}
+spec:
+  maxUnavailable: 1
+  selector:
+    matchLabels:
+      {{- include "kms.selector" . | nindent 6 }}
 {{- end }}
 
 {{/* A volume of a pod that is not a claim template: an existing claim, a folder
@@ -167,8 +205,15 @@ capability, opens it to group 0. */}}
 {{- if and (eq $m "softhsm") (gt (int $v.oss.replicas) 1) }}
 {{- fail "oss.replicas: a SoftHSM token is one folder that one process may use: 1 replica at most" }}
 {{- end }}
-{{- if ne (int $v.storage.replicas) 1 }}
-{{- fail "storage.replicas: only 1 is served in this version" }}
+{{- if not (has (int $v.storage.replicas) (list 1 3)) }}
+{{- fail (printf "storage.replicas: %d; a store has 1 member or 3" (int $v.storage.replicas)) }}
+{{- end }}
+{{- if and (gt (int $v.storage.replicas) 1) $v.storage.persistence.existingClaim }}
+{{- fail "storage.persistence.existingClaim: one claim cannot serve several members" }}
+{{- end }}
+{{- $have := lookup "apps/v1" "StatefulSet" .Release.Namespace (include "kms.name" (dict "root" . "component" "storage")) }}
+{{- if and $have $have.spec.replicas (ne (int $have.spec.replicas) (int $v.storage.replicas)) }}
+{{- fail (printf "storage.replicas: the store has %d, and keeps the members that it began with: only a new installation can have another number" (int $have.spec.replicas)) }}
 {{- end }}
 {{- if and (gt (int $v.oss.replicas) 1) $v.oss.persistence.existingClaim }}
 {{- fail "oss.persistence.existingClaim: one claim cannot serve several replicas" }}

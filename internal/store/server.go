@@ -1,0 +1,268 @@
+package store
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"go.etcd.io/etcd/client/pkg/v3/transport"
+	"go.etcd.io/etcd/client/pkg/v3/types"
+
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/file"
+	"github.com/kmsctl/kmsctl/internal/pki"
+)
+
+// ServerConfig is what a member in a pod needs. All files are PEM.
+type ServerConfig struct {
+	Name          string
+	Dir           string
+	ListenClient  string // https://0.0.0.0:2379
+	AdvertiseHost string // DNS name that clients use
+	CertFile      string
+	KeyFile       string
+	CAFile        string // clients and members must show a certificate signed by it
+
+	// Members are all members of the store with their URLs for each other,
+	// this one included; none for a store of one. A store keeps the members
+	// that it began with.
+	Members    map[string]string
+	ListenPeer string // https://0.0.0.0:2380
+}
+
+// Check holds the rules for the settings.
+func (s ServerConfig) Check() error {
+	var errs []error
+	if u, err := url.Parse(s.ListenClient); err != nil || u.Scheme != "https" {
+		errs = append(errs, fault.Usagef("--listen-client: %q is not an https:// address", s.ListenClient))
+	}
+	if len(s.Members) == 0 {
+		return errors.Join(errs...)
+	}
+	if u, err := url.Parse(s.ListenPeer); err != nil || u.Scheme != "https" {
+		errs = append(errs, fault.Usagef("--listen-peer: %q is not an https:// address", s.ListenPeer))
+	}
+	if len(s.Members) != 3 && len(s.Members) != 1 {
+		errs = append(errs, fault.Usagef("--member: %d of them; a store has 1 or 3", len(s.Members)))
+	}
+	if s.Members[s.Name] == "" {
+		errs = append(errs, fault.Usagef("--member: none of them is %q, this one's --name", s.Name))
+	}
+	for name, at := range s.Members {
+		if u, err := url.Parse(at); err != nil || u.Scheme != "https" || u.Port() == "" {
+			errs = append(errs, fault.Usagef("--member: the URL of %q is not https://HOST:PORT", name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// OpenServer starts a member that others reach by TLS with client certificates.
+func OpenServer(ctx context.Context, s ServerConfig) (*Member, error) {
+	if err := s.Check(); err != nil {
+		return nil, err
+	}
+	if err := lock(s.Dir); err != nil {
+		return nil, err
+	}
+	if err := s.sameMembers(); err != nil {
+		return nil, err
+	}
+	info := transport.TLSInfo{CertFile: s.CertFile, KeyFile: s.KeyFile, TrustedCAFile: s.CAFile, ClientCertAuth: true}
+	t, err := info.ServerConfig()
+	if err != nil {
+		return nil, fault.New(fault.Usage, "read the certificates of storage", s.CertFile, err)
+	}
+	t.MinVersion = tls.VersionTLS12
+	clients, err := listen(ctx, s.ListenClient)
+	if err != nil {
+		return nil, err
+	}
+	m, err := s.start(ctx, info, clients.Addr())
+	if err != nil {
+		return nil, errors.Join(err, clients.Close())
+	}
+	m.serve(clients, t)
+	return m, nil
+}
+
+// start starts the member, alone or as one of several.
+func (s ServerConfig) start(ctx context.Context, info transport.TLSInfo, clients net.Addr) (*Member, error) {
+	cfg := base(s.Dir, s.Name)
+	_, port, err := net.SplitHostPort(clients.String())
+	if err != nil {
+		return nil, err
+	}
+	cfg.ClientURLs = types.URLs{{Scheme: "https", Host: net.JoinHostPort(cmp.Or(s.AdvertiseHost, "localhost"), port)}}
+	cfg.ClientCertAuthEnabled = true
+	if len(s.Members) < 2 {
+		return start(ctx, cfg, nil, startTimeout)
+	}
+	cfg.InitialPeerURLsMap = types.URLsMap{}
+	for name, at := range s.Members {
+		if cfg.InitialPeerURLsMap[name], err = types.NewURLs([]string{at}); err != nil {
+			return nil, fault.Usagef("--member: %w", err)
+		}
+	}
+	cfg.PeerURLs = cfg.InitialPeerURLsMap[s.Name]
+	// A pod's address changes with every start, so that a member is told by the
+	// name in its certificate, which clients do not have.
+	info.AllowedCNs = []string{pki.StorageName}
+	cfg.PeerTLSInfo = info
+	t, err := info.ServerConfig()
+	if err != nil {
+		return nil, fault.New(fault.Usage, "read the certificates of storage", s.CertFile, err)
+	}
+	t.MinVersion = tls.VersionTLS12
+	if err := s.meet(ctx); err != nil {
+		return nil, err
+	}
+	peers, err := listen(ctx, s.ListenPeer)
+	if err != nil {
+		return nil, err
+	}
+	// It is ready when most members are, which may be long after.
+	m, err := start(ctx, cfg, tls.NewListener(peers, t), 0)
+	if err != nil {
+		return nil, errors.Join(err, ignoreClosed(peers.Close()))
+	}
+	return m, nil
+}
+
+func listen(ctx context.Context, at string) (net.Listener, error) {
+	u, err := url.Parse(at)
+	if err != nil {
+		return nil, err
+	}
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", u.Host)
+	if err != nil {
+		return nil, fault.New(fault.Other, "listen for storage on", at, err)
+	}
+	return l, nil
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// membersFile says, in the folder of a member, which members its store has.
+const membersFile = "members.json"
+
+func (s ServerConfig) names() []string {
+	out := []string{s.Name}
+	for name := range s.Members {
+		if name != s.Name {
+			out = append(out, name)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// sameMembers refuses a folder whose store has other members: to begin another
+// store beside it would show an empty KMS, or two.
+func (s ServerConfig) sameMembers() error {
+	path := filepath.Join(s.Dir, membersFile)
+	had := []string{s.Name} // stores of one did not always write it down
+	b, err := os.ReadFile(path)
+	switch {
+	case err == nil:
+		if err := json.Unmarshal(b, &had); err != nil {
+			return fault.New(fault.BadContent, "read", path, err).WithHint("it names the members of the store; the backup has all data")
+		}
+	case !errors.Is(err, fs.ErrNotExist):
+		return fault.New(fault.Other, "read", path, err)
+	}
+	if s.begun() && !slices.Equal(had, s.names()) {
+		return fault.Newf(fault.Conflict, "start storage in", s.Dir, "its store has the members %s, and is to run with %s", strings.Join(had, ", "), strings.Join(s.names(), ", ")).
+			WithHint("go back to as many members as it has: their number cannot be changed, only a new installation can have another")
+	}
+	if b, err = json.Marshal(s.names()); err != nil {
+		return err
+	}
+	return file.Write(path, b, 0o600)
+}
+
+// begun says whether the folder holds data already.
+func (s ServerConfig) begun() bool {
+	_, err := os.Stat(filepath.Join(s.Dir, "member", "wal"))
+	return err == nil
+}
+
+const (
+	meetPause = 200 * time.Millisecond
+	meetTime  = 2 * time.Minute // then the pod's log says who is missing
+)
+
+// meet lets a store of several begin only when all members are there, ready to
+// begin or begun. Most of them could do without one that refuses because it has
+// the data of another store.
+func (s ServerConfig) meet(ctx context.Context) error {
+	if s.begun() {
+		return nil
+	}
+	l, err := listen(ctx, s.ListenPeer)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return // closed
+			}
+			_ = c.Close() // to be seen is all
+		}
+	}()
+	ctx, cancel := context.WithTimeout(ctx, meetTime)
+	defer cancel()
+	for _, name := range s.names() {
+		if name == s.Name {
+			continue
+		}
+		if err := waitFor(ctx, s.Members[name]); err != nil {
+			return fault.New(fault.Unreachable, "begin a store with member", name, err).
+				WithHint("all members must be there once, for the store to begin; see the log of %s", name)
+		}
+	}
+	return nil
+}
+
+// waitFor waits until somebody listens at a member's URL.
+func waitFor(ctx context.Context, at string) error {
+	u, err := url.Parse(at)
+	if err != nil {
+		return err
+	}
+	for {
+		c, err := new(net.Dialer).DialContext(ctx, "tcp", u.Host)
+		if err == nil {
+			return c.Close()
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s does not answer: %w", u.Host, err)
+		case <-time.After(meetPause):
+		}
+	}
+}
+
+// Ready is nil when the member can serve: it has a leader, and most members
+// agree on what it says.
+func (m *Member) Ready(ctx context.Context) error {
+	return m.etcd.LinearizableReadNotify(ctx)
+}
