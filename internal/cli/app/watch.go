@@ -43,7 +43,7 @@ func (i *Instances) Ensure(ctx context.Context, name string) (string, error) {
 		return "", i.app.ClientError("list instances", "", err)
 	}
 	for _, in := range all.Instances {
-		if in.Name == name {
+		if in.Name == name && !in.Deleting { // one that is being deleted holds its name to the end
 			return in.ID, nil
 		}
 	}

@@ -32,7 +32,11 @@ type instanceList struct {
 func (l instanceList) Table() ([]string, [][]string) {
 	rows := make([][]string, 0, len(l.Instances))
 	for _, i := range l.Instances {
-		rows = append(rows, []string{i.ID, i.Name, i.Dialect, cmp.Or(i.Placement, "wrapped"), i.CreatedAt.UTC().Format(time.RFC3339)})
+		name := i.Name
+		if i.Deleting {
+			name += " (being deleted: delete it again)"
+		}
+		rows = append(rows, []string{i.ID, name, i.Dialect, cmp.Or(i.Placement, "wrapped"), i.CreatedAt.UTC().Format(time.RFC3339)})
 	}
 	return []string{"ID", "NAME", "DIALECT", "PLACEMENT", "CREATED"}, rows
 }
