@@ -6,6 +6,7 @@ require (
 	aead.dev/minisign v0.3.0
 	filippo.io/age v1.3.2
 	github.com/AlecAivazis/survey/v2 v2.3.7
+	github.com/CycloneDX/cyclonedx-go v0.12.0
 	github.com/IBM/keyprotect-go-client v0.17.3
 	github.com/go-logr/logr v1.4.4
 	github.com/golang-jwt/jwt/v5 v5.3.1

@@ -41,6 +41,9 @@ type NewImage struct {
 	ManifestType string
 }
 
+// Digest is the digest of the image's manifest, which names the image.
+func (i NewImage) Digest() string { return i.manifest().Digest }
+
 func (i NewImage) manifest() Blob {
 	if i.Manifest != nil {
 		return BytesBlob(i.ManifestType, i.Manifest)

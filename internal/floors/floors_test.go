@@ -61,6 +61,7 @@ var home = map[string][]string{
 	"github.com/golang-jwt/jwt":              {"internal/iam"},
 	"github.com/prometheus":                  {"internal/server"},
 	"go.opentelemetry.io":                    {"internal/trace"},
+	"github.com/CycloneDX":                   {"internal/pack"},
 	"github.com/vbauerster/mpb":              {"internal/output"},
 	"github.com/spf13/viper":                 {},
 	"github.com/pkg/errors":                  {},

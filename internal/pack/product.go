@@ -15,6 +15,7 @@ import (
 	"path"
 	"strings"
 
+	cdx "github.com/CycloneDX/cyclonedx-go"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/kmsctl/kmsctl/internal/archive"
@@ -98,7 +99,35 @@ func (p *Product) Build(ctx context.Context) (b archive.Build, warnings []string
 			b.Members = append(b.Members, archive.ImageMember{Name: entry.Archive, Images: []archive.NewImage{img}})
 		}
 	}
-	return b, warnings, nil
+	known, err := p.parts(b.Manifest, layers)
+	if err != nil {
+		return b, nil, err
+	}
+	return b, warnings, withSBOM(&b, known)
+}
+
+// parts says what our images are made of.
+func (p *Product) parts(m ppa.Manifest, layers map[string]*image.Layer) (parts, error) {
+	libc, err1 := debComponents(false)
+	softHSM, err2 := debComponents(true)
+	if err := errors.Join(err1, err2); err != nil {
+		return nil, err
+	}
+	of := map[string][]cdx.Component{"libc": libc, "softhsm": softHSM}
+	for layer, program := range map[string]string{"kmsctl": "kmsctl", "connector": connectorPath} {
+		for _, e := range layers[layer].Entries {
+			if e.Name == program { // and not a folder above it
+				of[layer] = programComponents(e)
+			}
+		}
+	}
+	out := parts{}
+	for n, spec := range productImages {
+		for _, l := range spec.layers {
+			out[m.Images[n].Ref()] = append(out[m.Images[n].Ref()], of[l]...)
+		}
+	}
+	return out, nil
 }
 
 // repositories gives each image's repository as the chart's values have it.
@@ -280,6 +309,9 @@ func WriteFile(name string, b archive.Build) (Written, error) {
 			return Written{}, err
 		}
 		return Written{}, fault.New(fault.Other, "write archive", name, reason(err)).WithHint("is there room for it, and may you write there?")
+	}
+	if err := withSBOM(&b, nil); err != nil {
+		return fail(err)
 	}
 	var out *summer
 	var index string

@@ -7,6 +7,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/archive"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/pack"
 )
 
 type readOptions struct {
@@ -14,6 +15,7 @@ type readOptions struct {
 	archive string
 	limits  limitFlags
 	key     string // of verify
+	sbom    bool   // of inspect
 }
 
 // Check holds the rules of the flags.
@@ -27,15 +29,35 @@ func newInspectCmd(a *app.App, run func(context.Context, *readOptions) error) *c
 	cmd := &cobra.Command{
 		Use: "inspect ARCHIVE", Short: "Show what an archive holds", Args: cobra.ExactArgs(1),
 		Long: `Show the charts and images of an archive. One of kmsctl's own is shown from its index,
-without reading the rest; any other is read once.`,
-		Example: "  kmsctl archive inspect key-management-hsm-amd64.tar.gz\n  kmsctl archive inspect key-management-hsm-amd64.tar.gz -o json",
+without reading the rest; any other is read once.
+
+--sbom shows the bill of materials that kmsctl puts into what it builds or repacks: charts,
+images and their layers, and of the product's own images the Debian packages and Go modules.
+With -o json it is the CycloneDX document itself.`,
+		Example: "  kmsctl archive inspect key-management-hsm-amd64.tar.gz\n  kmsctl archive inspect key-management-hsm-amd64.tar.gz --sbom -o json > sbom.cdx.json\n  kmsctl archive inspect key-management-hsm-amd64.tar.gz -o json",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.archive = args[0]
 			return app.Run(cmd.Context(), o, run)
 		},
 	}
 	o.limits.add(cmd.Flags())
+	cmd.Flags().BoolVar(&o.sbom, "sbom", false, "show the archive's bill of materials")
 	return cmd
+}
+
+// bill prints a bill of materials.
+type bill struct{ *pack.Bill }
+
+// MarshalJSON is the document as it stands in the archive.
+func (b bill) MarshalJSON() ([]byte, error) { return b.Raw, nil }
+
+// Table is one line a component.
+func (b bill) Table() ([]string, [][]string) {
+	var rows [][]string
+	for _, c := range b.Components() {
+		rows = append(rows, []string{c.Kind, c.Name, c.Version, c.In})
+	}
+	return []string{"KIND", "NAME", "VERSION", "IN"}, rows
 }
 
 func runInspect(ctx context.Context, o *readOptions) error {
@@ -44,6 +66,13 @@ func runInspect(ctx context.Context, o *readOptions) error {
 		return err
 	}
 	defer a.Close()
+	if o.sbom {
+		b, err := pack.ReadSBOM(ctx, a, o.limits.limits())
+		if err != nil {
+			return err
+		}
+		return o.Print(bill{b})
+	}
 	c, err := a.Inspect(ctx, o.limits.limits())
 	if err != nil {
 		return err
