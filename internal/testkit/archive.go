@@ -236,7 +236,10 @@ images:
 `)}, Entry{Name: "images/a.tar.gz", Data: DockerSave(arches[0])}, Entry{Name: "images/b.tar.gz", Data: Gzip(DockerSave(arches[1]))})),
 		"oci-list": Gzip(Tar(Entry{Name: "manifest.json", Data: []byte(`{"images": [{"image": "org/multi", "tag": "1.0", "archive": "images/m.tar"}]}`)},
 			Entry{Name: "images/m.tar", Data: OCILayout("org/multi:1.0", arches...)})),
-		"no-images": Gzip(Tar(Entry{Name: "manifest.json", Data: []byte(`{"charts": [{"archive": "charts/app-1.0.0.tgz"}], "images": []}`)}, chart)),
+		"sample-images-first": sampleImagesFirst(img),
+		"sample-chart-only":   sampleChartOnly(),
+		"sample-by-spec":      sampleBySpec(arches),
+		"no-images":           Gzip(Tar(Entry{Name: "manifest.json", Data: []byte(`{"charts": [{"archive": "charts/app-1.0.0.tgz"}], "images": []}`)}, chart)),
 
 		"bad-above-root":    Gzip(Tar(manifest, chart, one, two, Entry{Name: "../evil", Data: []byte("x")})),
 		"bad-absolute":      Gzip(Tar(manifest, chart, one, two, Entry{Name: "/etc/evil", Data: []byte("x")})),
@@ -294,4 +297,107 @@ func chartOf(pkg []byte) (name, version string, ok bool) {
 		must(yaml.Unmarshal(b, &c))
 		return c.Name, c.Version, true
 	}
+}
+
+// The three below are made after public samples, each with its habits.
+
+// sampleImagesFirst is an archive that was packed by hand: images first, plain
+// tars that are called .tar.gz, an image that is listed twice, short names of
+// members, and a spec whose references have no pull-repository.
+func sampleImagesFirst(img []Image) []byte {
+	return Gzip(Tar(
+		Entry{Name: "images/one.tar.gz", Data: DockerSave(img[0])}, Entry{Name: "images/two.tar.gz", Data: DockerSave(img[1])},
+		Entry{Name: "charts/app-1.0.0.tgz", Data: ChartTgz("app", "1.0.0", "org/one")},
+		Entry{Name: "manifest.json", Data: []byte(`{
+  "manifest-revision": "1.0",
+  "charts": [
+    { "archive": "charts/app-1.0.0.tgz" }
+  ],
+  "images": [
+    { "image": "org/one", "tag": "1.0",
+      "archive": "images/one.tar.gz" },
+    { "image": "org/two", "tag": "1.0",
+      "archive": "images/two.tar.gz" },
+    { "image": "org/one", "tag": "1.0",
+      "archive": "images/one.tar.gz" }
+  ]
+}
+`)},
+		Entry{Name: "manifest.yaml", Data: []byte(`charts:
+- archive: app-1.0.0.tgz
+images:
+- image: org/one:1.0
+  references:
+  - repository : org/one:1.0
+- image: org/two:1.0
+  references:
+  - repository: org/two:1.0
+`)}))
+}
+
+// sampleChartOnly is an archive of a chart whose images are elsewhere: no
+// revision, keys into its values, no image.
+func sampleChartOnly() []byte {
+	return Gzip(Tar(
+		Entry{Name: "charts/app-2.0.0.tgz", Data: ChartTgz("app", "2.0.0", "wml/one")},
+		Entry{Name: "manifest.json", Data: []byte(`{
+  "charts": [
+    {
+      "archive": "charts/app-2.0.0.tgz",
+      "images": ["app.image.repository"]
+    }
+  ],
+  "images": []
+}
+`)}))
+}
+
+// sampleBySpec is an archive as create-archive makes them of a spec for many
+// architectures: members by 64 hex digits, manifests last, keys of registries
+// alone, placeholders and variables in what it was pulled from.
+func sampleBySpec(arches []Image) []byte {
+	a, b := "images/"+Hex([]byte("a"))+".tar.gz", "images/"+Hex([]byte("b"))+".tar.gz"
+	return Gzip(Tar(
+		Entry{Name: "charts/app-3.2.0.tgz", Data: ChartTgz("app", "3.2.0", "org/multi")},
+		Entry{Name: a, Data: Gzip(DockerSave(arches[0]))}, Entry{Name: b, Data: Gzip(DockerSave(arches[1]))},
+		Entry{Name: "manifest.json", Data: []byte(`{
+  "charts": [
+    {
+      "archive": "charts/app-3.2.0.tgz"
+    }
+  ],
+  "images": [
+    {
+      "image": "org/multi-amd64",
+      "tag": "1.0",
+      "archive": "` + a + `"
+    },
+    {
+      "image": "org/multi-ppc64le",
+      "tag": "1.0",
+      "archive": "` + b + `"
+    }
+  ]
+}
+`)},
+		Entry{Name: "manifest.yaml", Data: []byte(`output-filename: ""
+charts:
+- archive: file:../repo/stable/app-3.2.0.tgz
+  repository-keys:
+  - app.image.repository
+  registry-keys:
+  - global.registry
+images:
+- image: org/multi:1.0
+  references:
+  - repository: org/multi-amd64:1.0
+    pull-repository: ${DOCKER_REGISTRY}/multi-amd64:1.0
+    pull-authorization:
+      username: {{ ARTIFACTORY_USERNAME }}
+      password: {env: ARTIFACTORY_PASSWORD}
+    platform: {os: linux, architecture: amd64}
+  - repository: org/multi-ppc64le:1.0
+    pull_repository: ibmcom/multi-ppc64le:1.0
+    platform: {arch: ppc64le}
+`)}))
 }
