@@ -32,6 +32,7 @@ import (
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/file"
 )
 
 // Names of the files in the log's folder.
@@ -192,13 +193,33 @@ func Open(dir string, cfg Config) (*Log, error) {
 		f.Close()
 		return nil, err
 	}
-	block := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: cfg.PublicKey})
-	if err := os.WriteFile(filepath.Join(dir, KeyName), block, 0o644); err != nil {
+	if err := keepKey(filepath.Join(dir, KeyName), cfg.PublicKey); err != nil {
 		f.Close()
-		return nil, fault.New(fault.Other, "write", filepath.Join(dir, KeyName), err)
+		return nil, err
 	}
 	go l.run()
 	return l, nil
+}
+
+// keepKey writes the public key beside the log, behind those that signed
+// earlier parts of it.
+func keepKey(path string, der []byte) error {
+	have, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fault.New(fault.Other, "read", path, err)
+	}
+	keys, _ := ParsePublicKeys(have) // what is no key is written anew
+	if n := len(keys); n > 0 && bytes.Equal(keys[n-1], der) {
+		return nil
+	}
+	var out []byte
+	for _, k := range append(keys, der) {
+		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: k})...)
+	}
+	if err := file.Write(path, out, 0o644); err != nil {
+		return fault.New(fault.Other, "write", path, err)
+	}
+	return nil
 }
 
 func begin(dir string, f *os.File, cfg Config) (*Log, error) {

@@ -85,7 +85,7 @@ func write(t *testing.T, dir string, s *signer, n int) []byte {
 
 // verify checks a log of one file.
 func verify(b, pub []byte, want *audit.Head) (audit.Report, error) {
-	return audit.Verify([]audit.File{{Name: audit.FileName, Reader: bytes.NewReader(b)}}, pub, want, false)
+	return audit.Verify([]audit.File{{Name: audit.FileName, Reader: bytes.NewReader(b)}}, [][]byte{pub}, want, false)
 }
 
 func read(t *testing.T, dir string) []byte {
@@ -112,8 +112,35 @@ func TestWholeLogOverSeveralRuns(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if der, err := audit.ParsePublicKey(pemKey); err != nil || !bytes.Equal(der, s.pub) {
+	if keys, err := audit.ParsePublicKeys(pemKey); err != nil || len(keys) != 1 || !bytes.Equal(keys[0], s.pub) {
 		t.Errorf("public key file: %v", err)
+	}
+}
+
+// TestAnotherKeySignsOn: after a clearing the log goes on under a new key. Both
+// keys are needed, in their order, and a later one vouches for nothing earlier.
+func TestAnotherKeySignsOn(t *testing.T) {
+	dir, one, two := t.TempDir(), newSigner(t), newSigner(t)
+	write(t, dir, one, 3)
+	two.head = one.head
+	b := write(t, dir, two, 2)
+	log := func(keys ...[]byte) (audit.Report, error) {
+		return audit.Verify([]audit.File{{Name: audit.FileName, Reader: bytes.NewReader(b)}}, keys, two.head, false)
+	}
+	if r, err := log(one.pub, two.pub); err != nil || r.Events != 5 || r.Keys != 2 || r.Tail != audit.TailProven {
+		t.Errorf("%+v %v", r, err)
+	}
+	for name, keys := range map[string][][]byte{"the first": {one.pub}, "the second": {two.pub}, "the wrong order": {two.pub, one.pub}, "another between": {newSigner(t).pub, two.pub}} {
+		if _, err := log(keys...); fault.KindOf(err) != fault.BadContent {
+			t.Errorf("with %s: %v", name, err)
+		}
+	}
+	pemKeys, err := os.ReadFile(filepath.Join(dir, audit.KeyName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if keys, err := audit.ParsePublicKeys(pemKeys); err != nil || len(keys) != 2 || !bytes.Equal(keys[0], one.pub) || !bytes.Equal(keys[1], two.pub) {
+		t.Errorf("beside the log: %d keys, %v", len(keys), err)
 	}
 }
 

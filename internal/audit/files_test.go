@@ -63,7 +63,7 @@ func verifyFiles(s *signer, names []string, content [][]byte, partial bool) (aud
 	for i, n := range names {
 		all = append(all, audit.File{Name: n, Reader: bytes.NewReader(content[i])})
 	}
-	return audit.Verify(all, s.pub, s.head, partial)
+	return audit.Verify(all, [][]byte{s.pub}, s.head, partial)
 }
 
 func small(c *audit.Config) { c.MaxBytes = 4 << 10 }

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
@@ -25,6 +26,7 @@ type Report struct {
 	Lines      uint64 `json:"lines"`
 	Events     uint64 `json:"events"`
 	SignedUpTo uint64 `json:"signedUpTo"`   // number of the line with the last valid signature
+	Keys       int    `json:"keys"`         // that signed, one after the other: clearing the HSM makes a new one
 	Recoveries int    `json:"recoveries"`   // crashes whose torn line was closed
 	Lost       uint64 `json:"lost"`         // calls that went by unwritten while the disk was full
 	SetBack    int    `json:"clockSetBack"` // lines that are earlier than the one before: order is by number, whatever the clock said
@@ -48,26 +50,35 @@ type File struct {
 	io.Reader
 }
 
-// ParsePublicKey reads a PEM public key into PKIX DER.
-func ParsePublicKey(b []byte) ([]byte, error) {
-	p, _ := pem.Decode(b)
-	if p == nil || p.Type != "PUBLIC KEY" {
+// ParsePublicKeys reads the public keys in PEM, the oldest first, into PKIX DER.
+func ParsePublicKeys(b []byte) (keys [][]byte, err error) {
+	for {
+		p, rest := pem.Decode(b)
+		if p == nil || p.Type != "PUBLIC KEY" {
+			break
+		}
+		keys, b = append(keys, p.Bytes), rest
+	}
+	if len(keys) == 0 {
 		return nil, errors.New("no PEM public key")
 	}
-	return p.Bytes, nil
+	return keys, nil
 }
 
 // Verify reads the files of a log in their order, and checks every line and
-// signature. pub is the PKIX DER of the key that must have signed. want, when
-// given, is a head kept elsewhere that the log must contain. With partial the
-// first files may be missing. The error names the first bad line and its
-// file.
-func Verify(files []File, pub []byte, want *Head, partial bool) (Report, error) {
-	key, err := x509.ParsePKIXPublicKey(pub)
-	if err != nil || !fits(key) {
-		return Report{}, fault.Usagef("the public key is no ECDSA or RSA key in PKIX form")
+// signature. pubs are the PKIX DER of the keys that must have signed, one
+// after the other. want, when given, is a head kept elsewhere that the log
+// must contain. With partial the first files may be missing. The error names
+// the first bad line and its file.
+func Verify(files []File, pubs [][]byte, want *Head, partial bool) (Report, error) {
+	v := verifier{pubs: pubs, want: want, partial: partial}
+	for _, pub := range pubs {
+		key, err := x509.ParsePKIXPublicKey(pub)
+		if err != nil || !fits(key) {
+			return Report{}, fault.Usagef("the public key is no ECDSA or RSA key in PKIX form")
+		}
+		v.keys = append(v.keys, key)
 	}
-	v := verifier{key: key, pub: pub, want: want, partial: partial}
 	for _, f := range files {
 		v.report.Files++
 		v.file, v.n = f.Name, 0
@@ -129,8 +140,9 @@ func (v *verifier) bad(n uint64, format string, a ...any) error {
 }
 
 type verifier struct {
-	key     any
-	pub     []byte
+	pubs    [][]byte
+	keys    []any
+	at      int // which of the keys signs here
 	want    *Head
 	partial bool
 	file    string
@@ -142,6 +154,15 @@ type verifier struct {
 	found   bool
 	last    string // kind of the last line
 	time    time.Time
+	signer  int // one more than the key that was counted last
+}
+
+// signs counts the key that signs here.
+func (v *verifier) signs() {
+	if v.signer != v.at+1 {
+		v.signer = v.at + 1
+		v.report.Keys++
+	}
 }
 
 // jitter is how much earlier than the one before it a line may be without a
@@ -201,9 +222,12 @@ func (v *verifier) kind(ln line) error {
 	case "event":
 		v.report.Events++
 	case "open":
-		if !bytes.Equal(ln.PublicKey, v.pub) {
-			return v.bad(v.n, "it names another public key")
+		next := slices.IndexFunc(v.pubs[v.at:], func(p []byte) bool { return bytes.Equal(p, ln.PublicKey) })
+		if next < 0 {
+			return v.bad(v.n, "it names another public key: after a clearing of the HSM all keys are needed, the oldest first")
 		}
+		v.at += next
+		v.signs()
 	case "recovery":
 	case "gap":
 		v.report.Lost += ln.Lost
@@ -213,9 +237,13 @@ func (v *verifier) kind(ln line) error {
 		}
 		return v.bad(v.n, "when the log was opened here, lines up to number %d of chain %s were missing: the store's head is of that line", ln.Missing.Seq, ln.Missing.Chain)
 	case "head":
-		if !signed(v.key, headMessage(ln), ln.Signature) {
+		for v.partial && v.report.Keys == 0 && v.at+1 < len(v.keys) && !signed(v.keys[v.at], headMessage(ln), ln.Signature) {
+			v.at++ // the line that names the key is in a file that is missing
+		}
+		if !signed(v.keys[v.at], headMessage(ln), ln.Signature) {
 			return v.bad(v.n, "its signature does not fit")
 		}
+		v.signs()
 		v.report.SignedUpTo = ln.Seq
 		if v.want != nil && v.want.Chain == ln.Chain && v.want.Seq == ln.Seq && v.want.Prev == ln.Prev {
 			v.found = true

@@ -312,7 +312,7 @@ func TestAuditAndAClockThatJumps(t *testing.T) {
 				return
 			}
 		}
-	}), w.token.PublicKey(), nil, false)
+	}), [][]byte{w.token.PublicKey()}, nil, false)
 	if err != nil || r.Events != 5 || r.SetBack != 2 {
 		t.Errorf("%+v %v", r, err)
 	}

@@ -53,6 +53,8 @@ replace the key that lies beside it. When the embedded KMS of --data is running,
 store's copy of the key and of the last signed head is used, so that a missing tail is
 found too; for a log without its KMS, --head gives a head that was kept elsewhere.
 
+After the HSM's application data were cleared another key signs: give all keys in one file,
+the oldest first, as public-key.pem beside the log has them.
 A log whose first files were moved away does not verify by itself: name them too, in
 their order, or say --partial.`,
 		Example: "  kmsctl audit verify --data ./kms\n  kmsctl audit verify --log audit.log --public-key kept-elsewhere.pem -o json\n  kmsctl audit verify --log old/audit-00000000000000000001.log --log ./kms/audit",
@@ -80,7 +82,7 @@ type verifyResult struct {
 // Table is one line a field.
 func (r verifyResult) Table() ([]string, [][]string) {
 	return nil, [][]string{{"log", r.Log}, {"public key", r.PublicKey}, {"files", fmt.Sprint(r.Files)}, {"first line", fmt.Sprint(r.First)}, {"lines", fmt.Sprint(r.Lines)}, {"events", fmt.Sprint(r.Events)},
-		{"signed up to line", fmt.Sprint(r.SignedUpTo)}, {"recoveries", fmt.Sprint(r.Recoveries)}, {"calls lost on a full disk", fmt.Sprint(r.Lost)},
+		{"keys that signed", fmt.Sprint(r.Keys)}, {"signed up to line", fmt.Sprint(r.SignedUpTo)}, {"recoveries", fmt.Sprint(r.Recoveries)}, {"calls lost on a full disk", fmt.Sprint(r.Lost)},
 		{"clock set back", fmt.Sprint(r.SetBack)}, {"tail", r.Tail}}
 }
 
@@ -98,7 +100,7 @@ func runVerify(ctx context.Context, o *verifyOptions) error {
 			return err
 		}
 	}
-	pub, from, err := o.key(logs[len(logs)-1], live)
+	pubs, from, err := o.keys(logs[len(logs)-1], live)
 	if err != nil {
 		return err
 	}
@@ -111,7 +113,7 @@ func runVerify(ctx context.Context, o *verifyOptions) error {
 		return err
 	}
 	defer done()
-	rep, err := audit.Verify(files, pub, head, o.partial)
+	rep, err := audit.Verify(files, pubs, head, o.partial)
 	if err != nil {
 		return err
 	}
@@ -188,10 +190,9 @@ func (o *verifyOptions) askRunning(ctx context.Context) (*kmsapi.AuditHeads, err
 	return &out, o.ClientError("ask the running KMS for the audit log's head", o.data, err)
 }
 
-func (o *verifyOptions) key(log string, live *kmsapi.AuditHeads) (der []byte, from string, err error) {
-	if o.publicKey == "" && live != nil {
-		return live.PublicKey, "of the running KMS", nil
-	}
+// keys gives the keys that signed, the oldest first. Of a running KMS the last
+// one must be its own: earlier ones beside the log cannot vouch for later lines.
+func (o *verifyOptions) keys(log string, live *kmsapi.AuditHeads) (ders [][]byte, from string, err error) {
 	path := o.publicKey
 	if path == "" {
 		path = filepath.Join(log, audit.KeyName)
@@ -200,14 +201,19 @@ func (o *verifyOptions) key(log string, live *kmsapi.AuditHeads) (der []byte, fr
 		}
 	}
 	b, err := o.ReadInput("--public-key", path, 64<<10)
-	if err != nil {
-		return nil, "", err
+	if err == nil {
+		ders, err = audit.ParsePublicKeys(b)
 	}
-	der, err = audit.ParsePublicKey(b)
-	if err != nil {
-		return nil, "", fault.New(fault.Usage, "read public key", path, err).WithHint("check --public-key")
+	if o.publicKey == "" && live != nil {
+		if n := len(ders); err != nil || !bytes.Equal(ders[n-1], live.PublicKey) {
+			ders = [][]byte{live.PublicKey}
+		}
+		return ders, "of the running KMS", nil
 	}
-	return der, path, nil
+	if err != nil && fault.KindOf(err) == fault.Other {
+		err = fault.New(fault.Usage, "read public key", path, err).WithHint("check --public-key")
+	}
+	return ders, path, err
 }
 
 func (o *verifyOptions) head(live *kmsapi.AuditHeads) (*audit.Head, error) {
