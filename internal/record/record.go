@@ -28,6 +28,10 @@ var (
 	ErrConflict = errors.New("record was changed by another")
 )
 
+// EndPath is where a record says that its store comes to an end: whoever sees
+// it there stops working on the store.
+const EndPath = "clear/begun"
+
 // Change is one step of a transaction. Rev is the revision that the record
 // must have now: 0 means it must not exist. A nil Value deletes, unless the
 // record must only stay the Same while the others change.

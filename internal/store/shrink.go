@@ -33,19 +33,27 @@ func (s *Store) Shrink(ctx context.Context) error {
 	s.mu.RLock()
 	rev := s.rev
 	s.mu.RUnlock()
-	if _, err := s.c.Compact(ctx, rev, clientv3.WithCompactPhysical()); err != nil && !errors.Is(err, rpctypes.ErrCompacted) {
+	if err := shrink(ctx, s.c, rev); err != nil {
+		return err
+	}
+	return s.disarm(ctx)
+}
+
+// shrink forgets the history before rev.
+func shrink(ctx context.Context, c *clientv3.Client, rev int64) error {
+	if _, err := c.Compact(ctx, rev, clientv3.WithCompactPhysical()); err != nil && !errors.Is(err, rpctypes.ErrCompacted) {
 		return unreachable("compact", "the store", err)
 	}
-	members := s.c.Endpoints()
+	members := c.Endpoints()
 	if len(members) == 0 {
 		members = []string{""} // the one in this process
 	}
 	for _, m := range members {
-		if _, err := s.c.Defragment(ctx, m); err != nil {
+		if _, err := c.Defragment(ctx, m); err != nil {
 			return unreachable("defragment", "the store", err)
 		}
 	}
-	return s.disarm(ctx)
+	return nil
 }
 
 // disarm takes the alarm of a full store away; a store without room raises it

@@ -91,7 +91,10 @@ type Store struct {
 	shrunk chan struct{} // closed when the shrinker has ended
 	parsed recent
 
-	shrinking sync.Mutex // held while Shrink works
+	shrinking sync.Mutex    // held while Shrink works
+	fence     int64         // the revision that made the installation whose records these are
+	ended     chan struct{} // closed when the store comes to its end
+	ending    sync.Once
 
 	mu    sync.RWMutex
 	kv    map[string]map[string]entry // folder → path → record
@@ -134,7 +137,11 @@ func (s *Store) decode(path string, e entry, v any) error {
 // Open loads every record and keeps the view fed until Close. It fails when
 // a record is not authentic: whoever could write one can have removed others.
 func Open(ctx context.Context, c *clientv3.Client, codec *record.Codec) (*Store, error) {
-	s := &Store{c: c, codec: codec, done: make(chan struct{}), shrink: make(chan struct{}, 1), shrunk: make(chan struct{}), now: time.Now, kv: map[string]map[string]entry{}, vers: map[string]int64{}, moved: make(chan struct{})}
+	fence, err := madeAt(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{c: c, fence: fence, codec: codec, done: make(chan struct{}), shrink: make(chan struct{}, 1), shrunk: make(chan struct{}), ended: make(chan struct{}), now: time.Now, kv: map[string]map[string]entry{}, vers: map[string]int64{}, moved: make(chan struct{})}
 	if err := s.load(ctx); err != nil {
 		return nil, err
 	}
@@ -155,6 +162,9 @@ func (s *Store) Close() {
 func (s *Store) load(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
+	if err := s.same(ctx); err != nil {
+		return err
+	}
 	kv := map[string]map[string]entry{}
 	var rev int64
 	const page = 2000
@@ -194,6 +204,9 @@ func (s *Store) load(ctx context.Context) error {
 	}
 	s.advance(rev)
 	s.mu.Unlock()
+	if _, ends := kv[folder(record.EndPath)][record.EndPath]; ends {
+		s.end()
+	}
 	return nil
 }
 
@@ -267,7 +280,11 @@ func (s *Store) apply(res clientv3.WatchResponse) {
 			drop(s.kv, path)
 			continue
 		}
-		put(s.kv, path, entry{e.Kv.Value, e.Kv.ModRevision, s.codec.Authentic(path, e.Kv.Value), &decoded{}})
+		proven := s.codec.Authentic(path, e.Kv.Value)
+		put(s.kv, path, entry{e.Kv.Value, e.Kv.ModRevision, proven, &decoded{}})
+		if proven && path == record.EndPath {
+			s.end()
+		}
 	}
 	s.advance(upTo)
 }
@@ -418,11 +435,15 @@ func (s *Store) Commit(ctx context.Context, changes ...record.Change) error {
 	}
 	ctx, cancel := bound(ctx)
 	defer cancel()
-	res, err := s.c.Txn(ctx).If(cmps...).Then(ops...).Commit()
+	cmps = append(cmps, clientv3.Compare(clientv3.CreateRevision(plain+installName), "=", s.fence))
+	res, err := s.c.Txn(ctx).If(cmps...).Then(ops...).Else(clientv3.OpGet(plain+installName, clientv3.WithKeysOnly())).Commit()
 	if err != nil {
 		return s.refused("write", changes[0].Path, err)
 	}
 	if !res.Succeeded {
+		if err := s.fenced(res.Responses[0].GetResponseRange().Kvs); err != nil {
+			return err
+		}
 		return fmt.Errorf("write record %q: %w", changes[0].Path, record.ErrConflict)
 	}
 	if deletes {
