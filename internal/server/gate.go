@@ -3,7 +3,9 @@ package server
 import (
 	"fmt"
 	"net/http"
+	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
@@ -14,6 +16,7 @@ import (
 type Gate struct {
 	inner  atomic.Pointer[Server]
 	reason atomic.Pointer[string]
+	calls  sync.RWMutex // held for reading by each call under way
 }
 
 // NewGate makes a closed gate.
@@ -23,15 +26,46 @@ func NewGate(reason string) *Gate {
 	return g
 }
 
-// Shut notes why there is no server yet.
+// Shut notes why there is no server.
 func (g *Gate) Shut(reason string) { g.reason.Store(&reason) }
 
 // Open lets every request through to s from now on.
 func (g *Gate) Open(s *Server) { g.inner.Store(s) }
 
+// Close lets nobody in from now on, and waits until the calls that are under
+// way have ended, but no longer than most.
+func (g *Gate) Close(reason string, most time.Duration) {
+	g.Shut(reason)
+	g.inner.Store(nil)
+	ended := make(chan struct{})
+	go func() {
+		g.calls.Lock()
+		defer g.calls.Unlock()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-time.After(most):
+	}
+}
+
+// enter gives the server to a call; leave must follow.
+func (g *Gate) enter() (s *Server, leave func()) {
+	if g.inner.Load() == nil { // also while Close waits
+		return nil, nil
+	}
+	g.calls.RLock()
+	if s = g.inner.Load(); s == nil {
+		g.calls.RUnlock()
+		return nil, nil
+	}
+	return s, g.calls.RUnlock
+}
+
 // ServeHTTP is the server behind the gate, or a refusal to try again later.
 func (g *Gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if s := g.inner.Load(); s != nil {
+	if s, leave := g.enter(); s != nil {
+		defer leave()
 		s.ServeHTTP(w, r)
 		return
 	}

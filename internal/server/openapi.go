@@ -48,6 +48,8 @@ var docs = map[string]doc{
 	"kmsctl.instances.create":           {kmsapi.CreateInstance{}, kmsapi.Instance{}, ""}, "kmsctl.instances.list": {nil, kmsapi.Instances{}, ""}, "kmsctl.instances.delete": {},
 	"kmsctl.onboard": {kmsapi.OnboardRequest{}, kmsapi.Onboarded{}, ""}, "kmsctl.audit.read": {nil, kmsapi.AuditHeads{}, ""}, "kmsctl.backup.read": {},
 	"iam.signing-keys.list": {nil, kmsapi.SigningKeys{}, ""}, "iam.signing-keys.rotate": {kmsapi.RotateSigningKey{}, kmsapi.SigningKey{}, ""},
+	"kmsctl.clear.read": {nil, kmsapi.ClearPlan{}, ""}, "kmsctl.clear.plan": {kmsapi.ClearRequest{}, kmsapi.ClearPlan{}, ""},
+	"kmsctl.clear.settle": {nil, kmsapi.Cleared{}, ""}, "kmsctl.clear": {kmsapi.ClearRequest{}, kmsapi.Cleared{}, ""},
 	"iam.service-ids.create": {kmsapi.CreateServiceID{}, kmsapi.ServiceID{}, ""}, "iam.service-ids.list": {nil, kmsapi.ServiceIDs{}, ""}, "iam.service-ids.delete": {},
 	"iam.api-keys.create": {kmsapi.CreateAPIKey{}, kmsapi.APIKey{}, ""}, "iam.api-keys.list": {nil, kmsapi.APIKeys{}, "serviceId"}, "iam.api-keys.delete": {},
 	"iam.policies.create": {kmsapi.CreatePolicy{}, kmsapi.PolicyID{}, ""}, "iam.policies.list": {nil, kmsapi.Policies{}, ""}, "iam.policies.delete": {},

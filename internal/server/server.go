@@ -56,6 +56,8 @@ type Config struct {
 	AuditHeads func(ctx context.Context) (kmsapi.AuditHeads, error)
 	// Backup writes a copy of the store.
 	Backup func(ctx context.Context, w io.Writer) error
+	// Clearing plans and begins the clearing of the data.
+	Clearing *kms.Clearing
 	// Review asks Kubernetes whose a token is: a ServiceAccount as
 	// namespace:name, or "". Nil where there is no Kubernetes.
 	Review func(ctx context.Context, token string) (account string, err error)

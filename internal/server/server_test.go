@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -300,6 +301,43 @@ func TestGate(t *testing.T) {
 	g.Open(w.server)
 	if r := ask("/readyz"); r.Code != 200 {
 		t.Errorf("open: readyz %d %s", r.Code, r.Body)
+	}
+}
+
+// TestGateClosesBehindTheLastCall: who is in gets an answer, and nobody else
+// gets in meanwhile.
+func TestGateClosesBehindTheLastCall(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop")
+	k := c.create(t, `"name":"root"`)
+	g := server.NewGate("starting")
+	g.Open(w.server)
+	inside, goOn := make(chan struct{}), make(chan struct{})
+	w.token.Hold = func() { close(inside); <-goOn }
+	ask := func(path string) *httptest.ResponseRecorder {
+		q := httptest.NewRequestWithContext(t.Context(), "POST", path, nil)
+		q.Header.Set("Authorization", "Bearer "+c.token)
+		q.Header.Set(kmsapi.HeaderInstance, c.instance)
+		r := httptest.NewRecorder()
+		g.ServeHTTP(r, q)
+		return r
+	}
+	answer, closed := make(chan int, 1), make(chan struct{})
+	go func() { answer <- ask("/api/v2/keys/" + k.ID + "/actions/wrap").Code }()
+	<-inside
+	go func() { g.Close("cleared", time.Minute); close(closed) }()
+	for ask("/readyz").Code != 503 { // until the gate is shut
+		runtime.Gosched()
+	}
+	select {
+	case <-closed:
+		t.Error("it did not wait for the call")
+	default:
+	}
+	close(goOn)
+	<-closed
+	if code := <-answer; code != 200 {
+		t.Errorf("the call under way: %d", code)
 	}
 }
 

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/hsm"
 	"github.com/kmsctl/kmsctl/internal/iam"
 	"github.com/kmsctl/kmsctl/internal/kms"
 	"github.com/kmsctl/kmsctl/internal/record"
@@ -161,6 +162,8 @@ func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Conf
 			_, err := io.WriteString(w, "a copy of the store")
 			return err
 		},
+		Clearing: &kms.Clearing{Store: st, Plain: store.NewPlain(c), Sealer: w.token, Tokens: []kms.Inventory{w.token}, Now: w.now,
+			Opened: kms.Opened{Install: "11111111", Token: hsm.TokenInfo{Label: "fake", Serial: w.token.Serial}}},
 		Lag:     func() time.Duration { return time.Duration(w.lag.Load()) },
 		Healthy: func(context.Context) []string { return *w.sick.Load() },
 		Limits:  limits, Now: w.now,

@@ -32,8 +32,9 @@ type Token struct {
 	CountLow  bool
 	DeviceErr error
 	Masters   map[string]bool // master keys by id
-	Calls     atomic.Int64    // operations on keys
-	Hold      func()          // runs within each operation on keys
+	Installed []hsm.Installation
+	Calls     atomic.Int64 // operations on keys
+	Hold      func()       // runs within each operation on keys
 
 	master [32]byte
 	sign   *ecdsa.PrivateKey
@@ -118,8 +119,35 @@ func (t *Token) OpenMaster(_ context.Context, ids hsm.MasterIDs, create bool) (h
 		return hsm.Master{}, fault.Newf(fault.NotFound, "find master key", "fake", "no such object")
 	}
 	t.Masters[id] = true
+	if !slices.ContainsFunc(t.Installed, func(i hsm.Installation) bool { return i.ID == ids.Install }) {
+		t.Installed = append(t.Installed, hsm.Installation{ID: ids.Install, Objects: []string{"mkek:v1", "mseal:v1", "msign:v1"}})
+	}
 	kcv := sha256.Sum256(t.master[:])
 	return hsm.Master{WrapKCV: kcv[:3], SealKCV: kcv[3:6], Suite: hsm.SuiteGCM, PublicKey: t.PublicKey()}, nil
+}
+
+// Installations lists who has master keys.
+func (t *Token) Installations(context.Context) ([]hsm.Installation, error) {
+	return slices.Clone(t.Installed), t.DeviceErr
+}
+
+// Clear forgets an installation, by its proof when one is given.
+func (t *Token) Clear(ctx context.Context, install string, proof *hsm.Proof) (n int, err error) {
+	if t.DeviceErr != nil {
+		return 0, t.DeviceErr
+	}
+	i := slices.IndexFunc(t.Installed, func(i hsm.Installation) bool { return i.ID == install })
+	if i < 0 {
+		return 0, nil
+	}
+	if proof != nil {
+		if _, err := t.Unseal(ctx, proof.Sealed, proof.AAD); err != nil {
+			return 0, err
+		}
+	}
+	n = len(t.Installed[i].Objects)
+	t.Installed = slices.Delete(t.Installed, i, i+1)
+	return n, nil
 }
 
 // Seal encrypts under the master key.

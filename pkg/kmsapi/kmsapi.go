@@ -508,3 +508,55 @@ type AuditHead struct {
 	Prev      string `json:"prev"`
 	Signature []byte `json:"signature"`
 }
+
+// ClearPlan is the answer of GET /kmsctl/v1/clear: what clearing the
+// installation would take away. POST /kmsctl/v1/clear/plan gives the same with
+// a confirmation, which POST /kmsctl/v1/clear takes once, until it expires.
+type ClearPlan struct {
+	Installation string        `json:"installation"`
+	TokenLabel   string        `json:"tokenLabel"`
+	TokenSerial  string        `json:"tokenSerial"`
+	Objects      []string      `json:"objects"` // on the token, by label
+	Instances    int           `json:"instances"`
+	RootKeys     int           `json:"rootKeys"`
+	StandardKeys int           `json:"standardKeys"`
+	ServiceIDs   int           `json:"serviceIds"`
+	APIKeys      int           `json:"apiKeys"` // of service IDs
+	Policies     int           `json:"policies"`
+	Others       []ClearTarget `json:"others"`            // further installations on the token
+	Cleared      *Cleared      `json:"cleared,omitempty"` // the last time
+	Confirmation string        `json:"confirmation,omitempty"`
+	Expires      *time.Time    `json:"expires,omitempty"`
+}
+
+// Empty says that nobody keeps anything there: master keys alone.
+func (p ClearPlan) Empty() bool {
+	return p.Instances+p.RootKeys+p.StandardKeys+p.ServiceIDs+p.APIKeys+p.Policies == 0
+}
+
+// ClearTarget is an installation that left objects on the token.
+type ClearTarget struct {
+	Installation string   `json:"installation"`
+	Objects      []string `json:"objects"`
+}
+
+// ClearRequest is the body of both POSTs. Name is what the person confirmed:
+// the release's name, or the installation's id. Installation is whose data
+// go; empty is the KMS's own.
+type ClearRequest struct {
+	Name         string `json:"name"`
+	Installation string `json:"installation,omitempty"`
+	Confirmation string `json:"confirmation,omitempty"`
+}
+
+// Cleared says what was cleared, when, and who asked for it. Nothing is set
+// when clearing was asked for and there was nothing yet.
+type Cleared struct {
+	At           time.Time `json:"at"`
+	By           string    `json:"by"`
+	Installation string    `json:"installation"`
+	TokenLabel   string    `json:"tokenLabel"`
+	TokenSerial  string    `json:"tokenSerial"`
+	Objects      int       `json:"objects"` // that went from the token
+	Nothing      bool      `json:"nothing,omitempty"`
+}

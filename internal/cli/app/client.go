@@ -31,7 +31,16 @@ type ClientFlags struct {
 	APIKeyStdin bool
 	Data        string
 	InCluster   bool
+	Start       *Embedded // how to start the embedded KMS for one call; nil: as its folder remembers
 	kube        KubeFlags
+}
+
+// Release is the name of the release that is reached; empty when none is.
+func (f *ClientFlags) Release() string {
+	if !f.InCluster {
+		return ""
+	}
+	return f.kube.Release
 }
 
 // Add puts the flags into fs.
@@ -103,7 +112,7 @@ func (a *App) Client(ctx context.Context, f *ClientFlags) (*kmsclient.Client, er
 		where = "release " + f.kube.Release
 	}
 	if where == "" {
-		if cfg.Socket, err = a.embedded(ctx, f.Data); err != nil {
+		if cfg.Socket, err = a.embedded(ctx, f.Data, f.Start); err != nil {
 			return nil, err
 		}
 	} else if len(key) == 0 {

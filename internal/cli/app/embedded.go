@@ -42,6 +42,10 @@ type Embedded struct {
 	Audit AuditFlags      `json:"-"`
 	Limit LimitFlags      `json:"-"`
 	Trace TraceFlags      `json:"-"`
+
+	// Opened runs after each opening, before anybody gets in: the first, and
+	// those after a clearing. end runs before the KMS is closed. Nil: nothing.
+	Opened func(ctx context.Context, k *KMS, set hsm.Settings) (end func(), err error) `json:"-"`
 }
 
 const (
@@ -54,10 +58,10 @@ const (
 
 // RunningKMS is an embedded KMS that answers.
 type RunningKMS struct {
-	*KMS
-	Gate *server.Gate
-	Died <-chan error // the storage ended by itself
-	stop []func()
+	Gate  *server.Gate
+	Died  <-chan error // the storage ended by itself
+	Token hsm.TokenInfo
+	stop  []func()
 }
 
 // Close ends it, last part first. A second call does nothing.
@@ -68,7 +72,8 @@ func (r *RunningKMS) Close() {
 	r.stop = nil
 }
 
-// Start opens the KMS of the folder. The caller holds the folder's lock.
+// Start opens the KMS of the folder, and opens it again when its data were
+// cleared. The caller holds the folder's lock.
 func (e *Embedded) Start(ctx context.Context, a *App, log *slog.Logger, connectorLog io.Writer, progress func(did string, details ...string)) (running *RunningKMS, err error) {
 	windows, err := e.Windows.Windows()
 	if err != nil {
@@ -103,15 +108,74 @@ func (e *Embedded) Start(ctx context.Context, a *App, log *slog.Logger, connecto
 		return nil, err
 	}
 	r.stop = append(r.stop, token.Close)
-	r.KMS, err = OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Audit: e.Audit.Config(a.Out), Limits: e.Limit.Limits(), Trace: tracer, Name: embeddedName,
-		Now: a.Now, Log: log, Windows: windows})
+	open := func(ctx context.Context) (openKMS, error) {
+		k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Audit: e.Audit.Config(a.Out), Limits: e.Limit.Limits(), Trace: tracer, Name: embeddedName,
+			Now: a.Now, Log: log, Windows: windows})
+		if err != nil {
+			return openKMS{}, err
+		}
+		end := func() {}
+		if e.Opened != nil {
+			if end, err = e.Opened(ctx, k, set); err != nil {
+				k.Close()
+				return openKMS{}, err
+			}
+		}
+		r.Gate.Open(k.Server)
+		return openKMS{k, end}, nil
+	}
+	first, err := open(ctx)
 	if err != nil {
 		return nil, err
 	}
-	r.stop = append(r.stop, r.KMS.Close)
-	r.Gate.Open(r.Server)
-	progress("hsm", fmt.Sprintf("token %q serial %s", r.Opened.Token.Label, r.Opened.Token.Serial), set.Model)
+	r.Token = first.Opened.Token
+	life, end := context.WithCancel(context.WithoutCancel(ctx))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		r.keepOpen(life, log, first, open)
+	}()
+	r.stop = append(r.stop, func() { end(); <-done })
+	progress("hsm", fmt.Sprintf("token %q serial %s", r.Token.Label, r.Token.Serial), set.Model)
 	return r, e.remember()
+}
+
+// openKMS is an open KMS, and what must end before it is closed.
+type openKMS struct {
+	*KMS
+	end func()
+}
+
+// reopenPause is between two attempts to open a KMS whose data were cleared.
+const reopenPause = time.Second
+
+// keepOpen closes the KMS when ctx ends; when its data are being cleared it
+// opens it again, which finishes the clearing.
+func (r *RunningKMS) keepOpen(ctx context.Context, log *slog.Logger, k openKMS, open func(context.Context) (openKMS, error)) {
+	for {
+		select {
+		case <-ctx.Done():
+			k.end()
+			k.Close()
+			return
+		case <-k.Ended():
+		}
+		k.end()
+		k.CloseEnded(r.Gate)
+		for {
+			var err error
+			if k, err = open(ctx); err == nil {
+				break
+			}
+			r.Gate.Shut(clearingReason + ": " + err.Error())
+			log.Error("clear", "error", err)
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(reopenPause):
+			}
+		}
+	}
 }
 
 // settings reads the two files.
@@ -241,8 +305,9 @@ const startWait = 10 * time.Second
 const callSocket = "call.sock"
 
 // embedded gives the local socket of the KMS of data: of the running one, else
-// of one that is started for this call and ends with it.
-func (a *App) embedded(ctx context.Context, data string) (socket string, err error) {
+// of one that is started for this call and ends with it, by the given files or
+// by those that the folder remembers.
+func (a *App) embedded(ctx context.Context, data string, given *Embedded) (socket string, err error) {
 	if a.oneCall == data && data != "" {
 		return filepath.Join(data, callSocket), nil
 	}
@@ -251,7 +316,10 @@ func (a *App) embedded(ctx context.Context, data string) (socket string, err err
 		if c, err := d.DialContext(ctx, "unix", SocketPath(data)); err == nil {
 			return SocketPath(data), c.Close()
 		}
-		e, err := recall(data)
+		e, err := given, error(nil)
+		if e == nil {
+			e, err = recall(data)
+		}
 		if err != nil {
 			return "", err
 		}

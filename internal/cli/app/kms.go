@@ -60,6 +60,10 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	if err := plain.Whole(ctx); err != nil {
 		return nil, err
 	}
+	cleared, err := kms.FinishClear(connector.Only(ctx), plain, c.Token.Members(), c.Now)
+	if err != nil {
+		return nil, err
+	}
 	opened, err := unlock(ctx, plain, c)
 	if err != nil {
 		return nil, err
@@ -92,8 +96,12 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	}
 	k.kms = kms.New(st, c.Token, c.Token, c.Now, c.Windows)
 	k.Server = server.New(server.Config{KMS: k.kms, Review: c.Review, IAM: k.IAM, Audit: k.audit, Log: c.Log,
-		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Limits: c.Limits, Trace: c.Trace})
+		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Clearing: k.clearing(), Limits: c.Limits, Trace: c.Trace})
 	k.gauges()
+	if err := k.noteCleared(ctx, cleared); err != nil {
+		k.Close()
+		return nil, err
+	}
 	return k, nil
 }
 
@@ -211,6 +219,9 @@ func (k *KMS) saveHead(ctx context.Context, h audit.Head) error {
 func (k *KMS) knownHead(ctx context.Context) (*audit.Head, error) {
 	var h kmsapi.AuditHead
 	_, err := k.store.Get(ctx, "audit/"+k.Name, &h)
+	if errors.Is(err, record.ErrNotFound) { // the last one of an installation that was cleared
+		_, err = k.plain.Get(ctx, "heads/"+k.Name, &h)
+	}
 	if errors.Is(err, record.ErrNotFound) {
 		return nil, nil
 	}
@@ -290,6 +301,11 @@ func (k *KMS) healthy(ctx context.Context) []string {
 	var out []string
 	if err := k.Token.Ready(ctx); err != nil {
 		out = append(out, "hsm: "+err.Error())
+	}
+	select {
+	case <-k.Ended():
+		out = append(out, clearingReason)
+	default:
 	}
 	if k.store.Full() {
 		out = append(out, "storage: full, nothing can be written")

@@ -131,6 +131,9 @@ func (o *apiOptions) openBehind(ctx context.Context, gate *server.Gate, log *slo
 		if ctx.Err() != nil {
 			return
 		}
+		if errors.Is(err, errCleared) {
+			pause = firstPause
+		}
 		gate.Shut(err.Error())
 		log.Warn("not ready", "error", err, "kind", fault.KindOf(err).String(), "hint", fault.HintOf(err), "again", pause.String())
 		select {
@@ -141,7 +144,11 @@ func (o *apiOptions) openBehind(ctx context.Context, gate *server.Gate, log *slo
 	}
 }
 
-// openOnce opens the KMS and keeps it until ctx ends, or says why it cannot.
+// errCleared says that the KMS was open, and its data are being cleared.
+var errCleared = errors.New("the application data are being cleared")
+
+// openOnce opens the KMS and keeps it until ctx ends or its data are cleared,
+// or says why it cannot. The opening after that finishes the clearing.
 func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.Logger) error {
 	client, err := store.Dial(ctx, o.etcd)
 	if err != nil {
@@ -177,17 +184,30 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 	if err != nil {
 		return err
 	}
-	defer k.Close()
+	closed := false
+	defer func() {
+		if !closed {
+			k.Close()
+		}
+	}()
 	for _, file := range o.adminHashes {
 		if err := registerAdmin(ctx, k, file); err != nil {
 			return err
 		}
 	}
 	gate.Open(k.Server)
-	defer k.Sweep(ctx)()
+	stopSweeping := k.Sweep(ctx)
 	log.Info("ready", "token", k.Opened.Token.Serial, "install", k.Opened.Install)
-	<-ctx.Done()
-	return nil
+	select {
+	case <-ctx.Done():
+	case <-k.Ended():
+		err = errCleared
+	}
+	stopSweeping()
+	if closed = err != nil; closed {
+		k.CloseEnded(gate)
+	}
+	return err
 }
 
 func registerAdmin(ctx context.Context, k *app.KMS, file string) error {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
 )
 
 // New gives the commands of this package.
@@ -121,26 +122,16 @@ func runServe(ctx context.Context, o *serveOptions) error {
 	}
 	defer unlock()
 	log := newLogger(o.Err)
+	o.kms.Opened = o.opened
 	k, err := o.kms.Start(ctx, o.App, log, o.Err, o.Progress().Line)
 	if err != nil {
 		return err
 	}
 	defer k.Close()
-	if o.adminKeyFile != "" {
-		made, err := k.FirstAdmin(ctx, o.adminKeyFile)
-		if err != nil {
-			return err
-		}
-		if made {
-			o.Progress().Line("admin", "API key written", o.adminKeyFile)
-		}
-	}
 	l, ready, err := o.open(ctx)
 	if err != nil {
 		return err
 	}
-	stopSweeping := k.Sweep(ctx)
-	defer stopSweeping()
 	local, err := app.LocalListener(ctx, app.SocketPath(o.kms.Data))
 	if err != nil {
 		return err
@@ -148,6 +139,27 @@ func runServe(ctx context.Context, o *serveOptions) error {
 	o.Progress().Line("ready", ready)
 	app.Trim()
 	return app.ServeAll(ctx, k.Gate, log, k.Died, app.Listener{Listener: l}, app.Listener{Listener: local, Local: true})
+}
+
+// opened does what is to be done after each opening.
+func (o *serveOptions) opened(ctx context.Context, k *app.KMS, set hsm.Settings) (end func(), err error) {
+	if o.adminKeyFile != "" {
+		made, err := k.FirstAdmin(ctx, o.adminKeyFile)
+		if err != nil {
+			return nil, err
+		}
+		if made {
+			o.Progress().Line("admin", "API key written", o.adminKeyFile)
+		}
+	}
+	if set.ClearData {
+		what, err := k.ClearAsked(ctx, "kmsctl hsm clear --data "+o.kms.Data)
+		if err != nil {
+			return nil, err
+		}
+		o.Warn("%s", what)
+	}
+	return k.Sweep(ctx), nil
 }
 
 // open listens for the API, by TLS unless asked otherwise.

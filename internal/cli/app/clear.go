@@ -1,0 +1,223 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/kms"
+	"github.com/kmsctl/kmsctl/internal/server"
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+	"github.com/kmsctl/kmsctl/pkg/kmsclient"
+)
+
+const (
+	// clearingReason is what /readyz says between a clearing's two halves.
+	clearingReason = "the application data are being cleared"
+	drainTime      = 10 * time.Second
+)
+
+// Ended is closed when the KMS must be closed and opened again: its data are
+// being cleared.
+func (k *KMS) Ended() <-chan struct{} { return k.store.Ended() }
+
+// CloseEnded closes a KMS whose data are being cleared: nobody gets in any
+// more, and who is in gets an answer.
+func (k *KMS) CloseEnded(g *server.Gate) {
+	g.Close(clearingReason, drainTime)
+	k.Close()
+}
+
+func (k *KMS) clearing() *kms.Clearing {
+	c := &kms.Clearing{Store: k.store, Plain: k.plain, Sealer: k.Token, Opened: k.Opened, Now: k.Now}
+	for _, m := range k.Token.Members() {
+		c.Tokens = append(c.Tokens, m)
+	}
+	return c
+}
+
+// noteCleared writes down that the clearing before this opening was finished;
+// who asked for it stands in the log already.
+func (k *KMS) noteCleared(ctx context.Context, c *kmsapi.Cleared) error {
+	if c == nil {
+		return nil
+	}
+	k.Log.Info("cleared", "install", c.Installation, "by", c.By, "objects", c.Objects)
+	return k.audit.Append(ctx, audit.Event{Action: "kmsctl.clear.finish", Outcome: "success", Status: http.StatusNoContent, Principal: c.By,
+		Detail: fmt.Sprintf("installation %s, token %s, %d objects", c.Installation, c.TokenSerial, c.Objects)})
+}
+
+// ClearAsked says what clear_data in the settings comes to: nothing is ever
+// cleared by a start.
+func (k *KMS) ClearAsked(ctx context.Context, how string) (string, error) {
+	c := k.clearing()
+	p, err := c.Plan(ctx)
+	if err != nil {
+		return "", err
+	}
+	if p.Cleared == nil && !p.Empty() {
+		return "clear_data is asked for, and a start clears nothing: see what would go, and confirm it, with `" + how + "`", nil
+	}
+	done, err := c.Settle(ctx, "serve")
+	return Settled(done), err
+}
+
+// Settled says that clear_data counts no more.
+func Settled(c kmsapi.Cleared) string {
+	at := c.At.Format(time.RFC3339)
+	if c.Nothing {
+		return fmt.Sprintf("clear_data was looked at on %s, when there was nothing to clear; it does nothing more and may be removed", at)
+	}
+	return fmt.Sprintf("clear_data was carried out on %s (by %s); it does nothing more and may be removed", at, c.By)
+}
+
+// ClearTimeout is how long a command waits for the end of a clearing.
+const ClearTimeout = 2 * time.Minute
+
+// ClearJob clears a KMS's data through its API: it shows what will go, asks,
+// begins once, and waits until the KMS serves again.
+type ClearJob struct {
+	App          *App
+	Client       *kmsclient.Client
+	Release      string // its name is what a person types; empty: the installation's id
+	Installation string // another one's leftovers, instead of the KMS's own data
+	Confirm      ConfirmFlags
+	Timeout      time.Duration
+}
+
+// ClearResult is what a clearing took away, or would.
+type ClearResult struct {
+	kmsapi.ClearPlan
+	Target  string `json:"target"` // the installation whose data go
+	DryRun  bool   `json:"dryRun"`
+	Nothing bool   `json:"nothing"` // there was nothing to clear
+}
+
+// Table is one line a thing.
+func (r ClearResult) Table() ([]string, [][]string) {
+	rows := [][]string{}
+	if r.Nothing {
+		return nil, append(rows, []string{"nothing to clear in", r.Target})
+	}
+	verb := "cleared"
+	if r.DryRun {
+		verb = "would go"
+	}
+	for _, l := range goes(r.ClearPlan, r.Target) {
+		rows = append(rows, []string{verb, l})
+	}
+	return nil, rows
+}
+
+// goes lists what goes with an installation.
+func goes(p kmsapi.ClearPlan, target string) []string {
+	objects := p.Objects
+	if i := slices.IndexFunc(p.Others, func(o kmsapi.ClearTarget) bool { return o.Installation == target }); i >= 0 {
+		objects = p.Others[i].Objects
+	}
+	out := []string{fmt.Sprintf("on token %q (serial %s), of installation %s: %s", p.TokenLabel, p.TokenSerial, target, strings.Join(objects, ", "))}
+	if target != p.Installation {
+		return append(out, "whatever that installation wrapped or stored: it can never be opened again")
+	}
+	for _, c := range []struct {
+		n    int
+		what string
+	}{{p.Instances, "instances"}, {p.RootKeys, "root keys, and whatever they wrapped"}, {p.StandardKeys, "standard keys"}, {p.ServiceIDs, "service IDs"},
+		{p.APIKeys, "API keys of service IDs"}, {p.Policies, "access policies"}} {
+		if c.n > 0 {
+			out = append(out, fmt.Sprintf("%d %s", c.n, c.what))
+		}
+	}
+	return out
+}
+
+// Look gives the plan and changes nothing.
+func (j ClearJob) Look(ctx context.Context) (kmsapi.ClearPlan, error) {
+	var p kmsapi.ClearPlan
+	if err := j.Client.Do(ctx, http.MethodGet, "/kmsctl/v1/clear", nil, &p); err != nil {
+		return p, j.App.ClientError("see what would be cleared", j.name(p), err)
+	}
+	return p, j.known(p)
+}
+
+// known refuses an installation that left nothing on the token.
+func (j ClearJob) known(p kmsapi.ClearPlan) error {
+	if j.Target(p) == p.Installation || slices.ContainsFunc(p.Others, func(o kmsapi.ClearTarget) bool { return o.Installation == j.Installation }) {
+		return nil
+	}
+	return fault.Newf(fault.NotFound, "clear installation", j.Installation, "token %q holds nothing of it", p.TokenLabel).WithHint("see them with --leftovers")
+}
+
+// Target is the installation whose data go.
+func (j ClearJob) Target(p kmsapi.ClearPlan) string {
+	if j.Installation == "" {
+		return p.Installation
+	}
+	return j.Installation
+}
+
+// name is what a person types.
+func (j ClearJob) name(p kmsapi.ClearPlan) string {
+	if j.Release == "" || j.Target(p) != p.Installation {
+		return j.Target(p)
+	}
+	return j.Release
+}
+
+// Run clears. Where nobody keeps anything it does nothing.
+func (j ClearJob) Run(ctx context.Context) (ClearResult, error) {
+	p, err := j.Look(ctx)
+	if err != nil {
+		return ClearResult{}, err
+	}
+	in := kmsapi.ClearRequest{Name: j.name(p), Installation: j.Installation}
+	if err := j.Client.Do(ctx, http.MethodPost, "/kmsctl/v1/clear/plan", in, &p); err != nil {
+		return ClearResult{}, j.App.ClientError("plan the clearing of", in.Name, err)
+	}
+	res := ClearResult{ClearPlan: p, Target: j.Target(p), Nothing: p.Confirmation == ""}
+	res.Confirmation, res.Expires = "", nil // it is for one use, and not for a screen
+	if res.Nothing {
+		return res, nil
+	}
+	if err := j.App.Confirm(&j.Confirm, in.Name, goes(p, res.Target)); err != nil {
+		return res, err
+	}
+	in.Confirmation = p.Confirmation
+	if err := j.Client.Do(ctx, http.MethodPost, "/kmsctl/v1/clear", in, nil); err != nil {
+		return res, j.App.ClientError("clear", in.Name, err)
+	}
+	return res, j.wait(ctx, in.Name)
+}
+
+// clearBeat is between two looks at a KMS that is clearing.
+const clearBeat = 200 * time.Millisecond
+
+// wait returns when the KMS serves again.
+func (j ClearJob) wait(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, j.Timeout)
+	defer cancel()
+	tick := time.NewTicker(clearBeat)
+	defer tick.Stop()
+	for {
+		err := j.Client.Do(ctx, http.MethodGet, "/readyz", nil, nil)
+		if err == nil {
+			return nil
+		}
+		var e *kmsclient.Error
+		if !errors.As(err, &e) && ctx.Err() == nil {
+			return j.App.ClientError("wait for the end of the clearing of", name, err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fault.New(fault.NotReady, "wait for the end of the clearing of", name, errors.Join(err, ctx.Err())).
+				WithHint("it has begun and goes on by itself as soon as the HSM and the storage answer: /readyz and the log say what is missing; the same command again tells whether it has ended")
+		}
+	}
+}
