@@ -63,6 +63,7 @@ type Preflight struct {
 	HSMPort            string  // "": the model's
 	Repair             bool    // the installation ends a pending change
 	Replicated         bool    // something has several replicas
+	AccountTokens      bool    // the API reviews tokens of ServiceAccounts
 
 	// Answers says whether the registry lets us in, where the images come only
 	// with the installation; Images is nil then.
@@ -178,6 +179,14 @@ func (p Preflight) rightsNeeded() []cluster.Right {
 	add("rbac.authorization.k8s.io", "roles", "rolebindings")
 	if p.Replicated {
 		add("policy", "poddisruptionbudgets")
+	}
+	if p.AccountTokens { // and who gives a right must have it
+		for _, r := range []string{"clusterroles", "clusterrolebindings"} {
+			for _, verb := range []string{"get", "create", "patch", "delete"} {
+				out = append(out, cluster.Right{Verb: verb, Group: "rbac.authorization.k8s.io", Resource: r})
+			}
+		}
+		out = append(out, cluster.Right{Verb: "create", Group: "authentication.k8s.io", Resource: "tokenreviews"})
 	}
 	for _, verb := range []string{"get", "list"} {
 		out = append(out, cluster.Right{Verb: verb, Resource: "pods", Namespace: p.Namespace}, cluster.Right{Verb: verb, Resource: "events", Namespace: p.Namespace})

@@ -234,6 +234,14 @@ func TestEachCheckFails(t *testing.T) {
 		"rights": {func(_ *testing.T, w *world) {
 			w.denied = func(r *authv1.ResourceAttributes) bool { return r.Resource == "statefulsets" && r.Verb != "get" }
 		}, "rights", diagnose.Fail, "may not list, create, patch, delete statefulsets.apps in namespace kube-system", "bind a Role"},
+		"rights of replicas": {func(_ *testing.T, w *world) {
+			w.pre.Replicated = true
+			w.denied = func(r *authv1.ResourceAttributes) bool { return r.Resource == "poddisruptionbudgets" }
+		}, "rights", diagnose.Fail, "delete poddisruptionbudgets.policy", "bind a Role"},
+		"rights of token reviews": {func(_ *testing.T, w *world) {
+			w.pre.AccountTokens = true
+			w.denied = func(r *authv1.ResourceAttributes) bool { return r.Resource == "tokenreviews" }
+		}, "rights", diagnose.Fail, "may not create tokenreviews.authentication.k8s.io", "bind a Role"},
 		"namespace": {func(_ *testing.T, w *world) {
 			w.pre.Namespace, w.pre.PullSecrets = "kms", nil
 			w.denied = func(r *authv1.ResourceAttributes) bool { return r.Resource == "namespaces" }

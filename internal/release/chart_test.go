@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/kubernetes/scheme"
+	"sigs.k8s.io/yaml"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/hsm"
@@ -247,6 +248,67 @@ func TestShieldPod(t *testing.T) {
 	}
 }
 
+// TestShieldPodGolden pins the pod of model thales whole, with the container
+// that fetches the Security World.
+func TestShieldPodGolden(t *testing.T) {
+	v := modelValues("thales", values{"thales": values{"rfsSync": values{"enabled": true}}})
+	v["hsm"].(values)["esn"], v["hsm"].(values)["keyhash"] = "1111-2222-3333", strings.Repeat("ab", 20)
+	manifest, err := release.Template(embedded(t), "kms", "kube-system", v, "1.37.2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := podSpecs(objects(t, manifest))["kms-oss"]
+	if len(pod.InitContainers) != 1 || pod.InitContainers[0].Name != "rfs-sync" {
+		t.Fatalf("init containers %+v", pod.InitContainers)
+	}
+	lockedDown(t, "kms-oss", pod)
+	got, err := yaml.Marshal(pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "../../testdata/golden/pod-thales.yaml", string(got))
+
+	// On a node's folder it comes after the folder is opened to the group.
+	v["persistence"] = values{"hostPath": "/srv/kms"}
+	v["thales"].(values)["rfsSync"].(values)["command"] = []any{"/site/fetch", "--world"}
+	if manifest, err = release.Template(embedded(t), "kms", "kube-system", v, "1.37.2"); err != nil {
+		t.Fatal(err)
+	}
+	pod = podSpecs(objects(t, manifest))["kms-oss"]
+	if len(pod.InitContainers) != 2 || pod.InitContainers[0].Name != "prepare" || !slices.Equal(pod.InitContainers[1].Command, []string{"/site/fetch", "--world"}) {
+		t.Errorf("init containers %+v", pod.InitContainers)
+	}
+}
+
+// TestAccountTokens: only when asked for, only in the API's own container, and
+// with one right.
+func TestAccountTokens(t *testing.T) {
+	manifest, err := release.Template(embedded(t), "kms", "ns", modelValues("softhsm", values{"oss": values{"serviceAccountTokens": true}}), "1.37.2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	objs := objects(t, manifest)
+	for _, c := range podSpecs(objs)["kms-oss"].Containers {
+		mounted := slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.Name == "account" })
+		if mounted != (c.Name == "oss") || slices.Contains(c.Args, "--service-account-tokens") != (c.Name == "oss") {
+			t.Errorf("%s: token mounted: %v, args %q", c.Name, mounted, c.Args)
+		}
+	}
+	lockedDown(t, "kms-oss", podSpecs(objs)["kms-oss"])
+	var rules []string
+	for _, o := range objs {
+		if r, ok := o.(*rbacv1.ClusterRole); ok {
+			rules = append(rules, fmt.Sprint(r.Name, r.Rules))
+		}
+	}
+	if want := []string{"ns-kms-oss-tokenreviews[{[create] [authentication.k8s.io] [tokenreviews] [] []}]"}; !slices.Equal(rules, want) {
+		t.Errorf("%q, want %q", rules, want)
+	}
+	if manifest, err = release.Template(embedded(t), "kms", "ns", modelValues("softhsm", nil), "1.37.2"); err != nil || strings.Contains(manifest, "tokenreviews") || strings.Contains(manifest, "service-account-tokens") {
+		t.Errorf("not asked for: %v", err)
+	}
+}
+
 // TestWatcherRights: no other account than the watcher's has any right, and it
 // may not write more than it must.
 func TestWatcherRights(t *testing.T) {
@@ -318,9 +380,14 @@ func TestSchema(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join("../../templates", templates.ChartName, "values.schema.json")
+	golden(t, filepath.Join("../../templates", templates.ChartName, "values.schema.json"), string(want)+"\n")
+}
+
+// golden compares with a file, or writes it when told.
+func golden(t *testing.T, path, want string) {
+	t.Helper()
 	if os.Getenv("KMSCTL_UPDATE") != "" {
-		if err := os.WriteFile(path, append(want, '\n'), 0o644); err != nil {
+		if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -328,7 +395,7 @@ func TestSchema(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d := cmp.Diff(string(want)+"\n", string(got)); d != "" {
+	if d := cmp.Diff(want, string(got)); d != "" {
 		t.Errorf("run with KMSCTL_UPDATE=1 (-want +got):\n%s", d)
 	}
 }

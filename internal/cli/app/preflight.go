@@ -51,6 +51,8 @@ func (a *App) Preflight(ctx context.Context, in PreflightInput) (*diagnose.Prefl
 		values = in.Settings.Helm()
 		in.Release.Beat(values)
 		p.Replicated = severalOf(values, "storage") || severalOf(values, "oss") || severalOf(values, "watcher")
+		oss, _ := values["oss"].(map[string]any)
+		p.AccountTokens, _ = oss["serviceAccountTokens"].(bool)
 		p.Settings = in.Settings.HSM
 		if p.Model, err = hsm.Lookup(p.Settings.Model); err != nil {
 			return nil, err

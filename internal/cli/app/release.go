@@ -77,6 +77,7 @@ type ReleaseFlags struct {
 	VolumeFlags
 	StorageMembers int
 	APIReplicas    int
+	AccountTokens  bool
 	PullSecrets    []string
 	SANs           []string
 	Domain         string
@@ -92,6 +93,7 @@ func (f *ReleaseFlags) Add(fs *pflag.FlagSet) {
 	f.VolumeFlags.Add(fs)
 	fs.IntVar(&f.StorageMembers, "storage-members", 0, "members of the store, 1 or 3, which stay as many as they began; without it, what the settings say, or 1")
 	fs.IntVar(&f.APIReplicas, "api-replicas", 0, "replicas of the API, each with its HSM connector; without it, what the settings say, or 1")
+	fs.BoolVar(&f.AccountTokens, "service-account-tokens", false, "let tokens of the cluster's ServiceAccounts prove service IDs; makes a ClusterRole for TokenReviews")
 	fs.StringSliceVar(&f.PullSecrets, "image-pull-secret", nil, "Secret for the registry; repeatable")
 	fs.StringSliceVar(&f.SANs, "san", nil, "further DNS names or addresses of the API, for its certificate")
 	fs.StringVar(&f.Domain, "cluster-domain", "", "domain of the cluster's DNS; without it, what the settings say, or "+defaultDomain)
@@ -118,8 +120,15 @@ func (f *ReleaseFlags) Check() error {
 // Beat lets the flags beat the values.
 func (f *ReleaseFlags) Beat(values map[string]any) {
 	f.beat(values)
-	replicas(values, "storage", f.StorageMembers)
-	replicas(values, "oss", f.APIReplicas)
+	if f.StorageMembers != 0 {
+		put(values, "storage", "replicas", int64(f.StorageMembers))
+	}
+	if f.APIReplicas != 0 {
+		put(values, "oss", "replicas", int64(f.APIReplicas))
+	}
+	if f.AccountTokens {
+		put(values, "oss", "serviceAccountTokens", true)
+	}
 	if len(f.PullSecrets) > 0 {
 		var list []any
 		for _, s := range f.PullSecrets {
@@ -132,17 +141,14 @@ func (f *ReleaseFlags) Beat(values map[string]any) {
 	}
 }
 
-// replicas sets a block's number of replicas, unless it is 0.
-func replicas(values map[string]any, block string, n int) {
-	if n == 0 {
-		return
-	}
+// put sets a key of a block.
+func put(values map[string]any, block, key string, v any) {
 	b, _ := values[block].(map[string]any)
 	b = maps.Clone(b) // the values may be those of the release that is there
 	if b == nil {
 		b = map[string]any{}
 	}
-	b["replicas"] = int64(n)
+	b[key] = v
 	values[block] = b
 }
 
