@@ -37,6 +37,7 @@ func TestE2E(t *testing.T) {
 			t.Fatalf("%s is not set: run this by `make e2e`", k)
 		}
 	}
+	t.Run("wizard", func(t *testing.T) { installByWizard(t, bin, env["PATH"]) })
 	testscript.Run(t, testscript.Params{
 		Dir:                 "../../testdata/e2e",
 		RequireExplicitExec: true,
