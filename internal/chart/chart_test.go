@@ -3,6 +3,7 @@ package chart
 import (
 	"bytes"
 	"context"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -105,6 +106,29 @@ none:
 	if err != nil || !strings.Contains(string(out), "registry: reg\n") || !strings.Contains(string(out), "# the images") {
 		t.Errorf("null value: %s, %v", out, err)
 	}
+}
+
+// FuzzOpen reads any package without a crash; what it reads it packs, always
+// into the same bytes.
+func FuzzOpen(f *testing.F) {
+	f.Add(testkit.ChartTgz("app", "1.0.0", "org/one"))
+	f.Add(testkit.Gzip(testkit.Tar(testkit.Entry{Name: "a/Chart.yaml", Data: []byte("name: a\nversion: 1\n")})))
+	f.Add([]byte("\x1f\x8b"))
+	f.Fuzz(func(t *testing.T, pkg []byte) {
+		c, err := Open("x.tgz", pkg)
+		var own *fault.Error
+		if err != nil {
+			if !errors.As(err, &own) {
+				t.Errorf("not our own error: %T %v", err, err)
+			}
+			return
+		}
+		one, err1 := c.Pack()
+		two, err2 := c.Pack()
+		if err1 != nil || err2 != nil || !slices.Equal(one, two) {
+			t.Errorf("%v, %v, or packed in two ways", err1, err2)
+		}
+	})
 }
 
 func FuzzEdit(f *testing.F) {
