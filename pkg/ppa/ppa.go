@@ -328,7 +328,7 @@ func (m Manifest) YAML() []byte {
 		o := image{Image: i.Ref(), Archive: i.Archive}
 		for _, r := range i.References {
 			ref := reference{Repository: r.Ref(), Pull: r.PullRepository}
-			if r.Platform.Architecture != "" {
+			if r.Platform != (Platform{}) && r.Platform != (Platform{OS: "linux"}) { // what a reader takes for granted
 				ref.Platform = &r.Platform
 			}
 			o.References = append(o.References, ref)
