@@ -3,12 +3,15 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/kmsctl/kmsctl/internal/testkit"
 )
@@ -96,4 +99,53 @@ func TestClearHasTheNameTyped(t *testing.T) {
 	if now := k.look(t); now.Installation == before.Installation || now.RootKeys != 0 || len(now.Others) != 0 {
 		t.Errorf("%+v", now)
 	}
+}
+
+// TestKilledWhileClearing kills the program at any moment of a clearing: the
+// next run finds either everything or nothing, never a part, and ends it.
+func TestKilledWhileClearing(t *testing.T) {
+	k := newKept(t)
+	k.run(t, "onboard", "orders", "--data", "d")
+	began := time.Now()
+	if out, err := k.clear("--yes").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	whole := time.Since(began)
+	log := func() []byte {
+		b, err := os.ReadFile(filepath.Join(k.dir, "d", "audit", "audit.log"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	count := map[string]int{}
+	for range kills(t) {
+		k.run(t, "onboard", "orders", "--data", "d")
+		old := k.look(t)
+		cmd := k.clear("--yes")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Duration(rand.Int64N(int64(whole)))) // the moment is what the test varies
+		_ = cmd.Process.Kill()                               // it may have ended
+		_ = cmd.Wait()
+		begun := bytes.Contains(log(), []byte("kmsctl.clear.begin\",\"outcome\":\"success\",\"status\":202,\"principal\":\"local-admin\",\"correlationId\"")) &&
+			bytes.Contains(log(), []byte("installation "+old.Installation+", token"))
+		now := k.look(t)
+		untouched := now.Installation == old.Installation && now.RootKeys == 1 && len(now.Objects) == len(old.Objects)
+		cleared := now.Installation != old.Installation && now.RootKeys == 0 && len(now.Others) == 0 && len(now.Objects) == len(old.Objects)
+		switch {
+		case cleared && !begun:
+			t.Error("cleared, and the log does not say by whom")
+		case !cleared && !untouched:
+			t.Errorf("half: before %+v, now %+v", old, now)
+		}
+		count[map[bool]string{true: "cleared", false: "untouched"}[cleared]]++
+		k.run(t, "hsm", "clear", "--data", "d", "--yes")
+		if now := k.look(t); now.Installation == old.Installation || now.RootKeys != 0 || len(now.Others) != 0 {
+			t.Errorf("after the second run: %+v", now)
+		}
+		k.run(t, "audit", "verify", "--data", "d")
+	}
+	t.Logf("killed within %s: %v", whole.Round(time.Millisecond), count)
 }

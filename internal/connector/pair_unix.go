@@ -21,6 +21,3 @@ func pair() (ours, theirs *os.File, err error) {
 	unix.CloseOnExec(fds[1])
 	return os.NewFile(uintptr(fds[0]), "connector"), os.NewFile(uintptr(fds[1]), "connector"), nil
 }
-
-// ownGroup keeps the terminal's Ctrl-C away from the connector: we end it.
-func ownGroup() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
