@@ -244,6 +244,41 @@ func TestStored(t *testing.T) {
 		if _, err := openStored(bytes.NewReader(out.Bytes()), 0, int64(n), 0).WriteTo(&copied); err != nil || !bytes.Equal(copied.Bytes(), data) {
 			t.Errorf("%d bytes are not copied: %v", n, err)
 		}
+		if got := inSections(t, out.Bytes(), int64(n)); !bytes.Equal(got, data) {
+			t.Errorf("%d bytes do not come in sections: %d", n, len(got))
+		}
+	}
+}
+
+// inSections reads a piece in a file by turns: some bytes, and a section.
+func inSections(t *testing.T, piece []byte, size int64) (got []byte) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "piece"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.Write(piece); err != nil {
+		t.Fatal(err)
+	}
+	r := openStored(f, 0, size, 0)
+	for {
+		some := make([]byte, 1000)
+		n, err := r.Read(some)
+		got = append(got, some[:n]...)
+		if errors.Is(err, io.EOF) {
+			return got
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if in, at, n := r.Section(50_000); n > 0 {
+			part := make([]byte, n)
+			if _, err := in.ReadAt(part, at); err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, part...)
+		}
 	}
 }
 

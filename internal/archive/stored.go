@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"os"
 )
 
 // Stored gzip: our archives hold layers that are compressed already, so the
@@ -69,12 +70,12 @@ const readBlocks = 8
 // is seen before a receiver is told that the piece is whole.
 type storedReader struct {
 	r       io.ReaderAt
-	at      int64 // where the next block's header stands in r
-	left    int64 // data bytes of the piece behind at
-	skip    int64 // bytes of the first block that are not wanted
+	start   int64 // where the first block's header stands in r
 	size    int64
+	pos     int64 // what was given out
+	read    int64 // what was read: whole blocks
 	sum     uint32
-	summed  bool // the CRC counts: the piece is read from its start
+	summed  bool // the CRC counts: all is read, from the start
 	checked bool
 	buf     []byte
 	data    [][]byte // blocks read and not yet given out
@@ -83,19 +84,37 @@ type storedReader struct {
 // openStored reads the piece of size bytes that starts at offset in r, from
 // its byte from.
 func openStored(r io.ReaderAt, offset, size, from int64) *storedReader {
-	block := from / storedBlock
-	if size > 0 && from == size { // at the end: nothing is left to read
-		return &storedReader{checked: true}
+	s := &storedReader{r: r, start: offset + storedHead, size: size, pos: from, read: from / storedBlock * storedBlock, summed: from == 0}
+	s.checked = size > 0 && from == size // at the end: nothing is left to read
+	return s
+}
+
+// where is the place in r of a byte of the piece.
+func (s *storedReader) where(pos int64) int64 {
+	return s.start + pos/storedBlock*(blockHead+storedBlock) + blockHead + pos%storedBlock
+}
+
+// Section gives bytes that stand together in a file, limit at most, as if they
+// had been read: whoever takes them can have the system send them. None when
+// the piece is at its end or in no file of its own. What goes this way is not
+// checked here; the receiver has the blob's digest.
+func (s *storedReader) Section(limit int64) (f *os.File, at, n int64) {
+	f, ok := s.r.(*os.File)
+	if !ok || s.pos >= s.size {
+		return nil, 0, 0
 	}
-	return &storedReader{
-		r: r, at: offset + storedHead + block*(blockHead+storedBlock), left: size - block*storedBlock,
-		skip: from % storedBlock, size: size, summed: from == 0, buf: make([]byte, readBlocks*(blockHead+storedBlock)),
+	at, n = s.where(s.pos), min(limit, storedBlock-s.pos%storedBlock, s.size-s.pos)
+	s.pos += n
+	s.read, s.data, s.summed = s.pos/storedBlock*storedBlock, nil, false
+	if s.pos == s.size {
+		s.read = s.size
 	}
+	return f, at, n
 }
 
 func (s *storedReader) Read(p []byte) (int, error) {
 	for len(s.data) == 0 {
-		if s.left == 0 {
+		if s.pos == s.size {
 			return 0, s.finish()
 		}
 		if err := s.fill(); err != nil {
@@ -103,6 +122,7 @@ func (s *storedReader) Read(p []byte) (int, error) {
 		}
 	}
 	n := copy(p, s.data[0])
+	s.pos += int64(n)
 	s.data[0] = s.data[0][n:]
 	if len(s.data[0]) == 0 {
 		s.data = s.data[1:]
@@ -115,13 +135,13 @@ func (s *storedReader) WriteTo(w io.Writer) (total int64, err error) {
 	for {
 		for len(s.data) > 0 {
 			n, err := w.Write(s.data[0])
-			total += int64(n)
+			total, s.pos = total+int64(n), s.pos+int64(n)
 			if err != nil {
 				return total, err
 			}
 			s.data = s.data[1:]
 		}
-		if s.left == 0 {
+		if s.pos == s.size {
 			if err := s.finish(); !errors.Is(err, io.EOF) {
 				return total, err
 			}
@@ -133,14 +153,21 @@ func (s *storedReader) WriteTo(w io.Writer) (total int64, err error) {
 	}
 }
 
+// fill reads blocks: one, since the rest may be wanted as sections, then many
+// at once.
 func (s *storedReader) fill() error {
-	blocks := min((s.left+storedBlock-1)/storedBlock, readBlocks)
-	want := min(s.left, blocks*storedBlock)
+	most := int64(readBlocks)
+	if s.buf == nil {
+		s.buf, most = make([]byte, blockHead+storedBlock), 1
+	} else if len(s.buf) < readBlocks*(blockHead+storedBlock) {
+		s.buf = make([]byte, readBlocks*(blockHead+storedBlock))
+	}
+	want := min(s.size-s.read, most*storedBlock)
+	blocks := (want + storedBlock - 1) / storedBlock
 	b := s.buf[:blocks*blockHead+want]
-	if n, err := s.r.ReadAt(b, s.at); n < len(b) {
+	if n, err := s.r.ReadAt(b, s.where(s.read)-blockHead); n < len(b) {
 		return cutOff(err)
 	}
-	s.at += int64(len(b))
 	for want > 0 {
 		k := min(want, storedBlock)
 		length := int64(binary.LittleEndian.Uint16(b[1:]))
@@ -151,9 +178,9 @@ func (s *storedReader) fill() error {
 		if s.summed {
 			s.sum = crc32.Update(s.sum, crc32.IEEETable, data)
 		}
-		s.data = append(s.data, data[min(s.skip, k):])
-		s.skip = 0
-		b, want, s.left = b[blockHead+k:], want-k, s.left-k
+		s.data = append(s.data, data[max(s.pos-s.read, 0):])
+		s.read += k
+		b, want = b[blockHead+k:], want-k
 	}
 	return nil
 }
@@ -163,10 +190,7 @@ func (s *storedReader) finish() error {
 		return io.EOF
 	}
 	s.checked = true
-	at := s.at
-	if s.size == 0 {
-		at += blockHead // its one block is empty
-	}
+	at := s.start + storedSize(s.size) - storedHead - storedTail
 	var tail [storedTail]byte
 	if n, err := s.r.ReadAt(tail[:], at); n < storedTail {
 		return cutOff(err)

@@ -132,8 +132,22 @@ func (p *patient) Write(b []byte) (int, error) {
 	return p.Conn.Write(b)
 }
 
-// ReadFrom is how a request's body is written: in large pieces.
+// sectioned is a body whose next bytes, limit at most, stand together in a
+// file; they count as read then. None when they stand in memory.
+type sectioned interface {
+	Section(limit int64) (f *os.File, at, n int64)
+}
+
+// ReadFrom is how a request's body is written where nothing encrypts it: by the
+// system from a file, or else in large pieces.
 func (p *patient) ReadFrom(r io.Reader) (total int64, err error) {
+	if l, ok := r.(*io.LimitedReader); ok {
+		if s, ok := l.R.(sectioned); ok {
+			if total, err = p.sections(s, l); err != nil {
+				return total, err
+			}
+		}
+	}
 	buf := make([]byte, 128<<10)
 	for {
 		n, err := r.Read(buf)
@@ -152,6 +166,32 @@ func (p *patient) ReadFrom(r io.Reader) (total int64, err error) {
 		}
 	}
 }
+
+func (p *patient) sections(s sectioned, l *io.LimitedReader) (total int64, err error) {
+	for l.N > 0 {
+		f, at, n := s.Section(l.N)
+		if n == 0 {
+			break
+		}
+		m, err := p.sendFile(f, at, n)
+		total, l.N = total+m, l.N-m
+		if err != nil {
+			return total, err
+		}
+	}
+	return total, nil
+}
+
+// copyFile is sendFile where the system has none for this file or connection.
+func (p *patient) copyFile(f *os.File, at, n int64) (int64, error) {
+	m, err := io.Copy(struct{ io.Writer }{p}, io.NewSectionReader(f, at, n))
+	if err == nil && m < n {
+		err = errShorter
+	}
+	return m, err
+}
+
+var errShorter = fault.Newf(fault.BadContent, "", "", "the file that is sent has become shorter")
 
 func tlsConfig(o Options) (*tls.Config, error) {
 	c := &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: o.Insecure} //nolint:gosec // only when the person asks by --insecure

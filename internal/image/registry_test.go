@@ -273,6 +273,68 @@ func TestResumeInsideBlob(t *testing.T) {
 	}
 }
 
+// pieces is a body that stands in a file, with a gap behind each 100,000 bytes.
+type pieces struct {
+	f         *os.File
+	at, n     int64
+	sectioned *int64 // what was not read
+}
+
+const piece, gap = 100_000, 7
+
+func (p *pieces) place() (at, left int64) {
+	return p.at/piece*(piece+gap) + p.at%piece, min(piece-p.at%piece, p.n-p.at)
+}
+
+func (p *pieces) Read(b []byte) (int, error) {
+	at, left := p.place()
+	if left == 0 {
+		return 0, io.EOF
+	}
+	n, err := p.f.ReadAt(b[:min(left, int64(len(b)))], at)
+	p.at += int64(n)
+	return n, err
+}
+
+func (p *pieces) Section(limit int64) (*os.File, int64, int64) {
+	at, left := p.place()
+	n := min(left, limit)
+	p.at, *p.sectioned = p.at+n, *p.sectioned+n
+	return p.f, at, n
+}
+
+// TestBlobFromFile: the system sends what stands in a file, over a break too.
+func TestBlobFromFile(t *testing.T) {
+	s, host := newResumable(t)
+	s.cutAt = 300_000
+	r := dial(t, Options{Host: host, Chunk: 1 << 20})
+	b, d := content(3 << 20)
+	f, err := os.Create(filepath.Join(t.TempDir(), "blob"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for i := 0; i < len(b); i += piece {
+		if _, err := f.Write(append(bytes.Clone(b[i:min(i+piece, len(b))]), "nothing"[:gap]...)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var sectioned int64
+	open := func(from int64) (io.Reader, error) { return &pieces{f, from, int64(len(b)), &sectioned}, nil }
+	if err := r.PutBlob(t.Context(), "a/b", d, int64(len(b)), open, nil); err != nil || !bytes.Equal(s.blobs[d], b) {
+		t.Fatalf("%d bytes arrived of %d, %v", len(s.blobs[d]), len(b), err)
+	}
+	if sectioned < int64(len(b))/2 {
+		t.Errorf("only %d bytes of %d were left to the system", sectioned, len(b))
+	}
+	if err := f.Truncate(2 << 20); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.PutBlob(t.Context(), "a/c", d, int64(len(b)), open, nil); fault.KindOf(err) != fault.BadContent {
+		t.Errorf("a file that became shorter: %v", err)
+	}
+}
+
 type table map[string]string
 
 func (m table) Load(k string) (string, bool) { v, ok := m[k]; return v, ok }
