@@ -221,6 +221,9 @@ func sealAndSign(t *testing.T, tok *token.Token, m hsm.Master) {
 	if got, err := tok.Unseal(sealed, []byte("purpose")); err != nil || string(got) != "secret" {
 		t.Errorf("%q %v", got, err)
 	}
+	if got, err := tok.Unseal(sealed[3:], []byte("purpose")); err != nil || string(got) != "secret" {
+		t.Errorf("the form without a version: %q %v", got, err)
+	}
 	for i := range sealed {
 		b := bytes.Clone(sealed)
 		b[i] ^= 1

@@ -119,8 +119,12 @@ const (
 	blobHead   = 4
 )
 
+// masterVersion is the only one that there is. Whatever a master key made
+// names its version, so that no form changes when master keys can.
+const masterVersion = 1
+
 func makeBlob(f form, parts ...[]byte) []byte {
-	out := []byte{blobFormat, byte(f), 0, 1}
+	out := binary.BigEndian.AppendUint16([]byte{blobFormat, byte(f)}, masterVersion)
 	for _, p := range parts {
 		out = append(binary.BigEndian.AppendUint16(out, uint16(len(p))), p...)
 	}
@@ -130,7 +134,7 @@ func makeBlob(f form, parts ...[]byte) []byte {
 var errBlob = fault.Newf(fault.BadContent, "open root key", "", "its form is unknown").WithHint("the store was changed, or was written by a newer version")
 
 func parseBlob(b []byte) (f form, enc, mac []byte, err error) {
-	if len(b) < blobHead || b[0] != blobFormat || b[2] != 0 || b[3] != 1 {
+	if len(b) < blobHead || b[0] != blobFormat || binary.BigEndian.Uint16(b[2:]) != masterVersion {
 		return 0, nil, nil, errBlob
 	}
 	f, b = form(b[1]), b[blobHead:]
@@ -326,7 +330,15 @@ func (t *Token) Unwrap(blob []byte, c hsm.Sealed, aad []byte) (out []byte, err e
 // Evict forgets a root key that was brought back.
 func (t *Token) Evict(blob []byte) { t.cache.evict(sha256.Sum256(blob), t.forget) }
 
-// Seal encrypts under the sealing key: suite, length of the IV, IV, ciphertext.
+// What Seal makes: a format that is no suite, version of the master key (2
+// bytes), suite, length of the IV, IV, ciphertext. The first installations' has
+// no head; it begins with the suite.
+const (
+	sealFormat = 0x81
+	sealHead   = 3
+)
+
+// Seal encrypts under the sealing key.
 func (t *Token) Seal(plain, aad []byte) (out []byte, err error) {
 	a, m, err := t.open()
 	if err != nil {
@@ -334,7 +346,8 @@ func (t *Token) Seal(plain, aad []byte) (out []byte, err error) {
 	}
 	err = t.with(func(s pkcs11.SessionHandle) error {
 		c, err := t.encrypt(s, a, m.seal, plain, aad)
-		out = append(append([]byte{c.Suite, byte(len(c.IV))}, c.IV...), c.Ciphertext...)
+		head := binary.BigEndian.AppendUint16([]byte{sealFormat}, masterVersion)
+		out = slices.Concat(head, []byte{c.Suite, byte(len(c.IV))}, c.IV, c.Ciphertext)
 		return err
 	})
 	return out, err
@@ -359,9 +372,18 @@ func (t *Token) Unseal(b, aad []byte) (out []byte, err error) {
 
 // parseSealed reads the form that Seal writes.
 func parseSealed(b []byte) (hsm.Sealed, error) {
+	if len(b) >= sealHead && b[0] == sealFormat {
+		if binary.BigEndian.Uint16(b[1:]) != masterVersion {
+			return hsm.Sealed{}, errSealVersion
+		}
+		b = b[sealHead:]
+	}
 	if len(b) < 2 || len(b) < 2+int(b[1])+tagLen {
 		return hsm.Sealed{}, errBad
 	}
 	n := 2 + int(b[1])
 	return hsm.Sealed{Suite: b[0], IV: bytes.Clone(b[2:n]), Ciphertext: b[n:]}, nil
 }
+
+var errSealVersion = fault.Newf(fault.BadContent, "open what was sealed", "", "it names a version of the master keys that is unknown").
+	WithHint("the store was changed, or was written by a newer version")
