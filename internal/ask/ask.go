@@ -9,8 +9,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/AlecAivazis/survey/v2"
 	"github.com/AlecAivazis/survey/v2/terminal"
@@ -23,7 +25,8 @@ import (
 // ErrNoTerminal says that there is nobody to ask.
 var ErrNoTerminal = errors.New("there is no terminal to ask on")
 
-// ErrStopped says that the person pressed Ctrl-C or Ctrl-D.
+// ErrStopped says that the person pressed Ctrl-C or Ctrl-D, or that a signal
+// asks us to end.
 var ErrStopped = errors.New("stopped at a question")
 
 // ErrBack says that the person wants the question before this one.
@@ -63,11 +66,16 @@ func Open() (*Terminal, error) {
 		_ = f.Close() // nothing was written
 		return nil, ErrNoTerminal
 	}
-	return &Terminal{tty: f, in: &keys{File: f}, dumb: os.Getenv("TERM") == "dumb" || os.Getenv("TERM") == ""}, nil
+	in := &keys{File: f, stop: make(chan os.Signal, 1)}
+	signal.Notify(in.stop, os.Interrupt, syscall.SIGTERM)
+	return &Terminal{tty: f, in: in, dumb: os.Getenv("TERM") == "dumb" || os.Getenv("TERM") == ""}, nil
 }
 
 // Close gives the terminal back.
-func (t *Terminal) Close() error { return t.tty.Close() }
+func (t *Terminal) Close() error {
+	signal.Stop(t.in.stop)
+	return t.tty.Close()
+}
 
 // Ask gives the answer to a question: one of its options, or a text without
 // white space around it.
@@ -226,22 +234,23 @@ func (c crlf) Write(b []byte) (int, error) {
 
 // keys gives what was typed in pieces that end with a line, a Ctrl-C or the
 // terminal's word on where the cursor is: the prompt library drops what it
-// has read beyond those.
+// has read beyond those. A read of a terminal cannot be called off, so a
+// signal, which main catches, ends it for us: the reads end, and one of the
+// system's is left behind.
 type keys struct {
 	*os.File
-	rest []byte
+	rest    []byte
+	stop    chan os.Signal
+	stopped bool
 }
 
 var pieceEnd = pattern.Lazy("[\r\n\x03]|\x1b\\[[0-9]+;[0-9]+R")
 
 func (k *keys) Read(b []byte) (int, error) {
 	if len(k.rest) == 0 {
-		chunk := make([]byte, 256)
-		n, err := k.File.Read(chunk)
-		if err != nil {
+		if err := k.more(); err != nil {
 			return 0, err
 		}
-		k.rest = chunk[:n]
 	}
 	end := len(k.rest)
 	if m := pieceEnd().FindIndex(k.rest); m != nil {
@@ -251,6 +260,29 @@ func (k *keys) Read(b []byte) (int, error) {
 	clear(k.rest[:n]) // it may be a password
 	k.rest = k.rest[n:]
 	return n, nil
+}
+
+func (k *keys) more() error {
+	if k.stopped {
+		return io.EOF
+	}
+	chunk, came := make([]byte, 256), make(chan error, 1)
+	n := 0
+	go func() {
+		var err error
+		n, err = k.File.Read(chunk)
+		came <- err
+	}()
+	select {
+	case err := <-came:
+		if err == nil {
+			k.rest = chunk[:n]
+		}
+		return err
+	case <-k.stop:
+		k.stopped = true
+		return io.EOF
+	}
 }
 
 // line reads one line, shown or not.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/kmsctl/kmsctl/internal/ask"
@@ -45,11 +46,16 @@ func TestMain(m *testing.M) {
 
 func start(t *testing.T, term string) (*testkit.Pty, *bytes.Buffer) {
 	t.Helper()
+	cmd, out := child(term)
+	return testkit.StartPty(t, cmd), out
+}
+
+func child(term string) (*exec.Cmd, *bytes.Buffer) {
 	var out bytes.Buffer
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "ASK_CHILD=1", "TERM="+term)
 	cmd.Stdin, cmd.Stdout = strings.NewReader("not for the questions\n"), &out
-	return testkit.StartPty(t, cmd), &out
+	return cmd, &out
 }
 
 func TestQuestions(t *testing.T) {
@@ -121,6 +127,25 @@ func TestCtrlC(t *testing.T) {
 	}
 	if want := strings.Repeat("|stopped at a question\n", 5); out.String() != want {
 		t.Errorf("got %q, want %q", out, want)
+	}
+}
+
+// TestSignal ends the question that is asked, and all that come after it:
+// main catches the signal, and a read of the terminal would go on for ever.
+func TestSignal(t *testing.T) {
+	for _, term := range []string{"xterm", "dumb"} {
+		cmd, out := child(term)
+		p := testkit.StartPty(t, cmd)
+		p.Expect("softhsm")
+		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		if code := p.Wait(); code != 0 {
+			t.Fatalf("exit %d\n%s", code, p.Screen())
+		}
+		if want := strings.Repeat("|stopped at a question\n", 5); out.String() != want {
+			t.Errorf("%s: got %q, want %q", term, out, want)
+		}
 	}
 }
 
