@@ -83,10 +83,7 @@ func (k *kept[T]) write() {
 	if err != nil || os.MkdirAll(filepath.Dir(k.path), 0o700) != nil {
 		return
 	}
-	// Not waiting for the disk: there are many of these beside the uploads.
-	if next := k.path + ".next"; os.WriteFile(next, b, 0o600) == nil {
-		_ = os.Rename(next, k.path) // safe to lose
-	}
+	_ = WriteFile(k.path, b, 0o600) // safe to lose
 }
 
 // Uploads keeps unfinished uploads between runs.
