@@ -189,11 +189,7 @@ func (c *Cluster) established(ctx context.Context, r dynamic.ResourceInterface, 
 		if err != nil {
 			return false, err
 		}
-		all, _, err := unstructured.NestedSlice(u.Object, "status", "conditions")
-		return slices.ContainsFunc(all, func(v any) bool {
-			m, ok := v.(map[string]any)
-			return ok && m["type"] == "Established" && m["status"] == "True"
-		}), err
+		return isEstablished(u.Object), nil
 	})
 	if err == nil {
 		mapper, merr := c.flags.ToRESTMapper()
@@ -203,4 +199,12 @@ func (c *Cluster) established(ctx context.Context, r dynamic.ResourceInterface, 
 		return merr
 	}
 	return c.fault("wait for", o.String(), err)
+}
+
+func isEstablished(crd map[string]any) bool {
+	all, _, err := unstructured.NestedSlice(crd, "status", "conditions")
+	return err == nil && slices.ContainsFunc(all, func(v any) bool { // null at first, which is an error
+		m, ok := v.(map[string]any)
+		return ok && m["type"] == "Established" && m["status"] == "True"
+	})
 }

@@ -164,3 +164,23 @@ func TestReadObjectsShowsNoContent(t *testing.T) {
 		}
 	}
 }
+
+// TestNotEstablishedYet: the API server makes a definition with conditions
+// that are null, and fills them in later.
+func TestNotEstablishedYet(t *testing.T) {
+	for text, want := range map[string]bool{
+		`{}`:                             false,
+		`{"status":{"conditions":null}}`: false,
+		`{"status":{"conditions":[{"type":"NamesAccepted","status":"True"}]}}`:                                        false,
+		`{"status":{"conditions":[{"type":"Established","status":"False"}]}}`:                                         false,
+		`{"status":{"conditions":[{"type":"NamesAccepted","status":"True"},{"type":"Established","status":"True"}]}}`: true,
+	} {
+		var crd map[string]any
+		if err := json.Unmarshal([]byte(text), &crd); err != nil {
+			t.Fatal(err)
+		}
+		if got := kube.IsEstablished(crd); got != want {
+			t.Errorf("%s: %v", text, got)
+		}
+	}
+}
