@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -29,6 +30,7 @@ type world struct {
 	namespaces map[string]bool
 	secrets    map[string]cluster.Secret
 	pods       []cluster.Pod
+	podsNow    func() []cluster.Pod // instead of pods, where they change
 	workloads  []cluster.Workload
 	release    cluster.Release
 	version    string
@@ -66,7 +68,12 @@ func (w *world) ApplySecret(_ context.Context, s cluster.Secret) (bool, error) {
 	return true, nil
 }
 
-func (w *world) Pods(context.Context, string, string) ([]cluster.Pod, error) { return w.pods, nil }
+func (w *world) Pods(context.Context, string, string) ([]cluster.Pod, error) {
+	if w.podsNow != nil {
+		return w.podsNow(), nil
+	}
+	return w.pods, nil
+}
 
 func (w *world) Workloads(context.Context, string, string) ([]cluster.Workload, error) {
 	return w.workloads, nil
@@ -341,6 +348,37 @@ func TestCorrectedSecret(t *testing.T) {
 			if _, err := w.job().Run(t.Context(), o); (err == nil) != want {
 				t.Errorf("healed after %s: %v", heals, err)
 			}
+		}
+	})
+}
+
+// TestPodOfTheOldVersion: a pod that is about to be replaced ends nothing, and
+// the one that takes its name gets the whole patience.
+func TestPodOfTheOldVersion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, o := newWorld(), options(t)
+		o.Timeout = 10 * time.Minute
+		var replaced atomic.Bool
+		w.podsNow = func() []cluster.Pod {
+			return []cluster.Pod{{Name: "kms-oss-0", Trouble: &cluster.Trouble{Pod: "kms-oss-0", Container: "oss", Reason: "ImagePullBackOff", Final: replaced.Load()}}}
+		}
+		var gaveUp time.Duration
+		w.install = func(ctx context.Context) error {
+			time.Sleep(time.Minute) // the old one is there for long
+			if ctx.Err() != nil {
+				t.Error("gave up for a pod that is on its way out")
+			}
+			replaced.Store(true)
+			from := time.Now()
+			<-ctx.Done()
+			gaveUp = time.Since(from)
+			return ctx.Err()
+		}
+		if _, err := w.job().Run(t.Context(), o); fault.KindOf(err) != fault.NotReady {
+			t.Errorf("%v", err)
+		}
+		if gaveUp < 15*time.Second || gaveUp > time.Minute {
+			t.Errorf("gave up after %s", gaveUp)
 		}
 	})
 }

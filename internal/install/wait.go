@@ -49,7 +49,7 @@ func (j Job) watched(ctx context.Context, o Options, change func(context.Context
 // that lasts.
 func (j Job) follow(ctx context.Context, o Options, stop <-chan struct{}, give func(error)) {
 	told := map[string]string{}
-	since := map[string]time.Time{}
+	since, final := map[string]time.Time{}, map[string]time.Time{}
 	t := time.NewTicker(pollEvery)
 	defer t.Stop()
 	for {
@@ -81,11 +81,19 @@ func (j Job) follow(ctx context.Context, o Options, stop <-chan struct{}, give f
 				did, _, _ := strings.Cut(state, " ")
 				j.Line(did, "pod "+p.Name, troubleText(p.Trouble))
 			}
+			if p.Trouble == nil || !p.Trouble.Final {
+				continue
+			}
+			// Counted apart: a pod that was on its way out may have left its
+			// name to one that stays.
+			if _, known := final[p.Name+state]; !known {
+				final[p.Name+state] = j.Now()
+			}
 			limit := patience
-			if p.Trouble != nil && p.Trouble.Reason == cluster.NotReady {
+			if p.Trouble.Reason == cluster.NotReady {
 				limit = refresh
 			}
-			if p.Trouble != nil && p.Trouble.Final && lasts >= limit {
+			if j.Now().Sub(final[p.Name+state]) >= limit {
 				give(troubleFault(o.Release, *p.Trouble))
 				return
 			}

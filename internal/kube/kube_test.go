@@ -6,11 +6,13 @@ import (
 	"testing"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes/fake"
 	ktesting "k8s.io/client-go/testing"
+	"k8s.io/utils/ptr"
 
 	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/fault"
@@ -151,6 +153,39 @@ func TestPods(t *testing.T) {
 	}
 	if pods[3].Trouble.Message != "exited with 2 (Error)" || pods[3].Trouble.Log != "fake logs" || pods[3].Restarts != 4 {
 		t.Errorf("%+v", pods[3])
+	}
+}
+
+// TestPodsOfAnotherVersion: what ails a pod that is about to be replaced does
+// not last, as after an upgrade to an image that nobody has.
+func TestPodsOfAnotherVersion(t *testing.T) {
+	stuck := func(name, kind, owner, hash string) *corev1.Pod {
+		return pod(name, func(p *corev1.Pod) {
+			p.OwnerReferences = []metav1.OwnerReference{{Kind: kind, Name: owner, Controller: ptr.To(true)}}
+			p.Labels[appsv1.ControllerRevisionHashLabelKey] = hash
+			p.Status.ContainerStatuses = []corev1.ContainerStatus{waiting("ImagePullBackOff", "Back-off pulling image", 0)}
+		})
+	}
+	replicas := func(name, deployment, revision string) *appsv1.ReplicaSet {
+		return &appsv1.ReplicaSet{ObjectMeta: metav1.ObjectMeta{Namespace: "n", Name: name, Annotations: map[string]string{"deployment.kubernetes.io/revision": revision},
+			OwnerReferences: []metav1.OwnerReference{{Kind: "Deployment", Name: deployment, Controller: ptr.To(true)}}}}
+	}
+	client := fake.NewClientset(
+		&appsv1.StatefulSet{ObjectMeta: metav1.ObjectMeta{Namespace: "n", Name: "set", Generation: 2}, Status: appsv1.StatefulSetStatus{ObservedGeneration: 2, UpdateRevision: "new"}},
+		&appsv1.StatefulSet{ObjectMeta: metav1.ObjectMeta{Namespace: "n", Name: "unseen", Generation: 3}, Status: appsv1.StatefulSetStatus{ObservedGeneration: 2, UpdateRevision: "new"}},
+		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "n", Name: "deployment", Annotations: map[string]string{"deployment.kubernetes.io/revision": "4"}}},
+		replicas("old", "deployment", "3"), replicas("new", "deployment", "4"),
+		stuck("a-set-old", "StatefulSet", "set", "old"), stuck("b-set-new", "StatefulSet", "set", "new"), stuck("c-set-unseen", "StatefulSet", "unseen", "new"),
+		stuck("d-deployment-old", "ReplicaSet", "old", ""), stuck("e-deployment-new", "ReplicaSet", "new", ""), stuck("f-owner-gone", "ReplicaSet", "gone", ""),
+	)
+	pods, err := kube.NewFor(client).Pods(t.Context(), "n", "kms")
+	if err != nil || len(pods) != 6 {
+		t.Fatalf("%+v, %v", pods, err)
+	}
+	for i, final := range []bool{false, true, false, false, true, true} {
+		if p := pods[i]; p.Trouble == nil || p.Trouble.Reason != "ImagePullBackOff" || p.Trouble.Final != final {
+			t.Errorf("%s: %+v, want final %t", p.Name, p.Trouble, final)
+		}
 	}
 }
 

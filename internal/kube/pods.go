@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/ptr"
@@ -35,6 +36,9 @@ func (c *Cluster) Pods(ctx context.Context, namespace, release string) ([]cluste
 		if !pod.Ready {
 			pod.Trouble = c.trouble(ctx, p)
 		}
+		if pod.Trouble != nil && pod.Trouble.Final {
+			pod.Trouble.Final = !c.replaced(ctx, p)
+		}
 		out = append(out, pod)
 	}
 	slices.SortFunc(out, func(a, b cluster.Pod) int { return strings.Compare(a.Name, b.Name) })
@@ -49,6 +53,38 @@ func ready(p *corev1.Pod) bool {
 	}
 	return false
 }
+
+// replaced says whether a pod's workload is on its way to another version than
+// the pod's, so that the pod goes by itself. An account that may not look is
+// told no.
+func (c *Cluster) replaced(ctx context.Context, p *corev1.Pod) bool {
+	owner := metav1.GetControllerOf(p)
+	if owner == nil {
+		return false
+	}
+	apps := c.client.AppsV1()
+	switch owner.Kind {
+	case "StatefulSet":
+		s, err := apps.StatefulSets(p.Namespace).Get(ctx, owner.Name, metav1.GetOptions{})
+		return err == nil && (s.Status.ObservedGeneration < s.Generation || s.Status.UpdateRevision != p.Labels[appsv1.ControllerRevisionHashLabelKey])
+	case "ReplicaSet":
+		r, err := apps.ReplicaSets(p.Namespace).Get(ctx, owner.Name, metav1.GetOptions{})
+		if err != nil {
+			return false
+		}
+		parent := metav1.GetControllerOf(r)
+		if parent == nil {
+			return false
+		}
+		d, err := apps.Deployments(p.Namespace).Get(ctx, parent.Name, metav1.GetOptions{})
+		return err == nil && (d.Status.ObservedGeneration < d.Generation || d.Annotations[revision] != r.Annotations[revision])
+	}
+	return false
+}
+
+// revision is the annotation by which a Deployment and the ReplicaSet that it
+// brings up name the same version.
+const revision = "deployment.kubernetes.io/revision"
 
 // trouble finds the first thing that keeps a pod from being ready: where it
 // stands, a container that cannot start or ended, an event, a last log line.
