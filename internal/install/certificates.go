@@ -3,6 +3,9 @@ package install
 import (
 	"context"
 	"fmt"
+	"net"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/cluster"
@@ -27,8 +30,10 @@ type Leaf struct {
 // CASecret is the name of the Secret with the CA of a release.
 func CASecret(release string) string { return release + "-ca" }
 
+func apiSecret(release string) string { return release + "-api-tls" }
+
 // Leaves lists the certificates of a release.
-func Leaves(release, namespace, domain string, sans []string) []Leaf {
+func Leaves(release, namespace, domain string) []Leaf {
 	api := []string{"localhost", "127.0.0.1"}
 	for _, n := range []string{"kms-api", release + "-oss"} {
 		api = append(api, n, n+"."+namespace, n+"."+namespace+".svc", n+"."+namespace+".svc."+domain)
@@ -39,7 +44,7 @@ func Leaves(release, namespace, domain string, sans []string) []Leaf {
 		storage = append(storage, n, n+"."+domain)
 	}
 	return []Leaf{
-		{release + "-api-tls", "kms-api", pki.Server, append(api, sans...)},
+		{apiSecret(release), "kms-api", pki.Server, api},
 		{release + "-storage-tls", pki.StorageName, pki.Peer, storage},
 		{release + "-storage-client-tls", "oss", pki.Client, nil},
 	}
@@ -52,13 +57,17 @@ func (j Job) certificates(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	for _, l := range Leaves(o.Release, o.Namespace, o.Domain, o.SANs) {
+	for _, l := range Leaves(o.Release, o.Namespace, o.Domain) {
 		have, err := j.Cluster.Secret(ctx, o.Namespace, l.Secret)
 		if err != nil && fault.KindOf(err) != fault.NotFound {
 			return err
 		}
 		old := pki.Pair{Cert: have.Data["tls.crt"], Key: have.Data["tls.key"]}
-		if string(have.Data["ca.crt"]) == string(ca.Cert) && pki.Valid(ca.Cert, old, l.Hosts, j.Now(), RenewBefore) == nil {
+		surplus := false
+		if l.Secret == apiSecret(o.Release) {
+			l.Hosts, surplus = j.apiHosts(o, l.Hosts, old.Cert)
+		}
+		if !surplus && string(have.Data["ca.crt"]) == string(ca.Cert) && pki.Valid(ca.Cert, old, l.Hosts, j.Now(), RenewBefore) == nil {
 			continue
 		}
 		leaf, err := pki.Issue(ca, l.Name, l.Use, l.Hosts, j.Now())
@@ -72,6 +81,48 @@ func (j Job) certificates(ctx context.Context, o Options) error {
 	}
 	j.report(made, "certificates of the API and etcd")
 	return nil
+}
+
+// apiHosts is what the API's certificate is for: its own names, those that it
+// was given before, and those that are given now, without the ones to drop.
+// surplus says that the present certificate has one that is to go.
+func (j Job) apiHosts(o Options, own []string, present []byte) (hosts []string, surplus bool) {
+	had, err := pki.Hosts(present)
+	if err != nil && len(present) > 0 {
+		j.Line("note", "the API's certificate cannot be read, and so not the names that --san gave it: give them again")
+	}
+	hosts = own
+	for _, h := range append(had, o.SANs...) {
+		switch {
+		case holds(o.DropSANs, h):
+			surplus = true
+		case !holds(hosts, h):
+			hosts = append(hosts, h)
+		}
+	}
+	return hosts, surplus
+}
+
+// checkSANs holds the rules of the names to drop.
+func checkSANs(o Options) error {
+	own := Leaves(o.Release, o.Namespace, o.Domain)[0].Hosts
+	for _, h := range o.DropSANs {
+		switch {
+		case holds(o.SANs, h):
+			return fault.Usagef("--san, --drop-san: %q is in both", h).WithHint("a name is either wanted or not")
+		case holds(own, h):
+			return fault.Usagef("--drop-san: %q is a name of the API's own Service", h).WithHint("only names that --san gave can be dropped")
+		}
+	}
+	return nil
+}
+
+// holds says whether a name or address is in the list, however it is written.
+func holds(list []string, host string) bool {
+	return slices.ContainsFunc(list, func(h string) bool {
+		a, b := net.ParseIP(h), net.ParseIP(host)
+		return strings.EqualFold(h, host) || (a != nil && a.Equal(b))
+	})
 }
 
 // TLSSecret is the Secret of a leaf.

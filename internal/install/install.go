@@ -55,7 +55,8 @@ type Options struct {
 	Domain             string          // of the cluster's DNS
 	HSMSecret          *cluster.Secret // nil: it is in the cluster already
 	HSMSecretName      string
-	SANs               []string // further names of the API
+	SANs               []string // further names of the API, beside those that its certificate has
+	DropSANs           []string // names that it has and is to lose
 	AdminKeyFile       string
 	Repair             bool // end a pending change that nobody works on
 	Atomic             bool // undo a change that fails
@@ -264,6 +265,9 @@ func (j Job) undo(ctx context.Context, o Options, good int, failed error) error 
 
 // change locks the release, sees to its Secrets, and changes it.
 func (j Job) change(ctx context.Context, o Options, do func(context.Context, cluster.Release) (Result, error)) (Result, error) {
+	if err := checkSANs(o); err != nil {
+		return Result{}, err
+	}
 	if err := j.checkAdminKey(ctx, o); err != nil {
 		return Result{}, err
 	}
@@ -381,7 +385,7 @@ func watcherSecret(release string) string { return release + "-watcher-key" }
 // SecretNames lists all Secrets that stand beside a release.
 func SecretNames(release, hsmSecret string) []string {
 	out := []string{hsmSecret, CASecret(release), adminSecret(release), watcherSecret(release)}
-	for _, l := range Leaves(release, "", "", nil) {
+	for _, l := range Leaves(release, "", "") {
 		out = append(out, l.Secret)
 	}
 	return out

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -257,6 +258,75 @@ func TestRenewal(t *testing.T) {
 	w.applied = nil
 	if _, err := w.job().Run(t.Context(), o); err != nil || !slices.Contains(w.applied, "kms-api-tls") {
 		t.Errorf("applied %q, %v", w.applied, err)
+	}
+}
+
+// TestNames: a certificate that is made anew keeps the names that it was given,
+// however it came to be made anew, until one is dropped by its name.
+func TestNames(t *testing.T) {
+	w, o := newWorld(), options(t)
+	names := func() string {
+		t.Helper()
+		w.applied = nil
+		if _, err := w.job().Upgrade(t.Context(), o); err != nil {
+			t.Fatal(err)
+		}
+		hosts, err := pki.Hosts(w.secrets["site/kms-api-tls"].Data["tls.crt"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		var given []string
+		for _, h := range hosts {
+			if !strings.HasPrefix(h, "kms-api") && !strings.HasPrefix(h, "kms-oss") && h != "localhost" && h != "127.0.0.1" {
+				given = append(given, h)
+			}
+		}
+		return strings.Join(given, " ")
+	}
+	o.SANs = []string{"kms.example", "192.0.2.7", "2001:DB8:0::7"}
+	if _, err := w.job().Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	o.SANs = nil
+	if got := names(); got != "kms.example 192.0.2.7 2001:db8::7" || len(w.applied) > 1 { // hsm-secret alone
+		t.Errorf("after a change without names: %s, applied %q", got, w.applied)
+	}
+	for name, change := range map[string]func(map[string][]byte){
+		"its key is broken": func(d map[string][]byte) { d["tls.key"] = []byte("x") },
+		"another CA":        func(d map[string][]byte) { d["ca.crt"] = []byte("x") },
+	} {
+		s := w.secrets["site/kms-api-tls"]
+		s.Data = maps.Clone(s.Data)
+		change(s.Data)
+		w.secrets["site/kms-api-tls"] = s
+		if got := names(); got != "kms.example 192.0.2.7 2001:db8::7" || !slices.Contains(w.applied, "kms-api-tls") {
+			t.Errorf("%s: %s, applied %q", name, got, w.applied)
+		}
+	}
+	o.SANs, o.DropSANs = []string{"new.example", "KMS.example"}, []string{"2001:db8:0:0::7"}
+	if got := names(); got != "kms.example new.example 192.0.2.7" {
+		t.Errorf("one dropped, one added: %s", got)
+	}
+	if got := names(); got != "kms.example new.example 192.0.2.7" || slices.Contains(w.applied, "kms-api-tls") {
+		t.Errorf("dropped again: %s, applied %q", got, w.applied)
+	}
+	for want, o := range map[string]install.Options{
+		`"A.example" is in both`:                            {SANs: []string{"a.example"}, DropSANs: []string{"A.example"}},
+		`"kms-api.site.svc" is a name of the API's own Serv`: {DropSANs: []string{"kms-api.site.svc"}},
+	} {
+		o.Release, o.Namespace, o.Domain, w.applied = "kms", "site", "cluster.local", nil
+		_, err := w.job().Upgrade(t.Context(), o)
+		if fault.KindOf(err) != fault.Usage || !strings.Contains(err.Error(), want) || fault.HintOf(err) == "" || len(w.applied) > 0 {
+			t.Errorf("%v, hint %q, applied %q", err, fault.HintOf(err), w.applied)
+		}
+	}
+	// What cannot be read is not passed over in silence.
+	s := w.secrets["site/kms-api-tls"]
+	s.Data = map[string][]byte{"tls.crt": []byte("x")}
+	w.secrets["site/kms-api-tls"] = s
+	o.SANs, o.DropSANs = nil, nil
+	if got := names(); got != "" || !strings.Contains(strings.Join(w.lines, "\n"), "give them again") {
+		t.Errorf("%s, said %q", got, w.lines)
 	}
 }
 

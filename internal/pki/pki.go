@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"math/big"
 	"net"
+	"slices"
 	"time"
 )
 
@@ -101,6 +102,23 @@ func sign(t *x509.Certificate, ca *Pair) (Pair, error) {
 		Cert: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
 		Key:  pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: kb}),
 	}, nil
+}
+
+// Hosts lists the DNS names and addresses of a certificate in PEM.
+func Hosts(cert []byte) ([]string, error) {
+	b, _ := pem.Decode(cert)
+	if b == nil {
+		return nil, errors.New("it is no PEM")
+	}
+	c, err := x509.ParseCertificate(b.Bytes)
+	if err != nil {
+		return nil, err
+	}
+	hosts := slices.Clone(c.DNSNames)
+	for _, ip := range c.IPAddresses {
+		hosts = append(hosts, ip.String())
+	}
+	return hosts, nil
 }
 
 // Valid checks that a leaf parses, fits its key, is signed by the CA, has the

@@ -196,7 +196,7 @@ func (w *Watcher) renew(ctx context.Context) {
 		}
 		return
 	}
-	for _, l := range install.Leaves(w.Release, w.Namespace, "", nil) {
+	for _, l := range install.Leaves(w.Release, w.Namespace, "") {
 		if err := w.renewOne(ctx, pki.Pair{Cert: ca.Data["ca.crt"], Key: ca.Data["ca.key"]}, l); err != nil && ctx.Err() == nil {
 			w.Log.Error("renew certificate", "secret", l.Secret, "error", err)
 			w.tell(ctx, cluster.Event{Namespace: w.Namespace, Kind: "Secret", Name: l.Secret, Warning: true, Reason: "KMSCertificate", Message: err.Error()})
@@ -216,9 +216,9 @@ func (w *Watcher) renewOne(ctx context.Context, ca pki.Pair, l install.Leaf) err
 	end := old.Leaf.NotAfter
 	if w.Now().Add(install.RenewBefore).After(end) {
 		// The names stand in the old one, those that an operator added too.
-		hosts := slices.Clone(old.Leaf.DNSNames)
-		for _, ip := range old.Leaf.IPAddresses {
-			hosts = append(hosts, ip.String())
+		hosts, err := pki.Hosts(s.Data["tls.crt"])
+		if err != nil {
+			return err
 		}
 		leaf, err := pki.Issue(ca, old.Leaf.Subject.CommonName, l.Use, hosts, w.Now())
 		if err != nil {

@@ -124,7 +124,10 @@ func newSite(t *testing.T) *site {
 		t.Fatal(err)
 	}
 	s.secrets["n/"+install.CASecret("kms")] = cluster.Secret{Data: map[string][]byte{"ca.crt": ca.Cert, "ca.key": ca.Key}}
-	for _, l := range install.Leaves("kms", "n", "cluster.local", []string{"extra.example"}) {
+	for _, l := range install.Leaves("kms", "n", "cluster.local") {
+		if l.Use == pki.Server {
+			l.Hosts = append(l.Hosts, "extra.example")
+		}
 		leaf, err := pki.Issue(ca, l.Name, l.Use, l.Hosts, time.Now())
 		if err != nil {
 			t.Fatal(err)

@@ -80,6 +80,7 @@ type ReleaseFlags struct {
 	AccountTokens  bool
 	PullSecrets    []string
 	SANs           []string
+	DropSANs       []string
 	Domain         string
 	AdminKeyFile   string
 	Repair         bool
@@ -95,7 +96,8 @@ func (f *ReleaseFlags) Add(fs *pflag.FlagSet) {
 	fs.IntVar(&f.APIReplicas, "api-replicas", 0, "replicas of the API, each with its HSM connector; without it, what the settings say, or 1")
 	fs.BoolVar(&f.AccountTokens, "service-account-tokens", false, "let tokens of the cluster's ServiceAccounts prove service IDs; makes a ClusterRole for TokenReviews")
 	fs.StringSliceVar(&f.PullSecrets, "image-pull-secret", nil, "Secret for the registry; repeatable")
-	fs.StringSliceVar(&f.SANs, "san", nil, "further DNS names or addresses of the API, for its certificate")
+	fs.StringSliceVar(&f.SANs, "san", nil, "further DNS names or addresses of the API, for its certificate, which keeps those that it has; repeatable")
+	fs.StringSliceVar(&f.DropSANs, "drop-san", nil, "names that --san gave once, and that the API's certificate is to lose; repeatable")
 	fs.StringVar(&f.Domain, "cluster-domain", "", "domain of the cluster's DNS; without it, what the settings say, or "+defaultDomain)
 	fs.StringVar(&f.AdminKeyFile, "admin-key-file", "", "where the first administrator's API key is written (mode 0600)")
 	fs.BoolVar(&f.Repair, "repair", false, "end a change that is pending although nobody works on it")
@@ -155,7 +157,7 @@ func put(values map[string]any, block, key string, v any) {
 // Job is the job's options for a release with these values; a secret of nil is
 // in the cluster.
 func (f *ReleaseFlags) Job(k KubeFlags, values map[string]any, s *render.Secret) install.Options {
-	o := install.Options{Release: k.Release, Namespace: k.Namespace, Domain: defaultDomain, HSMSecretName: render.SecretName, SANs: f.SANs,
+	o := install.Options{Release: k.Release, Namespace: k.Namespace, Domain: defaultDomain, HSMSecretName: render.SecretName, SANs: f.SANs, DropSANs: f.DropSANs,
 		AdminKeyFile: f.AdminKeyFile, Repair: f.Repair, Wait: true, Timeout: f.Timeout}
 	if d, _ := values["clusterDomain"].(string); d != "" {
 		o.Domain = d
