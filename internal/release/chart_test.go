@@ -304,6 +304,10 @@ func TestAccountTokens(t *testing.T) {
 	if want := []string{"ns-kms-oss-tokenreviews[{[create] [authentication.k8s.io] [tokenreviews] [] []}]"}; !slices.Equal(rules, want) {
 		t.Errorf("%q, want %q", rules, want)
 	}
+	manifest, err = release.Template(embedded(t), "kms", "ns", modelValues("softhsm", values{"oss": values{"serviceAccountTokens": true, "tokenAudiences": []any{"kms", "https://kms.example"}}}), "1.37.2")
+	if err != nil || !strings.Contains(manifest, "- --token-audience=kms\n") || !strings.Contains(manifest, "- --token-audience=https://kms.example\n") {
+		t.Errorf("audiences: %v", err)
+	}
 	if manifest, err = release.Template(embedded(t), "kms", "ns", modelValues("softhsm", nil), "1.37.2"); err != nil || strings.Contains(manifest, "tokenreviews") || strings.Contains(manifest, "service-account-tokens") {
 		t.Errorf("not asked for: %v", err)
 	}
@@ -360,6 +364,7 @@ func TestValuesRefused(t *testing.T) {
 		"client_certs":         {"client_certs": []any{}},
 		"hsm_pw":               {"hsm": values{"hsm_pw": "x"}},
 		"oss.replicas":         {"oss": values{"replicas": 3}},
+		"oss.tokenAudiences":   {"oss": values{"tokenAudiences": []any{"kms"}}},
 		"storage.replicas":     {"storage": values{"replicas": 2}},
 		"several members":      {"storage": values{"replicas": 3, "persistence": values{"existingClaim": "a"}}},
 		"exclude each other":   {"persistence": values{"hostPath": "/a", "emptyDir": true}},

@@ -78,6 +78,7 @@ type ReleaseFlags struct {
 	StorageMembers int
 	APIReplicas    int
 	AccountTokens  bool
+	Audiences      []string
 	PullSecrets    []string
 	SANs           []string
 	DropSANs       []string
@@ -87,6 +88,10 @@ type ReleaseFlags struct {
 	Timeout        time.Duration
 }
 
+// TokenAudience is for whom a ServiceAccount's token is made that is for the
+// KMS and nobody else.
+const TokenAudience = "kms-api"
+
 const defaultDomain = "cluster.local"
 
 // Add puts the flags into fs.
@@ -95,6 +100,7 @@ func (f *ReleaseFlags) Add(fs *pflag.FlagSet) {
 	fs.IntVar(&f.StorageMembers, "storage-members", 0, "members of the store, 1 or 3, which stay as many as they began; without it, what the settings say, or 1")
 	fs.IntVar(&f.APIReplicas, "api-replicas", 0, "replicas of the API, each with its HSM connector; without it, what the settings say, or 1")
 	fs.BoolVar(&f.AccountTokens, "service-account-tokens", false, "let tokens of the cluster's ServiceAccounts prove service IDs; makes a ClusterRole for TokenReviews")
+	fs.StringSliceVar(&f.Audiences, "token-audience", nil, "audience for which such a token must be made; repeatable; without it, "+TokenAudience+" or the cluster's own API server")
 	fs.StringSliceVar(&f.PullSecrets, "image-pull-secret", nil, "Secret for the registry; repeatable")
 	fs.StringSliceVar(&f.SANs, "san", nil, "further DNS names or addresses of the API, for its certificate, which keeps those that it has; repeatable")
 	fs.StringSliceVar(&f.DropSANs, "drop-san", nil, "names that --san gave once, and that the API's certificate is to lose; repeatable")
@@ -130,6 +136,13 @@ func (f *ReleaseFlags) Beat(values map[string]any) {
 	}
 	if f.AccountTokens {
 		put(values, "oss", "serviceAccountTokens", true)
+	}
+	if len(f.Audiences) > 0 {
+		var list []any
+		for _, a := range f.Audiences {
+			list = append(list, a)
+		}
+		put(values, "oss", "tokenAudiences", list)
 	}
 	if len(f.PullSecrets) > 0 {
 		var list []any

@@ -30,6 +30,7 @@ type apiOptions struct {
 	cert, key   string
 	clientCA    string
 	accounts    bool
+	audiences   []string
 	adminHashes []string
 	auditDir    string
 	windows     app.WindowFlags
@@ -62,6 +63,7 @@ refused is not tried again until the secret changes.`,
 	fs.StringVar(&o.key, "tls-key-file", "", "its key")
 	fs.StringVar(&o.clientCA, "client-ca-file", "", "CA of client certificates, by which service IDs can be proved")
 	fs.BoolVar(&o.accounts, "service-account-tokens", false, "take tokens of this cluster's ServiceAccounts too; needs the right to create TokenReviews")
+	fs.StringSliceVar(&o.audiences, "token-audience", nil, "audience for which such a token must be made; repeatable; without it, "+app.TokenAudience+" or the cluster's own API server")
 	fs.StringArrayVar(&o.adminHashes, "admin-key-hash-file", nil, "JSON with id and hash of an administrator's API key; repeatable")
 	fs.StringVar(&o.auditDir, "audit-dir", "", "folder of the audit log")
 	o.windows.Add(fs)
@@ -79,6 +81,9 @@ func (o *apiOptions) Check() error {
 		if v == "" {
 			errs = append(errs, fault.Usagef("--%s: missing", name))
 		}
+	}
+	if len(o.audiences) > 0 && !o.accounts {
+		errs = append(errs, fault.Usagef("--token-audience: needs --service-account-tokens"))
 	}
 	if len(o.etcd.Endpoints) == 0 {
 		errs = append(errs, fault.Usagef("--etcd-endpoints: missing"))
@@ -231,7 +236,16 @@ func (o *apiOptions) review() (func(context.Context, string) (string, error), er
 	if err != nil {
 		return nil, err
 	}
-	return c.ReviewToken, nil
+	if len(o.audiences) > 0 {
+		return func(ctx context.Context, token string) (string, error) { return c.ReviewToken(ctx, token, o.audiences...) }, nil
+	}
+	return func(ctx context.Context, token string) (string, error) {
+		account, err := c.ReviewToken(ctx, token, app.TokenAudience)
+		if err != nil || account != "" {
+			return account, err
+		}
+		return c.ReviewToken(ctx, token) // as `kubectl create token` and every pod's own mount give it
+	}, nil
 }
 
 type storageOptions struct {

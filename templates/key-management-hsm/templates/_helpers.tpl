@@ -205,6 +205,9 @@ capability, opens it to group 0. */}}
 {{- if and (eq $m "softhsm") (gt (int $v.oss.replicas) 1) }}
 {{- fail "oss.replicas: a SoftHSM token is one folder that one process may use: 1 replica at most" }}
 {{- end }}
+{{- if and $v.oss.tokenAudiences (not $v.oss.serviceAccountTokens) }}
+{{- fail "oss.tokenAudiences: needs oss.serviceAccountTokens" }}
+{{- end }}
 {{- if not (has (int $v.storage.replicas) (list 1 3)) }}
 {{- fail (printf "storage.replicas: %d; a store has 1 member or 3" (int $v.storage.replicas)) }}
 {{- end }}
