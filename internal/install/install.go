@@ -144,15 +144,18 @@ func (j Job) Run(ctx context.Context, o Options) (Result, error) {
 
 // Upgrade changes the release that is there.
 func (j Job) Upgrade(ctx context.Context, o Options) (Result, error) {
+	good, err := j.lastGood(o.Release)
+	if err != nil {
+		return Result{}, err
+	}
+	if good.Revision == 0 {
+		return Result{}, fault.Newf(fault.NotFound, "upgrade release", o.Release, "no revision of it was ever whole").WithHint("install it with `kmsctl install`, with the same flags")
+	}
+	version, values := j.Changer.Target()
+	if err := checkChange(o, good.Values, values); err != nil {
+		return Result{}, err
+	}
 	return j.change(ctx, o, func(ctx context.Context, have cluster.Release) (Result, error) {
-		good, err := j.lastGood(o.Release)
-		if err != nil {
-			return Result{}, err
-		}
-		if good.Revision == 0 {
-			return Result{}, fault.Newf(fault.NotFound, "upgrade release", o.Release, "no revision of it was ever whole").WithHint("install it with `kmsctl install`, with the same flags")
-		}
-		version, values := j.Changer.Target()
 		if have.Status == cluster.Deployed && have.Version == version && same(have.Values, values) {
 			j.Line("unchanged", fmt.Sprintf("release %s, revision %d, chart %s", have.Name, have.Revision, have.Version))
 			return Result{Release: have}, j.waitFor(ctx, o)
@@ -187,6 +190,10 @@ func (j Job) Rollback(ctx context.Context, o Options, revision int) (Result, err
 		if err != nil {
 			return Result{}, err
 		}
+		if was, is := members(to.Values), members(have.Values); !o.Foreign && was != is {
+			return Result{}, fault.Newf(fault.Conflict, "roll back release", o.Release, "revision %d has %s member(s) of the store, the release has %s, and no member leaves a store", to.Revision, was, is).
+				WithHint("change the rest with `kmsctl upgrade`, which keeps the members")
+		}
 		if to.Revision == have.Revision {
 			j.Line("unchanged", fmt.Sprintf("release %s is at revision %d", o.Release, to.Revision))
 			return Result{Release: have}, j.waitFor(ctx, o)
@@ -219,6 +226,27 @@ func (j Job) rollbackTarget(name string, have cluster.Release, revision int) (cl
 		return cluster.Release{}, fault.Newf(fault.NotFound, "roll back release", name, "there is no good revision before %d", have.Revision).WithHint("revisions: %s", strings.Join(known, ", "))
 	}
 	return cluster.Release{}, fault.Newf(fault.NotFound, "roll back release", name, "there is no revision %d", revision).WithHint("revisions: %s", strings.Join(known, ", "))
+}
+
+// checkChange stops what could not be undone, before anything is done.
+func checkChange(o Options, was, will map[string]any) error {
+	if o.Foreign {
+		return nil
+	}
+	if a, b := members(was), members(will); a != b && o.Atomic {
+		return fault.Usagef("--atomic: the store is to have %s members and has %s, and no member leaves a store again", b, a).
+			WithHint("grow the store by an upgrade of its own, without --atomic; when it stops half-way, the same upgrade goes on")
+	}
+	return nil
+}
+
+// members is how many members a store has by these values.
+func members(values map[string]any) string {
+	storage, _ := values["storage"].(map[string]any)
+	if n := storage["replicas"]; n != nil {
+		return fmt.Sprint(n)
+	}
+	return "1"
 }
 
 // lastGood is the newest revision that was whole once; revision 0 when none was.

@@ -311,7 +311,7 @@ func TestNames(t *testing.T) {
 		t.Errorf("dropped again: %s, applied %q", got, w.applied)
 	}
 	for want, o := range map[string]install.Options{
-		`"A.example" is in both`:                            {SANs: []string{"a.example"}, DropSANs: []string{"A.example"}},
+		`"A.example" is in both`:                             {SANs: []string{"a.example"}, DropSANs: []string{"A.example"}},
 		`"kms-api.site.svc" is a name of the API's own Serv`: {DropSANs: []string{"kms-api.site.svc"}},
 	} {
 		o.Release, o.Namespace, o.Domain, w.applied = "kms", "site", "cluster.local", nil
@@ -580,6 +580,33 @@ func TestRollback(t *testing.T) {
 	res, err := w.job().Rollback(t.Context(), o, 0)
 	if err != nil || res.Release.Version != "1.0.0" || !slices.Equal(w.undone, []string{"rollback 1"}) || len(w.applied) > 0 {
 		t.Errorf("%+v, %v, undone %q, applied %q", res, err, w.undone, w.applied)
+	}
+}
+
+// TestMembersStay: what would take members of the store away is refused before
+// anything is done.
+func TestMembersStay(t *testing.T) {
+	w, o := newWorld(), options(t)
+	if _, err := w.job().Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	w.values = map[string]any{"storage": map[string]any{"replicas": int64(3)}}
+	w.applied, o.Atomic = nil, true
+	if _, err := w.job().Upgrade(t.Context(), o); fault.KindOf(err) != fault.Usage || !strings.Contains(fault.HintOf(err), "without --atomic") || len(w.applied) > 0 {
+		t.Errorf("%v, hint %q, applied %q", err, fault.HintOf(err), w.applied)
+	}
+	o.Atomic = false
+	if _, err := w.job().Upgrade(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.job().Rollback(t.Context(), o, 0); fault.KindOf(err) != fault.Conflict || !strings.Contains(err.Error(), "revision 1 has 1 member") || fault.HintOf(err) == "" || len(w.undone) > 0 {
+		t.Errorf("%v, hint %q, undone %q", err, fault.HintOf(err), w.undone)
+	}
+	// As Helm gives them back.
+	w.release.Values = map[string]any{"storage": map[string]any{"replicas": float64(3)}}
+	o.Atomic = true
+	if _, err := w.job().Upgrade(t.Context(), o); err != nil {
+		t.Errorf("as many members as before: %v", err)
 	}
 }
 

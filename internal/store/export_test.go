@@ -9,6 +9,12 @@ func SetQuota(t *testing.T, n int64) {
 	t.Cleanup(func() { testOnlyQuota = 0 })
 }
 
+// StopAsLearner stops members that join, before they have a vote.
+func StopAsLearner(err error) (undo func()) {
+	testOnlyLearning = func() error { return err }
+	return func() { testOnlyLearning = nil }
+}
+
 const KeepParsedForTest = keepParsed
 
 // ParsedForTest counts the records of a folder that are kept parsed.

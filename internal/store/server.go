@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
 	"net"
 	"net/url"
@@ -14,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	"go.etcd.io/etcd/client/pkg/v3/types"
@@ -35,8 +33,8 @@ type ServerConfig struct {
 	CAFile        string // clients and members must show a certificate signed by it
 
 	// Members are all members of the store with their URLs for each other,
-	// this one included; none for a store of one. A store keeps the members
-	// that it began with.
+	// this one included; none for a store of one that never grows. Members may
+	// join a store, and never leave it.
 	Members    map[string]string
 	ListenPeer string // https://0.0.0.0:2380
 }
@@ -75,7 +73,7 @@ func OpenServer(ctx context.Context, s ServerConfig) (*Member, error) {
 	if err := lock(s.Dir); err != nil {
 		return nil, err
 	}
-	if err := s.sameMembers(); err != nil {
+	if err := s.keepsMembers(); err != nil {
 		return nil, err
 	}
 	info := transport.TLSInfo{CertFile: s.CertFile, KeyFile: s.KeyFile, TrustedCAFile: s.CAFile, ClientCertAuth: true}
@@ -105,14 +103,11 @@ func (s ServerConfig) start(ctx context.Context, info transport.TLSInfo, clients
 	}
 	cfg.ClientURLs = types.URLs{{Scheme: "https", Host: net.JoinHostPort(cmp.Or(s.AdvertiseHost, "localhost"), port)}}
 	cfg.ClientCertAuthEnabled = true
-	if len(s.Members) < 2 {
+	if len(s.Members) == 0 {
 		return start(ctx, cfg, nil, startTimeout)
 	}
-	cfg.InitialPeerURLsMap = types.URLsMap{}
-	for name, at := range s.Members {
-		if cfg.InitialPeerURLsMap[name], err = types.NewURLs([]string{at}); err != nil {
-			return nil, fault.Usagef("--member: %w", err)
-		}
+	if cfg.InitialPeerURLsMap, err = s.urls(); err != nil {
+		return nil, err
 	}
 	cfg.PeerURLs = cfg.InitialPeerURLsMap[s.Name]
 	// A pod's address changes with every start, so that a member is told by the
@@ -124,8 +119,14 @@ func (s ServerConfig) start(ctx context.Context, info transport.TLSInfo, clients
 		return nil, fault.New(fault.Usage, "read the certificates of storage", s.CertFile, err)
 	}
 	t.MinVersion = tls.VersionTLS12
-	if err := s.meet(ctx); err != nil {
-		return nil, err
+	if len(s.Members) > 1 && !s.begun() {
+		found, err := s.find(ctx, info, t)
+		if err != nil {
+			return nil, err
+		}
+		if found != nil {
+			cfg.InitialPeerURLsMap, cfg.NewCluster = found, false
+		}
 	}
 	peers, err := listen(ctx, s.ListenPeer)
 	if err != nil {
@@ -136,7 +137,22 @@ func (s ServerConfig) start(ctx context.Context, info transport.TLSInfo, clients
 	if err != nil {
 		return nil, errors.Join(err, ignoreClosed(peers.Close()))
 	}
+	if err := m.settle(ctx, cfg.PeerURLs); err != nil {
+		m.Close()
+		return nil, err
+	}
 	return m, nil
+}
+
+func (s ServerConfig) urls() (types.URLsMap, error) {
+	out := types.URLsMap{}
+	for name, at := range s.Members {
+		var err error
+		if out[name], err = types.NewURLs([]string{at}); err != nil {
+			return nil, fault.Usagef("--member: %w", err)
+		}
+	}
+	return out, nil
 }
 
 func listen(ctx context.Context, at string) (net.Listener, error) {
@@ -172,9 +188,9 @@ func (s ServerConfig) names() []string {
 	return out
 }
 
-// sameMembers refuses a folder whose store has other members: to begin another
-// store beside it would show an empty KMS, or two.
-func (s ServerConfig) sameMembers() error {
+// keepsMembers refuses a folder whose store has members that are missing in the
+// settings. Which members the store really has stands in its data.
+func (s ServerConfig) keepsMembers() error {
 	path := filepath.Join(s.Dir, membersFile)
 	had := []string{s.Name} // stores of one did not always write it down
 	b, err := os.ReadFile(path)
@@ -186,9 +202,10 @@ func (s ServerConfig) sameMembers() error {
 	case !errors.Is(err, fs.ErrNotExist):
 		return fault.New(fault.Other, "read", path, err)
 	}
-	if s.begun() && !slices.Equal(had, s.names()) {
+	gone := func(name string) bool { return !slices.Contains(s.names(), name) }
+	if s.begun() && slices.ContainsFunc(had, gone) {
 		return fault.Newf(fault.Conflict, "start storage in", s.Dir, "its store has the members %s, and is to run with %s", strings.Join(had, ", "), strings.Join(s.names(), ", ")).
-			WithHint("go back to as many members as it has: their number cannot be changed, only a new installation can have another")
+			WithHint("go back to as many members as it has: a store grows from 1 to 3, and never shrinks")
 	}
 	if b, err = json.Marshal(s.names()); err != nil {
 		return err
@@ -200,65 +217,6 @@ func (s ServerConfig) sameMembers() error {
 func (s ServerConfig) begun() bool {
 	_, err := os.Stat(filepath.Join(s.Dir, "member", "wal"))
 	return err == nil
-}
-
-const (
-	meetPause = 200 * time.Millisecond
-	meetTime  = 2 * time.Minute // then the pod's log says who is missing
-)
-
-// meet lets a store of several begin only when all members are there, ready to
-// begin or begun. Most of them could do without one that refuses because it has
-// the data of another store.
-func (s ServerConfig) meet(ctx context.Context) error {
-	if s.begun() {
-		return nil
-	}
-	l, err := listen(ctx, s.ListenPeer)
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return // closed
-			}
-			_ = c.Close() // to be seen is all
-		}
-	}()
-	ctx, cancel := context.WithTimeout(ctx, meetTime)
-	defer cancel()
-	for _, name := range s.names() {
-		if name == s.Name {
-			continue
-		}
-		if err := waitFor(ctx, s.Members[name]); err != nil {
-			return fault.New(fault.Unreachable, "begin a store with member", name, err).
-				WithHint("all members must be there once, for the store to begin; see the log of %s", name)
-		}
-	}
-	return nil
-}
-
-// waitFor waits until somebody listens at a member's URL.
-func waitFor(ctx context.Context, at string) error {
-	u, err := url.Parse(at)
-	if err != nil {
-		return err
-	}
-	for {
-		c, err := new(net.Dialer).DialContext(ctx, "tcp", u.Host)
-		if err == nil {
-			return c.Close()
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("%s does not answer: %w", u.Host, err)
-		case <-time.After(meetPause):
-		}
-	}
 }
 
 // Ready is nil when the member can serve: it has a leader, and most members

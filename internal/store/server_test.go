@@ -3,6 +3,7 @@ package store_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -77,50 +78,18 @@ func TestThreeMembersLoseNothing(t *testing.T) {
 	configs, endpoints, file := trio(t)
 	members := begin(t, configs...)
 	s := open(t, dial(t, endpoints, file))
-	ctx, stop := context.WithCancel(t.Context())
-	acked := make(chan int, 100000)
-	written := make(chan struct{})
-	go func() {
-		defer close(written)
-		for i := 0; ctx.Err() == nil; i++ {
-			if s.Commit(ctx, record.Change{Path: fmt.Sprintf("x/%06d", i), Value: thing{i}}) == nil {
-				acked <- i
-			}
-		}
-	}()
-	more := func(n int) { // so many writes were acknowledged since
-		t.Helper()
-		for want := len(acked) + n; len(acked) < want; {
-			select {
-			case <-time.After(10 * time.Millisecond):
-			case <-t.Context().Done():
-				t.Fatal("no more writes")
-			}
-		}
-	}
-	more(10)
+	w := write(t, s)
+	w.more(10)
 	for i := range members {
 		members[i].Close()
-		more(10)
+		w.more(10)
 		members[i] = begin(t, configs[i])[0]
 		if err := members[i].Ready(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		more(10)
+		w.more(10)
 	}
-	stop()
-	<-written
-	close(acked)
-	fresh := open(t, dial(t, endpoints[1:2], file))
-	n := 0
-	for i := range acked {
-		n++
-		var v thing
-		if _, err := fresh.Get(t.Context(), fmt.Sprintf("x/%06d", i), &v); err != nil || v.N != i {
-			t.Errorf("write %d was acknowledged and is lost: %v", i, err)
-		}
-	}
-	t.Logf("%d writes acknowledged, none lost", n)
+	lost(t, open(t, dial(t, endpoints[1:2], file)), w.stop())
 
 	// Most are gone: the last one is not ready, and says so.
 	members[0].Close()
@@ -132,23 +101,154 @@ func TestThreeMembersLoseNothing(t *testing.T) {
 	}
 }
 
-// TestStoreKeepsItsMembers: a folder is opened with the members that its store
-// has, and no store of other members begins beside it.
-func TestStoreKeepsItsMembers(t *testing.T) {
+// writer writes until it is stopped, and knows what was acknowledged.
+type writer struct {
+	t    *testing.T
+	stop func() []int
+
+	mu    sync.Mutex
+	acked []int
+}
+
+func write(t *testing.T, s *store.Store) *writer {
+	ctx, cancel := context.WithCancel(t.Context())
+	w := &writer{t: t}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := 0; ctx.Err() == nil; i++ {
+			if s.Commit(ctx, record.Change{Path: fmt.Sprintf("x/%06d", i), Value: thing{i}}) == nil {
+				w.mu.Lock()
+				w.acked = append(w.acked, i)
+				w.mu.Unlock()
+			}
+		}
+	}()
+	w.stop = func() []int {
+		cancel()
+		<-done
+		return w.acked
+	}
+	return w
+}
+
+func (w *writer) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.acked)
+}
+
+// more waits until so many writes more were acknowledged.
+func (w *writer) more(n int) {
+	w.t.Helper()
+	for want := w.count() + n; w.count() < want; {
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-w.t.Context().Done():
+			w.t.Fatal("no more writes")
+		}
+	}
+}
+
+// lost looks for what was acknowledged.
+func lost(t *testing.T, s *store.Store, acked []int) {
+	t.Helper()
+	for _, i := range acked {
+		var v thing
+		if _, err := s.Get(t.Context(), fmt.Sprintf("x/%06d", i), &v); err != nil || v.N != i {
+			t.Errorf("write %d was acknowledged and is lost: %v", i, err)
+		}
+	}
+	t.Logf("%d writes acknowledged", len(acked))
+}
+
+// TestStoreGrows: a store of one goes on while two members join it, one
+// of which is killed twice on the way, and each of the three has everything then.
+func TestStoreGrows(t *testing.T) {
 	configs, endpoints, file := trio(t)
 	alone := configs[0]
-	alone.Members = nil
-	m, err := store.OpenServer(t.Context(), alone)
+	alone.Members = map[string]string{"s0": configs[0].ListenPeer}
+	first := begin(t, alone)[0]
+	w := write(t, open(t, dial(t, endpoints[:1], file)))
+	w.more(10)
+
+	// Killed when the store has taken it, and before it had any data.
+	c := dial(t, endpoints[:1], file)
+	if _, err := c.MemberAddAsLearner(t.Context(), []string{configs[1].ListenPeer}); err != nil {
+		t.Fatal(err)
+	}
+	w.more(10)
+	// Killed when it had data, and had no vote.
+	func() {
+		defer store.StopAsLearner(errHalfWay)()
+		if m, err := store.OpenServer(t.Context(), configs[1]); !errors.Is(err, errHalfWay) {
+			t.Fatalf("%v %v", m, err)
+		}
+	}()
+	if got := shape(t, c); got != "s0 s1(learns)" {
+		t.Errorf("half-way: %s", got)
+	}
+	w.more(10)
+	// While one learns no other is taken, and each waits for its turn.
+	begin(t, configs[2], configs[1])
+	if got := shape(t, c); got != "s0 s1 s2" {
+		t.Errorf("grown: %s", got)
+	}
+	w.more(10)
+
+	// The first one takes the new settings over, and the others go on meanwhile.
+	first.Close()
+	begin(t, configs[0])
+	acked := w.stop()
+	for _, at := range endpoints {
+		lost(t, open(t, dial(t, []string{at}, file)), acked)
+	}
+}
+
+var errHalfWay = errors.New("half-way")
+
+// shape is the members of a store, in words.
+func shape(t *testing.T, c *clientv3.Client) string {
+	t.Helper()
+	res, err := c.MemberList(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := open(t, dial(t, endpoints[:1], file)).Commit(t.Context(), record.Change{Path: "x/1", Value: thing{1}}); err != nil {
+	var out []string
+	for _, m := range res.Members {
+		if m.IsLearner {
+			m.Name += "(learns)"
+		}
+		out = append(out, m.Name)
+	}
+	slices.Sort(out)
+	return strings.Join(out, " ")
+}
+
+// TestStoreOfOneFromBefore: a member that listened to nobody, as it did before
+// stores grew, is heard after one start with its address.
+func TestStoreOfOneFromBefore(t *testing.T) {
+	configs, endpoints, file := trio(t)
+	old := configs[0]
+	old.Members = nil
+	m := begin(t, old)[0]
+	if err := open(t, dial(t, endpoints[:1], file)).Commit(t.Context(), record.Change{Path: "x/000001", Value: thing{1}}); err != nil {
 		t.Fatal(err)
 	}
 	m.Close()
-	if _, err := store.OpenServer(t.Context(), configs[0]); fault.KindOf(err) != fault.Conflict || !strings.Contains(fault.HintOf(err), "as many members as it has") {
-		t.Fatalf("one member grown to three: %v, hint %q", err, fault.HintOf(err))
+	if err := os.Remove(filepath.Join(old.Dir, "members.json")); err != nil {
+		t.Fatal(err)
 	}
+	begin(t, configs...)
+	for _, at := range endpoints {
+		lost(t, open(t, dial(t, []string{at}, file)), []int{1})
+	}
+}
+
+// TestStoreKeepsItsMembers: no member is left out, none begins a store of its
+// own beside one that is there or may be, and none comes back without its data.
+func TestStoreKeepsItsMembers(t *testing.T) {
+	configs, _, _ := trio(t)
 	// The two others are most of three, and must not begin without the first.
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
@@ -160,27 +260,35 @@ func TestStoreKeepsItsMembers(t *testing.T) {
 		}()
 	}
 	for range 2 {
-		if err := <-faults; fault.KindOf(err) != fault.Unreachable || !strings.Contains(err.Error(), `"s0"`) {
-			t.Errorf("a store began without its first member: %v", err)
+		if err := <-faults; fault.KindOf(err) != fault.Unreachable || !strings.Contains(err.Error(), `"s0"`) || fault.HintOf(err) == "" {
+			t.Errorf("a store began without its first member: %v, hint %q", err, fault.HintOf(err))
 		}
 	}
-	if m, err = store.OpenServer(t.Context(), alone); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(m.Close)
-
-	// A folder from before the members were written down is one of a store of one.
-	if err := os.Remove(filepath.Join(alone.Dir, "members.json")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := store.OpenServer(t.Context(), configs[0]); fault.KindOf(err) != fault.Conflict {
-		t.Errorf("without the file: %v", err)
-	}
+	members := begin(t, configs...)
 	var had []string
 	b, err := os.ReadFile(filepath.Join(configs[1].Dir, "members.json"))
 	if err != nil || json.Unmarshal(b, &had) != nil || !slices.Equal(had, []string{"s0", "s1", "s2"}) {
 		t.Errorf("%s %v", b, err)
 	}
+
+	members[2].Close()
+	alone := configs[2]
+	alone.Members = map[string]string{"s2": configs[2].ListenPeer}
+	if _, err := store.OpenServer(t.Context(), alone); fault.KindOf(err) != fault.Conflict || !strings.Contains(fault.HintOf(err), "never shrinks") {
+		t.Errorf("one of three alone: %v, hint %q", err, fault.HintOf(err))
+	}
+	empty := configs[2]
+	empty.Dir = t.TempDir()
+	if _, err := store.OpenServer(t.Context(), empty); fault.KindOf(err) != fault.Conflict || !strings.Contains(err.Error(), "its folder is empty") {
+		t.Errorf("without its data: %v", err)
+	}
+	stranger := empty
+	stranger.Name = "s9"
+	stranger.Members = map[string]string{"s9": configs[2].ListenPeer, "s0": configs[0].ListenPeer, "other": configs[1].ListenPeer}
+	if _, err := store.OpenServer(t.Context(), stranger); fault.KindOf(err) != fault.Conflict || !strings.Contains(err.Error(), "none of the members") {
+		t.Errorf("another store: %v", err)
+	}
+	begin(t, configs[2])
 }
 
 func TestServerConfigCheck(t *testing.T) {

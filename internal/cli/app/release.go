@@ -97,7 +97,7 @@ const defaultDomain = "cluster.local"
 // Add puts the flags into fs.
 func (f *ReleaseFlags) Add(fs *pflag.FlagSet) {
 	f.VolumeFlags.Add(fs)
-	fs.IntVar(&f.StorageMembers, "storage-members", 0, "members of the store, 1 or 3, which stay as many as they began; without it, what the settings say, or 1")
+	fs.IntVar(&f.StorageMembers, "storage-members", 0, "members of the store, 1 or 3; one grows to three by an upgrade, three stay three; without it, what the settings say, or 1")
 	fs.IntVar(&f.APIReplicas, "api-replicas", 0, "replicas of the API, each with its HSM connector; without it, what the settings say, or 1")
 	fs.BoolVar(&f.AccountTokens, "service-account-tokens", false, "let tokens of the cluster's ServiceAccounts prove service IDs; makes a ClusterRole for TokenReviews")
 	fs.StringSliceVar(&f.Audiences, "token-audience", nil, "audience for which such a token must be made; repeatable; without it, "+TokenAudience+" or the cluster's own API server")

@@ -237,7 +237,9 @@ func (o *apiOptions) review() (func(context.Context, string) (string, error), er
 		return nil, err
 	}
 	if len(o.audiences) > 0 {
-		return func(ctx context.Context, token string) (string, error) { return c.ReviewToken(ctx, token, o.audiences...) }, nil
+		return func(ctx context.Context, token string) (string, error) {
+			return c.ReviewToken(ctx, token, o.audiences...)
+		}, nil
 	}
 	return func(ctx context.Context, token string) (string, error) {
 		account, err := c.ReviewToken(ctx, token, app.TokenAudience)
@@ -262,8 +264,9 @@ func newRunStorageCmd(a *app.App, run func(context.Context, *storageOptions) err
 	cmd := &cobra.Command{
 		Use: "storage", Short: "Run an etcd member that takes client certificates only", Args: cobra.NoArgs,
 		Long: `Run an etcd member: the only one of its store, or one of three, each of which gets all
-three by --member. A store keeps the members that it began with: a folder whose store has
-others is refused, and a store of three begins only when all three are there.`,
+three by --member. A store of three begins only when all three are there and none has data;
+a store that is there is joined, by one member after the other. No member leaves it: a folder
+whose store has members that are not named is refused.`,
 		Example: "  kmsctl run storage --data-dir /data --listen-client https://0.0.0.0:2379 --cert-file … --key-file … --ca-file …",
 		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
@@ -275,7 +278,7 @@ others is refused, and a store of three begins only when all three are there.`,
 	fs.StringVar(&o.cfg.CertFile, "cert-file", "", "certificate of this server")
 	fs.StringVar(&o.cfg.KeyFile, "key-file", "", "its key")
 	fs.StringVar(&o.cfg.CAFile, "ca-file", "", "CA that signs the certificates of clients and members")
-	fs.StringToStringVar(&o.cfg.Members, "member", nil, "NAME=https://HOST:PORT of each member of a store of three, this one included; repeatable")
+	fs.StringToStringVar(&o.cfg.Members, "member", nil, "NAME=https://HOST:PORT of each member of the store, this one included; repeatable; without it, it is the only one for good")
 	fs.StringVar(&o.cfg.ListenPeer, "listen-peer", "https://0.0.0.0:2380", "address for the other members")
 	fs.StringVar(&o.health, "listen-health", "", "address of /readyz, in plain HTTP")
 	return cmd

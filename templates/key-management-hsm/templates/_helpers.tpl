@@ -214,9 +214,12 @@ capability, opens it to group 0. */}}
 {{- if and (gt (int $v.storage.replicas) 1) $v.storage.persistence.existingClaim }}
 {{- fail "storage.persistence.existingClaim: one claim cannot serve several members" }}
 {{- end }}
+{{- if and (gt (int $v.storage.replicas) 1) $v.persistence.emptyDir }}
+{{- fail "storage.replicas: a member of several must not come back without its data, so that persistence.emptyDir goes with 1 member only" }}
+{{- end }}
 {{- $have := lookup "apps/v1" "StatefulSet" .Release.Namespace (include "kms.name" (dict "root" . "component" "storage")) }}
-{{- if and $have $have.spec.replicas (ne (int $have.spec.replicas) (int $v.storage.replicas)) }}
-{{- fail (printf "storage.replicas: the store has %d, and keeps the members that it began with: only a new installation can have another number" (int $have.spec.replicas)) }}
+{{- if and $have $have.spec.replicas (gt (int $have.spec.replicas) (int $v.storage.replicas)) }}
+{{- fail (printf "storage.replicas: the store has %d, and grows from 1 to 3 but never shrinks: only a new installation can have fewer" (int $have.spec.replicas)) }}
 {{- end }}
 {{- if and (gt (int $v.oss.replicas) 1) $v.oss.persistence.existingClaim }}
 {{- fail "oss.persistence.existingClaim: one claim cannot serve several replicas" }}
