@@ -77,6 +77,16 @@ type Release struct {
 	Manifest   string         `json:"-"`
 }
 
+// HSMModel is the model of the HSM by the values of a release; the chart's own
+// is SoftHSM.
+func HSMModel(values map[string]any) string {
+	hsm, _ := values["hsm"].(map[string]any)
+	if m, _ := hsm["hsm_model"].(string); m != "" {
+		return m
+	}
+	return "softhsm"
+}
+
 // Workload is one Deployment or StatefulSet of a release.
 type Workload struct {
 	Kind    string `json:"kind"`

@@ -581,6 +581,9 @@ func (p Preflight) release(ctx context.Context) []Finding {
 	case r.Status == cluster.Failed:
 		return warn("see `kmsctl doctor`; installing again goes on from there", "revision %d failed: %s", r.Revision, r.Note)
 	}
+	if has := cluster.HSMModel(r.Values); p.Model.Name != "" && has != p.Model.Name {
+		return fail("go on with "+has+", or give up every key with `kmsctl uninstall --delete-secrets --delete-data` first", "%s is installed for %s: its data open with the master keys in that HSM alone, and %s has none of them", p.Release, has, p.Model.Name)
+	}
 	return warn("`kmsctl install` leaves it alone when nothing differs; `kmsctl upgrade` changes it", "%s is installed: revision %d, chart %s, %s", p.Release, r.Revision, r.Version, r.Status)
 }
 

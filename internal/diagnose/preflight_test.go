@@ -328,9 +328,14 @@ func TestEachCheckFails(t *testing.T) {
 		}, "release", diagnose.Warn, "revision 3 failed: timed out", "doctor"},
 		"installed": {func(_ *testing.T, w *world) {
 			w.pre.Current = func(context.Context) (cluster.Release, error) {
-				return cluster.Release{Status: cluster.Deployed, Revision: 2, Version: "1.0.0"}, nil
+				return cluster.Release{Status: cluster.Deployed, Revision: 2, Version: "1.0.0", Values: map[string]any{"hsm": map[string]any{"hsm_model": "gemalto"}}}, nil
 			}
 		}, "release", diagnose.Warn, "is installed: revision 2", "upgrade"},
+		"another model": {func(_ *testing.T, w *world) {
+			w.pre.Current = func(context.Context) (cluster.Release, error) {
+				return cluster.Release{Status: cluster.Deployed, Revision: 2, Version: "1.0.0"}, nil
+			}
+		}, "release", diagnose.Fail, "is installed for softhsm", "go on with softhsm"},
 		"Helm 2": {func(_ *testing.T, w *world) {
 			w.objects = append(w.objects, &corev1.ConfigMap{ObjectMeta: meta("key-management-hsm.v1", map[string]string{"OWNER": "TILLER", "NAME": "key-management-hsm"})})
 		}, "helm 2", diagnose.Fail, "Helm 2 has a release key-management-hsm", "2to3"},

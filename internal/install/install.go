@@ -115,23 +115,29 @@ func Plan(o Options, version string) []string {
 
 // Run installs, and does nothing that is done already.
 func (j Job) Run(ctx context.Context, o Options) (Result, error) {
-	return j.change(ctx, o, func(ctx context.Context, have cluster.Release) (Result, error) {
-		version, values := j.Changer.Target()
+	version, values := j.Changer.Target()
+	check := func(have cluster.Release) error {
+		good, err := j.lastGood(o.Release)
+		if err != nil || good.Revision == 0 {
+			return err
+		}
+		if err := checkChange(o, good.Values, values); err != nil {
+			return err
+		}
+		if have.Status != cluster.Deployed {
+			return fault.Newf(fault.Conflict, "install release", o.Release, "revision %d of it is %s, and revision %d was good", have.Revision, have.Status, good.Revision).
+				WithHint("change it with `kmsctl upgrade`, or go back with `kmsctl rollback`")
+		}
+		if have.Version != version || !same(have.Values, values) {
+			return fault.Newf(fault.Conflict, "install release", o.Release, "it is there: chart %s, with other values or another version than asked", have.Version).
+				WithHint("change it with `kmsctl upgrade`, with the same flags")
+		}
+		return nil
+	}
+	return j.change(ctx, o, check, func(ctx context.Context, have cluster.Release) (Result, error) {
 		if have.Status == cluster.Deployed {
-			if have.Version != version || !same(have.Values, values) {
-				return Result{}, fault.Newf(fault.Conflict, "install release", o.Release, "it is there: chart %s, with other values or another version than asked", have.Version).
-					WithHint("change it with `kmsctl upgrade`, with the same flags")
-			}
 			j.Line("unchanged", fmt.Sprintf("release %s, revision %d, chart %s", have.Name, have.Revision, have.Version))
 			return Result{Release: have}, j.waitFor(ctx, o)
-		}
-		good, err := j.lastGood(o.Release)
-		if err != nil {
-			return Result{}, err
-		}
-		if good.Revision > 0 {
-			return Result{}, fault.Newf(fault.Conflict, "install release", o.Release, "revision %d of it is %s, and revision %d was good", have.Revision, have.Status, good.Revision).
-				WithHint("change it with `kmsctl upgrade`, or go back with `kmsctl rollback`")
 		}
 		r, err := j.watched(ctx, o, func(ctx context.Context) (cluster.Release, error) { return j.Changer.Install(ctx, o.Release) })
 		if err != nil {
@@ -144,18 +150,18 @@ func (j Job) Run(ctx context.Context, o Options) (Result, error) {
 
 // Upgrade changes the release that is there.
 func (j Job) Upgrade(ctx context.Context, o Options) (Result, error) {
-	good, err := j.lastGood(o.Release)
-	if err != nil {
-		return Result{}, err
-	}
-	if good.Revision == 0 {
-		return Result{}, fault.Newf(fault.NotFound, "upgrade release", o.Release, "no revision of it was ever whole").WithHint("install it with `kmsctl install`, with the same flags")
-	}
 	version, values := j.Changer.Target()
-	if err := checkChange(o, good.Values, values); err != nil {
-		return Result{}, err
+	var good cluster.Release
+	check := func(cluster.Release) (err error) {
+		if good, err = j.lastGood(o.Release); err != nil {
+			return err
+		}
+		if good.Revision == 0 {
+			return fault.Newf(fault.NotFound, "upgrade release", o.Release, "no revision of it was ever whole").WithHint("install it with `kmsctl install`, with the same flags")
+		}
+		return checkChange(o, good.Values, values)
 	}
-	return j.change(ctx, o, func(ctx context.Context, have cluster.Release) (Result, error) {
+	return j.change(ctx, o, check, func(ctx context.Context, have cluster.Release) (Result, error) {
 		if have.Status == cluster.Deployed && have.Version == version && same(have.Values, values) {
 			j.Line("unchanged", fmt.Sprintf("release %s, revision %d, chart %s", have.Name, have.Revision, have.Version))
 			return Result{Release: have}, j.waitFor(ctx, o)
@@ -188,6 +194,9 @@ func (j Job) Rollback(ctx context.Context, o Options, revision int) (Result, err
 	return j.locked(ctx, o, func(ctx context.Context, have cluster.Release) (Result, error) {
 		to, err := j.rollbackTarget(o.Release, have, revision)
 		if err != nil {
+			return Result{}, err
+		}
+		if err := SameModel(o.Release, have.Values, to.Values); err != nil && !o.Foreign {
 			return Result{}, err
 		}
 		if was, is := members(to.Values), members(have.Values); !o.Foreign && was != is {
@@ -228,16 +237,30 @@ func (j Job) rollbackTarget(name string, have cluster.Release, revision int) (cl
 	return cluster.Release{}, fault.Newf(fault.NotFound, "roll back release", name, "there is no revision %d", revision).WithHint("revisions: %s", strings.Join(known, ", "))
 }
 
-// checkChange stops what could not be undone, before anything is done.
+// checkChange stops what would leave the data behind or could not be undone.
 func checkChange(o Options, was, will map[string]any) error {
 	if o.Foreign {
 		return nil
+	}
+	if err := SameModel(o.Release, was, will); err != nil {
+		return err
 	}
 	if a, b := members(was), members(will); a != b && o.Atomic {
 		return fault.Usagef("--atomic: the store is to have %s members and has %s, and no member leaves a store again", b, a).
 			WithHint("grow the store by an upgrade of its own, without --atomic; when it stops half-way, the same upgrade goes on")
 	}
 	return nil
+}
+
+// SameModel refuses another model of HSM for a release that was whole: whatever
+// its store holds opens with the master keys in the HSM that it began with.
+func SameModel(release string, was, will map[string]any) error {
+	a, b := cluster.HSMModel(was), cluster.HSMModel(will)
+	if a == b {
+		return nil
+	}
+	return fault.Newf(fault.Conflict, "switch release", release, "its data open with the master keys in its %s HSM alone, and %s has none of them", a, b).
+		WithHint("go on with %s; or give up every key: `kmsctl hsm clear --in-cluster-service` where the old HSM still answers, `kmsctl uninstall --delete-secrets --delete-data`, then `kmsctl install --model %s`", a, b)
 }
 
 // members is how many members a store has by these values.
@@ -291,8 +314,9 @@ func (j Job) undo(ctx context.Context, o Options, good int, failed error) error 
 	return fmt.Errorf("%w (%s)", failed, did)
 }
 
-// change locks the release, sees to its Secrets, and changes it.
-func (j Job) change(ctx context.Context, o Options, do func(context.Context, cluster.Release) (Result, error)) (Result, error) {
+// change locks the release, stops what check refuses before anything is done,
+// sees to the Secrets, and changes the release.
+func (j Job) change(ctx context.Context, o Options, check func(have cluster.Release) error, do func(context.Context, cluster.Release) (Result, error)) (Result, error) {
 	if err := checkSANs(o); err != nil {
 		return Result{}, err
 	}
@@ -300,6 +324,9 @@ func (j Job) change(ctx context.Context, o Options, do func(context.Context, clu
 		return Result{}, err
 	}
 	return j.locked(ctx, o, func(ctx context.Context, have cluster.Release) (Result, error) {
+		if err := check(have); err != nil {
+			return Result{}, err
+		}
 		if err := j.prepare(ctx, o); err != nil {
 			return Result{}, err
 		}

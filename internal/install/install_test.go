@@ -583,6 +583,52 @@ func TestRollback(t *testing.T) {
 	}
 }
 
+// TestModelStays: another model of HSM is refused before anything is done, by
+// whatever way it comes, since no key would open any more; and it is taken
+// where there is nothing to lose.
+func TestModelStays(t *testing.T) {
+	w, o := newWorld(), options(t)
+	if _, err := w.job().Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	luna := map[string]any{"hsm": map[string]any{"hsm_model": "gemalto", "hsm_ip": "192.0.2.1"}}
+	o.HSMSecret = &cluster.Secret{Namespace: "site", Name: "hsm-secret", Data: map[string][]byte{"hsm-pass": []byte("another")}}
+	refused := func(by string, do func() (install.Result, error)) {
+		t.Helper()
+		w.applied, w.undone = nil, nil
+		_, err := do()
+		if fault.KindOf(err) != fault.Conflict || !strings.Contains(err.Error(), "softhsm HSM alone") || !strings.Contains(fault.HintOf(err), "kmsctl uninstall --delete-secrets --delete-data") {
+			t.Errorf("%s: %v, hint %q", by, err, fault.HintOf(err))
+		}
+		if len(w.applied)+len(w.undone) > 0 {
+			t.Errorf("%s: applied %q, undone %q", by, w.applied, w.undone)
+		}
+	}
+	w.values = luna
+	refused("install", func() (install.Result, error) { return w.job().Run(t.Context(), o) })
+	refused("upgrade", func() (install.Result, error) { return w.job().Upgrade(t.Context(), o) })
+	refused("apply", func() (install.Result, error) { return w.job().Apply(t.Context(), o) })
+	// Helm alone was told to switch, and failed: the data are still the old HSM's.
+	w.history = append(w.history, w.release)
+	w.release = cluster.Release{Name: "kms", Revision: 2, Status: cluster.Failed, Values: luna}
+	refused("upgrade after one that failed", func() (install.Result, error) { return w.job().Upgrade(t.Context(), o) })
+	w.release.Status = cluster.Deployed
+	w.history[0].Values, w.release.Values = luna, map[string]any{}
+	refused("rollback", func() (install.Result, error) { return w.job().Rollback(t.Context(), o, 1) })
+
+	fresh := newWorld()
+	fresh.values = luna
+	if _, err := fresh.job().Run(t.Context(), options(t)); err != nil {
+		t.Errorf("where nothing was: %v", err)
+	}
+	failed := newWorld()
+	failed.values = luna
+	failed.release = cluster.Release{Name: "kms", Revision: 1, Status: cluster.Failed}
+	if _, err := failed.job().Run(t.Context(), options(t)); err != nil {
+		t.Errorf("where nothing ever was whole: %v", err)
+	}
+}
+
 // TestMembersStay: what would take members of the store away is refused before
 // anything is done.
 func TestMembersStay(t *testing.T) {

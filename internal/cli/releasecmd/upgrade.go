@@ -56,6 +56,9 @@ func runUpgrade(ctx context.Context, o *changeOptions) error {
 		return err
 	}
 	if o.dryRun {
+		if err := install.SameModel(o.kube.Release, have.Values, in.values); err != nil {
+			return err
+		}
 		after, err := h.Render(ctx, o.kube.Release, chart, in.values)
 		if err != nil {
 			return err

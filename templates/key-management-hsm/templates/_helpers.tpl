@@ -217,6 +217,10 @@ capability, opens it to group 0. */}}
 {{- if and (gt (int $v.storage.replicas) 1) $v.persistence.emptyDir }}
 {{- fail "storage.replicas: a member of several must not come back without its data, so that persistence.emptyDir goes with 1 member only" }}
 {{- end }}
+{{- $was := dig "metadata" "annotations" "kmsctl/hsm-model" "" (lookup "apps/v1" "StatefulSet" .Release.Namespace (include "kms.name" (dict "root" . "component" "oss"))) }}
+{{- if and $was (ne $was $m) }}
+{{- fail (printf "hsm.hsm_model: the release runs %s, and its data open with the master keys in that HSM alone: %s needs a new installation" $was $m) }}
+{{- end }}
 {{- $have := lookup "apps/v1" "StatefulSet" .Release.Namespace (include "kms.name" (dict "root" . "component" "storage")) }}
 {{- if and $have $have.spec.replicas (gt (int $have.spec.replicas) (int $v.storage.replicas)) }}
 {{- fail (printf "storage.replicas: the store has %d, and grows from 1 to 3 but never shrinks: only a new installation can have fewer" (int $have.spec.replicas)) }}
