@@ -29,8 +29,11 @@ type abilities struct {
 	forms      map[form]way // how to open each form
 	unwrapLen  bool         // C_UnwrapKey wants CKA_VALUE_LEN
 	importable bool         // C_CreateObject takes secret keys
-	readOnly   bool         // the token keeps no new objects
-	report     hsm.Capabilities
+	// unwrapImport: material comes in by C_UnwrapKey under a key of the token
+	unwrapImport bool
+	oaep         oaepWay
+	readOnly     bool // the token keeps no new objects
+	report       hsm.Capabilities
 }
 
 // macKind is how a token makes and uses HMAC-SHA-256 keys.
@@ -80,7 +83,7 @@ func (t *Token) explore(all bool) (*abilities, error) {
 	}
 	err = t.with(func(s pkcs11.SessionHandle) error {
 		x := &explorer{Token: t, s: s, a: a, all: all}
-		for _, step := range []func() error{x.imports, x.guards, x.suites, x.wraps, x.unwraps} {
+		for _, step := range []func() error{x.imports, x.guards, x.suites, x.wraps, x.unwraps, x.byUnwrap, x.sent} {
 			if err := step(); err != nil {
 				return err
 			}
@@ -137,24 +140,26 @@ func (x *explorer) aesKey(extra ...*pkcs11.Attribute) (testKey, error) {
 }
 
 // ecbBlock is a cipher.Block that asks the token; a failure shows as a wrong
-// answer, which no comparison survives.
+// answer, which no comparison survives, and is kept.
 type ecbBlock struct {
-	t *Token
-	s pkcs11.SessionHandle
-	k pkcs11.ObjectHandle
+	t   *Token
+	s   pkcs11.SessionHandle
+	k   pkcs11.ObjectHandle
+	err error
 }
 
 func (*ecbBlock) BlockSize() int { return blockLen }
 
-func (b *ecbBlock) Encrypt(dst, src []byte) {
-	out, _, err := b.t.shim.crypt(false, b.s, b.k, pkcs11.CKM_AES_ECB, nil, src[:blockLen])
+func (b *ecbBlock) Encrypt(dst, src []byte) { b.crypt(false, dst, src) }
+func (b *ecbBlock) Decrypt(dst, src []byte) { b.crypt(true, dst, src) }
+
+func (b *ecbBlock) crypt(decrypt bool, dst, src []byte) {
+	out, _, err := b.t.shim.crypt(decrypt, b.s, b.k, pkcs11.CKM_AES_ECB, nil, src[:blockLen])
 	if err != nil || len(out) < blockLen {
-		out = make([]byte, blockLen)
+		out, b.err = make([]byte, blockLen), errors.Join(b.err, err)
 	}
 	copy(dst, out[:blockLen])
 }
-
-func (*ecbBlock) Decrypt([]byte, []byte) { panic("the judge only encrypts") }
 
 // imports finds out whether the token takes keys in the clear.
 func (x *explorer) imports() error {
@@ -167,10 +172,15 @@ func (x *explorer) imports() error {
 	x.a.importable = true
 	x.destroy(x.s, h)
 	x.a.report.Imports = append(x.a.report.Imports, works(name, "an AES key became a session object"))
-	if x.all {
-		return x.oaep()
-	}
 	return nil
+}
+
+// sent finds out how keys come in that nobody may see on the way.
+func (x *explorer) sent() error {
+	if !x.all {
+		return nil // when it is needed: it takes RSA pairs
+	}
+	return x.oaep()
 }
 
 // guards tries to get at a key against its attributes.
@@ -534,7 +544,7 @@ func (x *explorer) backAgain(w way, kek keyPair, b []byte) (pkcs11.ObjectHandle,
 	if err != nil {
 		return 0, err
 	}
-	if err := x.tighten(x.s, h); err != nil {
+	if err := x.tighten(x.s, h, false); err != nil {
 		x.destroy(x.s, h)
 		return 0, err
 	}
@@ -611,8 +621,18 @@ func (x *explorer) conclude() {
 	if r.Suite == hsm.SuiteCBCHMAC {
 		r.Notes = append(r.Notes, "suite 3: each root key has a MAC key of its own beside it")
 	}
-	if !x.a.importable {
-		r.Notes = append(r.Notes, "the token takes no key in the clear: root keys are imported by other ways, or not at all")
+	if !x.a.importable && x.a.unwrapImport {
+		r.Notes = append(r.Notes, "the token takes no key in the clear: imported ones are wrapped under a key of the token first")
+	} else if !x.a.importable {
+		r.Notes = append(r.Notes, "the token takes no key in the clear, nor one that this process wraps: root keys are imported by RSA-OAEP, or not at all")
+	}
+	switch x.a.oaep {
+	case oaepUnwrap:
+		r.Notes = append(r.Notes, "import tokens: the token opens what is sent, and no process of ours sees the material")
+	case oaepRaw:
+		r.Notes = append(r.Notes, "import tokens: the private key stays in the token, which cannot do OAEP as it is needed: the padding is taken off, and the material seen, in the connector")
+	case oaepNone:
+		r.Notes = append(r.Notes, "import tokens: the private key is sealed by the token, and opens in the connector")
 	}
 }
 

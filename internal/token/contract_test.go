@@ -94,6 +94,7 @@ func contract(t *testing.T, f fixture) {
 	t.Run("keys", func(t *testing.T) { keysKeep(t, tok) })
 	t.Run("imported twice", func(t *testing.T) { importedTwice(t, tok) })
 	t.Run("placed keys", func(t *testing.T) { placedKeys(t, tok, ids) })
+	t.Run("sent keys", func(t *testing.T) { sentKeys(t, tok, []byte("pair-id-16-bytes")) })
 	t.Run("foreign blobs", func(t *testing.T) { foreignBlobs(t, tok) })
 	t.Run("seal and sign", func(t *testing.T) { sealAndSign(t, tok, m) })
 	t.Run("found again", func(t *testing.T) {

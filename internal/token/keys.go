@@ -2,7 +2,6 @@ package token
 
 import (
 	"bytes"
-	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -75,13 +74,17 @@ func (t *Token) bring(s pkcs11.SessionHandle, value []byte, typ uint, tpl []*pkc
 	return h, nil
 }
 
-// tighten makes sure that an unwrapped key can be neither read nor wrapped:
-// some tokens ignore what they were asked at C_UnwrapKey.
-func (t *Token) tighten(s pkcs11.SessionHandle, h pkcs11.ObjectHandle) error {
+// tighten makes sure that an unwrapped key cannot be read, and can be wrapped
+// only when it is to leave again: some tokens ignore what they were asked at
+// C_UnwrapKey.
+func (t *Token) tighten(s pkcs11.SessionHandle, h pkcs11.ObjectHandle, leaves bool) error {
 	for _, c := range []struct {
 		attr uint
 		want bool
 	}{{pkcs11.CKA_SENSITIVE, true}, {pkcs11.CKA_EXTRACTABLE, false}} {
+		if leaves && c.attr == pkcs11.CKA_EXTRACTABLE {
+			continue
+		}
 		got, err := t.flag(s, h, c.attr)
 		if err != nil {
 			return err
@@ -159,11 +162,9 @@ func parseBlob(b []byte) (f form, enc, mac []byte, err error) {
 // master key. The key itself is destroyed again: Wrap and Unwrap bring it back
 // as a key that cannot be read or wrapped.
 func (t *Token) CreateRootKey() (hsm.NewKey, error) {
-	return t.newRoot(func(s pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
-		return t.generate(s, pkcs11.CKM_AES_KEY_GEN, pkcs11.CKK_AES, t.sessionTemplate(true))
-	}, func(s pkcs11.SessionHandle, m macKind) (pkcs11.ObjectHandle, error) {
-		return t.generate(s, m.generate, m.typ, macTemplate(t.sessionTemplate(true)))
-	})
+	return t.newRoot(func(s pkcs11.SessionHandle, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
+		return t.generate(s, pkcs11.CKM_AES_KEY_GEN, pkcs11.CKK_AES, tpl)
+	}, t.besideNew)
 }
 
 // ImportRootKey does the same with material of 16, 24 or 32 bytes. Its MAC
@@ -173,13 +174,7 @@ func (t *Token) ImportRootKey(material secret.Value) (hsm.NewKey, error) {
 	if err := checkMaterial(material); err != nil {
 		return hsm.NewKey{}, err
 	}
-	return t.newRoot(func(s pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
-		return t.bring(s, material.Reveal(), pkcs11.CKK_AES, t.sessionTemplate(true))
-	}, func(s pkcs11.SessionHandle, m macKind) (pkcs11.ObjectHandle, error) {
-		value := macOf(material)
-		defer clear(value)
-		return t.bring(s, value, m.typ, macTemplate(t.sessionTemplate(true)))
-	})
+	return t.newRoot(t.known(material), t.besideMaterial)
 }
 
 func checkMaterial(m secret.Value) error {
@@ -189,20 +184,13 @@ func checkMaterial(m secret.Value) error {
 	return nil
 }
 
-// macOf gives the MAC key that belongs to imported material.
-func macOf(material secret.Value) []byte {
-	h := hmac.New(sha256.New, material.Reveal())
-	h.Write([]byte("kmsctl mac key of an imported root key"))
-	return h.Sum(nil)
-}
-
-func (t *Token) newRoot(makeKey func(pkcs11.SessionHandle) (pkcs11.ObjectHandle, error), makeMAC func(pkcs11.SessionHandle, macKind) (pkcs11.ObjectHandle, error)) (out hsm.NewKey, err error) {
+func (t *Token) newRoot(makeKey arriving, makeMAC standing) (out hsm.NewKey, err error) {
 	a, m, err := t.open()
 	if err != nil {
 		return out, err
 	}
 	err = t.with(func(s pkcs11.SessionHandle) error {
-		h, err := makeKey(s)
+		h, err := makeKey(s, t.sessionTemplate(true))
 		if err != nil {
 			return err
 		}
@@ -216,7 +204,7 @@ func (t *Token) newRoot(makeKey func(pkcs11.SessionHandle) (pkcs11.ObjectHandle,
 		}
 		parts := [][]byte{enc}
 		if a.suite == hsm.SuiteCBCHMAC {
-			mh, err := makeMAC(s, a.mac)
+			mh, err := makeMAC(s, a, h, macTemplate(t.sessionTemplate(true)))
 			if err != nil {
 				return err
 			}
@@ -284,11 +272,16 @@ func (t *Token) bringOne(s pkcs11.SessionHandle, a *abilities, m *masterKeys, w 
 	if err != nil {
 		return 0, err
 	}
-	if err := t.tighten(s, h); err != nil {
+	if err := t.tighten(s, h, false); err != nil {
 		t.destroy(t.login, h)
 		return 0, err
 	}
 	return h, nil
+}
+
+// leaves says whether a template lets its key be wrapped.
+func leaves(tpl []*pkcs11.Attribute) bool {
+	return slices.ContainsFunc(tpl, func(a *pkcs11.Attribute) bool { return a.Type == pkcs11.CKA_EXTRACTABLE && a.Value[0] != 0 })
 }
 
 // keyLen follows from the wrapped length: our keys are multiples of 8 bytes.

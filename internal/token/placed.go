@@ -20,9 +20,7 @@ const placedName = "root"
 func (t *Token) CreatePlacedKey(id []byte) (hsm.NewKey, error) {
 	return t.place(id, func(s pkcs11.SessionHandle, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
 		return t.generate(s, pkcs11.CKM_AES_KEY_GEN, pkcs11.CKK_AES, tpl)
-	}, func(s pkcs11.SessionHandle, m macKind, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
-		return t.generate(s, m.generate, m.typ, tpl)
-	})
+	}, t.besideNew)
 }
 
 // ImportPlacedKey does the same with material.
@@ -30,17 +28,10 @@ func (t *Token) ImportPlacedKey(id []byte, material secret.Value) (hsm.NewKey, e
 	if err := checkMaterial(material); err != nil {
 		return hsm.NewKey{}, err
 	}
-	return t.place(id, func(s pkcs11.SessionHandle, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
-		return t.bring(s, material.Reveal(), pkcs11.CKK_AES, tpl)
-	}, func(s pkcs11.SessionHandle, m macKind, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
-		value := macOf(material)
-		defer clear(value)
-		return t.bring(s, value, m.typ, tpl)
-	})
+	return t.place(id, t.known(material), t.besideMaterial)
 }
 
-func (t *Token) place(id []byte, makeKey func(pkcs11.SessionHandle, []*pkcs11.Attribute) (pkcs11.ObjectHandle, error),
-	makeMAC func(pkcs11.SessionHandle, macKind, []*pkcs11.Attribute) (pkcs11.ObjectHandle, error)) (out hsm.NewKey, err error) {
+func (t *Token) place(id []byte, makeKey arriving, makeMAC standing) (out hsm.NewKey, err error) {
 	a, m, err := t.open()
 	if err != nil {
 		return out, err
@@ -62,7 +53,7 @@ func (t *Token) place(id []byte, makeKey func(pkcs11.SessionHandle, []*pkcs11.At
 			return err
 		}
 		if a.suite == hsm.SuiteCBCHMAC {
-			if _, err := t.placeOne(s, a, m, beside(id), true, func() (pkcs11.ObjectHandle, error) { return makeMAC(s, a.mac, macTemplate(tpl(beside(id)))) }); err != nil {
+			if _, err := t.placeOne(s, a, m, beside(id), true, func() (pkcs11.ObjectHandle, error) { return makeMAC(s, a, h, macTemplate(tpl(beside(id)))) }); err != nil {
 				t.destroy(s, h)
 				return err
 			}
@@ -84,7 +75,7 @@ func (t *Token) placeOne(s pkcs11.SessionHandle, a *abilities, m *masterKeys, id
 	if h, err = makeIt(); err != nil {
 		return 0, placedError(err)
 	}
-	if err := t.checkPlaced(s, m, h); err != nil {
+	if err := t.checkHeld(s, m, h, placedName); err != nil {
 		t.destroy(s, h)
 		return 0, err
 	}
@@ -123,23 +114,24 @@ func (t *Token) findPlaced(s pkcs11.SessionHandle, a *abilities, m *masterKeys, 
 		return 0, fault.Newf(fault.NotFound, "open root key on", t.module, "the token does not hold it any more").
 			WithHint("keys that stay in the token are in no backup of kmsctl: restore the token by its vendor's means")
 	}
-	return h, t.checkPlaced(s, m, h)
+	return h, t.checkHeld(s, m, h, placedName)
 }
 
-func (t *Token) checkPlaced(s pkcs11.SessionHandle, m *masterKeys, h pkcs11.ObjectHandle) error {
+// checkHeld refuses an object of another name, and one that could be read.
+func (t *Token) checkHeld(s pkcs11.SessionHandle, m *masterKeys, h pkcs11.ObjectHandle, name string) error {
 	v, err := t.ctx.GetAttributeValue(s, h, []*pkcs11.Attribute{attr(pkcs11.CKA_LABEL, nil)})
 	if err != nil {
 		return t.device("read attributes on", err)
 	}
-	if string(v[0].Value) != label(m.ids.Install, placedName) {
-		return fault.Newf(fault.BadContent, "open root key on", t.module, "the object that is named is none of its root keys").WithHint("the store was changed")
+	if string(v[0].Value) != label(m.ids.Install, name) {
+		return fault.Newf(fault.BadContent, "open "+name+" key on", t.module, "the object that is named is none of them").WithHint("the store was changed")
 	}
 	for _, c := range []struct {
 		attr uint
 		want bool
 	}{{pkcs11.CKA_SENSITIVE, true}, {pkcs11.CKA_EXTRACTABLE, false}} {
 		if got, err := t.flag(s, h, c.attr); err != nil || got != c.want {
-			return fault.Newf(fault.NotReady, "keep a root key on", t.module, "attribute 0x%x is %v, must be %v (%v)", c.attr, got, c.want, err).
+			return fault.Newf(fault.NotReady, "keep a key on", t.module, "attribute 0x%x is %v, must be %v (%v)", c.attr, got, c.want, err).
 				WithHint("the token does not protect its keys as asked; do not use it")
 		}
 	}
@@ -166,6 +158,9 @@ func (t *Token) usePlaced(blob []byte, f func(s pkcs11.SessionHandle, a *abiliti
 // nothing left, of a wrapped one the token keeps no copy. What is gone already
 // is no error.
 func (t *Token) Destroy(blob []byte) error {
+	if id, ok := hsm.ParsePair(blob); ok {
+		return t.destroyPair(id)
+	}
 	t.Evict(blob)
 	if !hsm.InToken(blob) {
 		return nil
@@ -181,7 +176,7 @@ func (t *Token) Destroy(blob []byte) error {
 	}
 	return t.with(func(s pkcs11.SessionHandle) error {
 		for _, id := range ids {
-			if err := t.destroyPlaced(s, m, id); err != nil {
+			if err := t.destroyHeld(s, m, pkcs11.CKO_SECRET_KEY, id, placedName); err != nil {
 				return err
 			}
 		}
@@ -189,13 +184,14 @@ func (t *Token) Destroy(blob []byte) error {
 	})
 }
 
-func (t *Token) destroyPlaced(s pkcs11.SessionHandle, m *masterKeys, id []byte) error {
-	hs, err := t.findAll(s, pkcs11.CKO_SECRET_KEY, id)
+// destroyHeld destroys what has this id and this name.
+func (t *Token) destroyHeld(s pkcs11.SessionHandle, m *masterKeys, class uint, id []byte, name string) error {
+	hs, err := t.findAll(s, class, id)
 	if err != nil {
 		return err
 	}
 	for _, h := range hs {
-		if err := t.checkPlaced(s, m, h); err != nil {
+		if err := t.checkHeld(s, m, h, name); err != nil {
 			if is(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
 				continue // a second name of what went already
 			}
@@ -208,8 +204,8 @@ func (t *Token) destroyPlaced(s pkcs11.SessionHandle, m *masterKeys, id []byte) 
 			return t.device("destroy a key on", err)
 		}
 	}
-	if hs, err = t.findAll(s, pkcs11.CKO_SECRET_KEY, id); err == nil && len(hs) > 0 {
-		err = fault.Newf(fault.NotReady, "destroy a root key on", t.module, "the token says that it did, and still holds it").WithHint("destroy it with the HSM's own tools")
+	if hs, err = t.findAll(s, class, id); err == nil && len(hs) > 0 {
+		err = fault.Newf(fault.NotReady, "destroy a key on", t.module, "the token says that it did, and still holds it").WithHint("destroy it with the HSM's own tools")
 	}
 	return err
 }

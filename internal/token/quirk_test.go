@@ -101,8 +101,12 @@ func TestATokenThatTakesNoKeys(t *testing.T) {
 		t.Fatalf("%+v %v", m, err)
 	}
 	keysMadeHere(t, tok)
-	if _, err := tok.ImportRootKey(pin("0123456789abcdef")); err == nil {
-		t.Error("a key came in")
+	for _, material := range []string{"0123456789abcdef", "0123456789abcdef01234567", "0123456789abcdef0123456789abcdef"} {
+		k, err := tok.ImportRootKey(pin(material))
+		if err != nil {
+			t.Fatal(err)
+		}
+		sameMaterial(t, tok, k, []byte(material))
 	}
 	r, err := tok.Probe()
 	if err != nil || !r.Usable || !strings.Contains(r.Capabilities.Suites[0].Why, "over the token's own AES-ECB") {

@@ -44,6 +44,7 @@ type Token struct {
 
 	objects sync.Mutex // one at a time makes, finds or destroys objects: some libraries mix them up
 	opening sync.Mutex // one at a time opens the master keys
+	pairing sync.Mutex // one at a time makes an RSA pair, which takes long
 
 	mu      sync.Mutex
 	refused map[[32]byte]error // PINs, by a keyed hash, that the token did not take

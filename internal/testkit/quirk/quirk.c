@@ -204,14 +204,15 @@ static ul q_token_info(ul slot, byte *info) {
 	return rv;
 }
 
-// seen gives the number by which the world sees a mechanism; 0 hides it.
+// seen gives the number by which the world sees a mechanism.
+#define HIDDEN (~0UL)
 static ul seen(ul m) {
 	if (m == AES_GCM)
-		return on("no-gcm") ? 0 : on("luna") ? LUNA_GCM : m;
+		return on("no-gcm") ? HIDDEN : on("luna") ? LUNA_GCM : m;
 	if (m == KW)
-		return on("luna") ? LUNA_KW : on("no-kw") ? 0 : m;
+		return on("luna") ? LUNA_KW : on("no-kw") ? HIDDEN : m;
 	if (m == KW_PAD && (on("luna") || on("no-kw")))
-		return 0;
+		return HIDDEN;
 	return m;
 }
 
@@ -225,7 +226,7 @@ static ul q_mech_list(ul slot, ul *list, ul *n) {
 		return rv;
 	ul k = 0;
 	for (ul i = 0; i < count; i++)
-		if (seen(all[i]) != 0)
+		if (seen(all[i]) != HIDDEN)
 			all[k++] = seen(all[i]);
 	if (list != NULL && *n < k)
 		return BUFFER_TOO_SMALL;
@@ -474,6 +475,8 @@ static ul q_gen(ul s, mech_t *m, attr_t *t, ul n, ul *h) {
 static ul q_gen_pair(ul s, mech_t *m, attr_t *pub, ul npub, attr_t *priv, ul npriv, ul *hpub, ul *hpriv) {
 	GATE();
 	SESSION(v, s);
+	if (kept(priv, npriv) != OK)
+		return kept(priv, npriv);
 	return ((ul(*)(ul, mech_t *, attr_t *, ul, attr_t *, ul, ul *, ul *))real->f[F_GEN_PAIR])(v->real, m, pub, npub, priv, npriv, hpub, hpriv);
 }
 
