@@ -30,6 +30,7 @@ import (
 const (
 	quickCall = 10 * time.Second
 	slowCall  = 60 * time.Second // makes or tests keys
+	pairCall  = 3 * time.Minute  // makes an RSA pair
 	openCall  = 2 * time.Minute  // the whole of the hook
 	patience  = 3 * time.Second  // of a call, with a sidecar that is being started again
 	startWait = 30 * time.Second // for a sidecar to appear
@@ -440,18 +441,64 @@ func (c *Client) ImportPlacedKey(ctx context.Context, material secret.Value) (hs
 }
 
 func (c *Client) place(ctx context.Context, material []byte) (hsm.NewKey, error) {
-	const op = "keep a root key in the token"
-	if len(c.peers) > 0 {
-		return hsm.NewKey{}, fault.Newf(fault.NotReady, op, "", "there are several HSMs, and such a key would be in one of them only").
-			WithHint("use an instance with placement %s", hsm.PlacementWrapped)
-	}
-	id := make([]byte, 16)
-	if _, err := rand.Read(id); err != nil {
+	if err := c.mayPlace(); err != nil {
 		return hsm.NewKey{}, err
 	}
-	return newKey(call(ctx, c, op, slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
-		return r.PlaceRootKey(ctx, &wire.PlaceRootKeyRequest{Id: id, Material: material})
-	}))
+	q := &wire.PlaceRootKeyRequest{Id: newID(), Material: material}
+	return newKey(call(ctx, c, opPlace, slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) { return r.PlaceRootKey(ctx, q) }))
+}
+
+const opPlace = "keep a root key in the token"
+
+func (c *Client) mayPlace() error {
+	if len(c.peers) == 0 {
+		return nil
+	}
+	return fault.Newf(fault.NotReady, opPlace, "", "there are several HSMs, and such a key would be in one of them only").
+		WithHint("use an instance with placement %s", hsm.PlacementWrapped)
+}
+
+// NewImportPair makes an RSA pair under which material travels. Where there
+// are several tokens its private half is sealed, since one of them only could
+// hold it.
+func (c *Client) NewImportPair(ctx context.Context, aad []byte) (hsm.ImportPair, error) {
+	q := &wire.NewImportPairRequest{Aad: aad}
+	if len(c.peers) == 0 {
+		q.Id = newID()
+	}
+	p, err := call(ctx, c, "make an import pair", pairCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.ImportPair, error) {
+		return r.NewImportPair(ctx, q)
+	})
+	return hsm.ImportPair{Held: p.GetHeld(), Sealed: p.GetSealed(), Public: p.GetPublic()}, err
+}
+
+// ImportSent brings in material that travelled under an import pair, and gives
+// its bits. What is wrong with the material is one of hsm.Refusals.
+func (c *Client) ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m hsm.Sent, placed bool) (hsm.NewKey, int, error) {
+	q := &wire.ImportSentRequest{Pair: &wire.ImportPair{Held: p.Held, Sealed: p.Sealed}, Aad: aad, Sha1: m.SHA1, Material: m.Material, Nonce: m.Nonce, Iv: m.IV, Want: m.Want}
+	if placed {
+		if err := c.mayPlace(); err != nil {
+			return hsm.NewKey{}, 0, err
+		}
+		q.Place = newID()
+	}
+	r, err := call(ctx, c, "import root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.ImportSentReply, error) {
+		return r.ImportSent(ctx, q)
+	})
+	if err != nil {
+		return hsm.NewKey{}, 0, err
+	}
+	if i := int(r.Refused); i > 0 {
+		return hsm.NewKey{}, 0, hsm.Refusals[min(i, len(hsm.Refusals))-1]
+	}
+	return hsm.NewKey{Blob: r.Key.GetBlob(), KCV: r.Key.GetKcv()}, int(r.Bits), nil
+}
+
+// newID is a CKA_ID.
+func newID() []byte {
+	id := make([]byte, 16)
+	_, _ = rand.Read(id) // never fails, since Go 1.24
+	return id
 }
 
 func newKey(k *wire.NewKey, err error) (hsm.NewKey, error) {

@@ -3,7 +3,11 @@ package connector_test
 import (
 	"bytes"
 	"context"
+	"crypto/aes"
+	"crypto/cipher"
 	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
@@ -172,6 +176,87 @@ func TestEveryCall(t *testing.T) {
 	if b, err := c.Fingerprint(ctx, []byte("fedcba9876543210")); err != nil || bytes.Equal(a, b) {
 		t.Errorf("the salt does not count: %v", err)
 	}
+}
+
+// TestImportPairs are held by the token, outlive the connector, and leave
+// nothing; where there are several tokens they are sealed.
+func TestImportPairs(t *testing.T) {
+	ctx, aad := t.Context(), []byte("aad")
+	c, _ := opened(t, options(t, "password"))
+	objects := func() int {
+		all, err := c.Installations(ctx)
+		if err != nil || len(all) != 1 {
+			t.Fatalf("%v %v", all, err)
+		}
+		return len(all[0].Objects)
+	}
+	before := objects()
+	p, err := c.NewImportPair(ctx, aad)
+	if err != nil || p.Held == nil || p.Sealed != nil || objects() != before+1 {
+		t.Fatalf("held %v, sealed %v, %d objects: %v", p.Held != nil, p.Sealed != nil, objects(), err)
+	}
+	if err := syscall.Kill(c.Pid(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	m := sent(t, p.Public)
+	for _, placed := range []bool{false, true} {
+		k, bits, err := c.ImportSent(ctx, p, aad, m, placed)
+		if err != nil || bits != 256 || hsm.InToken(k.Blob) != placed {
+			t.Fatalf("%d bits, %v", bits, err)
+		}
+		s, err := c.Wrap(ctx, k.Blob, []byte("dek"), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := c.Unwrap(ctx, k.Blob, s, nil); err != nil || string(got) != "dek" {
+			t.Errorf("%q %v", got, err)
+		}
+		if err := c.Destroy(ctx, k.Blob); err != nil {
+			t.Error(err)
+		}
+	}
+	for want, bad := range map[error]hsm.Sent{
+		hsm.ErrMaterial:    {Material: m.Material[:len(m.Material)-1], Nonce: m.Nonce, IV: m.IV, Want: m.Want},
+		hsm.ErrSealedNonce: {Material: m.Material, Nonce: m.Nonce[1:], IV: m.IV, Want: m.Want},
+		hsm.ErrNonce:       {Material: m.Material, Nonce: m.Nonce, IV: m.IV, Want: []byte("other")},
+	} {
+		if _, _, err := c.ImportSent(ctx, p, aad, bad, false); !errors.Is(err, want) {
+			t.Errorf("%v, want %v", err, want)
+		}
+	}
+	if err := c.Destroy(ctx, p.Held); err != nil || objects() != before {
+		t.Errorf("%d objects, %d before: %v", objects(), before, err)
+	}
+	c.Join(start(t, options(t, "password")))
+	if p, err = c.NewImportPair(ctx, aad); err != nil || p.Held != nil || p.Sealed == nil {
+		t.Fatalf("held %v, sealed %v: %v", p.Held != nil, p.Sealed != nil, err)
+	}
+	if _, bits, err := c.ImportSent(ctx, p, aad, sent(t, p.Public), false); err != nil || bits != 256 {
+		t.Errorf("%d bits, %v", bits, err)
+	}
+}
+
+// sent is material as a client sends it.
+func sent(t *testing.T, public []byte) hsm.Sent {
+	t.Helper()
+	pub, err := x509.ParsePKIXPublicKey(public)
+	if err != nil {
+		t.Fatal(err)
+	}
+	material, iv := make([]byte, 32), make([]byte, 12)
+	sealed, err := rsa.EncryptOAEP(sha256.New(), rand.Reader, pub.(*rsa.PublicKey), material, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, err := aes.NewCipher(material)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, err := cipher.NewGCM(block)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return hsm.Sent{Material: sealed, IV: iv, Nonce: g.Seal(nil, iv, []byte("nonce"), nil), Want: []byte("nonce")}
 }
 
 func TestBeforeLoginNothingWorks(t *testing.T) {

@@ -153,13 +153,13 @@ func (c *Client) Evict(ctx context.Context, blob []byte) error {
 	return errors.Join(errs...)
 }
 
-// Destroy leaves nothing of a root key in the token: see token.Destroy. Keys
-// that stay in a token are made only where there is one member.
+// Destroy leaves nothing of a root key, or of an import pair, in the token: see
+// token.Destroy. What stays in a token is made only where there is one member.
 func (c *Client) Destroy(ctx context.Context, blob []byte) error {
-	if !hsm.InToken(blob) {
+	if hsm.HeldID(blob) == nil {
 		return c.Evict(ctx, blob)
 	}
-	_, err := call(ctx, c, "destroy a root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.EvictReply, error) {
+	_, err := call(ctx, c, "destroy a key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.EvictReply, error) {
 		return r.DestroyRootKey(ctx, &wire.Bytes{Data: blob})
 	})
 	return err

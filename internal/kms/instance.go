@@ -149,6 +149,9 @@ func (s *Service) dropToken(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
+	if err := s.destroy(ctx, [][]byte{t.Held}); err != nil { // first, so that a record names it until it is gone
+		return err
+	}
 	return conflict(s.store.Commit(ctx, record.Change{Path: importTokenDir + id, Rev: rev}))
 }
 

@@ -44,6 +44,11 @@ type HSM interface {
 	// CreatePlacedKey and ImportPlacedKey make keys that stay in the token.
 	CreatePlacedKey(ctx context.Context) (hsm.NewKey, error)
 	ImportPlacedKey(ctx context.Context, material secret.Value) (hsm.NewKey, error)
+	// NewImportPair makes an RSA pair under which material travels.
+	NewImportPair(ctx context.Context, aad []byte) (hsm.ImportPair, error)
+	// ImportSent brings that material in, and gives its bits. What is wrong with
+	// it is one of hsm.Refusals.
+	ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m hsm.Sent, placed bool) (hsm.NewKey, int, error)
 	// Destroy leaves nothing of a blob's key in the HSM.
 	Destroy(ctx context.Context, blob []byte) error
 }
@@ -225,7 +230,7 @@ func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in 
 	if err != nil {
 		return kmsapi.Key{}, err
 	}
-	defer clear(payload)
+	defer payload.zero()
 	if k.Kind == kindStandard {
 		err = s.fillStandard(ctx, &k, &k.Version, payload)
 	} else {
@@ -242,7 +247,7 @@ func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in 
 		if errors.Is(err, record.ErrConflict) { // a new key's path is free: an alias is taken
 			err = refusal(fault.Conflict, "", kmsapi.Conflict)
 		}
-		return kmsapi.Key{}, s.unmake(ctx, &k.Version, err)
+		return kmsapi.Key{}, s.unmake(ctx, k.Version.Blob, err)
 	}
 	if k.Kind == kindStandard {
 		return s.withPayload(ctx, &k)
@@ -250,45 +255,49 @@ func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in 
 	return s.show(&k), nil
 }
 
-func (s *Service) fillRoot(ctx context.Context, k *keyRecord, v *versionRecord, payload []byte) error {
+func (s *Service) fillRoot(ctx context.Context, k *keyRecord, v *versionRecord, payload *material) error {
 	in, err := s.Instance(ctx, k.Instance)
 	if err != nil {
 		return err
 	}
-	create, bring := s.hsm.CreateRootKey, s.hsm.ImportRootKey
-	if in.Placement == hsm.PlacementToken {
+	create, bring, placed := s.hsm.CreateRootKey, s.hsm.ImportRootKey, in.Placement == hsm.PlacementToken
+	if placed {
 		create, bring = s.hsm.CreatePlacedKey, s.hsm.ImportPlacedKey
 	}
 	var made hsm.NewKey
-	if payload != nil {
-		made, err = bring(ctx, secret.New(payload))
-		k.Bits = len(payload) * 8
-	} else {
+	switch {
+	case payload == nil:
 		made, err = create(ctx)
 		k.Bits = 256
+	case payload.sent != nil:
+		made, k.Bits, err = s.hsm.ImportSent(ctx, payload.pair, payload.aad, *payload.sent, placed)
+		err = refusedMaterial(err)
+	default:
+		made, err = bring(ctx, secret.New(payload.clear))
+		k.Bits = len(payload.clear) * 8
 	}
 	v.Blob, v.KCV = made.Blob, made.KCV
 	return err
 }
 
-// unmake destroys a version that did not come into the store, for a reason
-// that it gives back: only one that stays in the token would be left over. When
+// unmake destroys what was made in the HSM and did not come into the store, for
+// a reason that it gives back: what stays in the token would be left over. When
 // it is not known whether the store took it, it stays.
-func (s *Service) unmake(ctx context.Context, v *versionRecord, why error) error {
+func (s *Service) unmake(ctx context.Context, blob []byte, why error) error {
 	switch fault.KindOf(why) {
 	case fault.Conflict, fault.NotFound, fault.Usage:
-		if hsm.InToken(v.Blob) {
-			return errors.Join(why, s.hsm.Destroy(context.WithoutCancel(ctx), v.Blob))
+		if len(hsm.HeldID(blob)) > 0 {
+			return errors.Join(why, s.hsm.Destroy(context.WithoutCancel(ctx), blob))
 		}
 	}
 	return why
 }
 
-func (s *Service) fillStandard(ctx context.Context, k *keyRecord, v *versionRecord, payload []byte) (err error) {
+func (s *Service) fillStandard(ctx context.Context, k *keyRecord, v *versionRecord, payload *material) (err error) {
 	aad := sealAAD(k.Instance, k.ID, v.ID)
 	if payload != nil {
-		k.Bits = len(payload) * 8
-		v.Sealed, err = s.sealer.Seal(ctx, payload, aad)
+		k.Bits = len(payload.clear) * 8
+		v.Sealed, err = s.sealer.Seal(ctx, payload.clear, aad)
 		return err
 	}
 	k.Bits = 256

@@ -30,7 +30,7 @@ func (s *Service) Rotate(ctx context.Context, instance, id string, in kmsapi.Rot
 	if err != nil {
 		return err
 	}
-	defer clear(payload)
+	defer payload.zero()
 	fresh := versionRecord{ID: uuid.NewString(), CreatedAt: s.stamp()}
 	made := keyRecord{Instance: instance}
 	if err := s.fillRoot(ctx, &made, &fresh, payload); err != nil {
@@ -44,7 +44,7 @@ func (s *Service) Rotate(ctx context.Context, instance, id string, in kmsapi.Rot
 		k.Version, k.RotatedAt, k.Bits = fresh, &now, made.Bits
 		return []record.Change{{Path: versionDir(instance, k.ID) + old.ID, Value: old}}, nil
 	})
-	return s.unmake(ctx, &fresh, err)
+	return s.unmake(ctx, fresh.Blob, err)
 }
 
 func (s *Service) mayRotate(k *keyRecord, in kmsapi.RotateRequest) error {

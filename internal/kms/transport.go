@@ -1,17 +1,8 @@
 package kms
 
 import (
-	"bytes"
 	"context"
-	"crypto"
-	"crypto/aes"
-	"crypto/cipher"
 	"crypto/rand"
-	"crypto/rsa"
-	_ "crypto/sha1" //nolint:gosec // IBM's API has a variant with OAEP over SHA-1, where it is not weak
-	_ "crypto/sha256"
-	"crypto/subtle"
-	"crypto/x509"
 	"encoding/base64"
 	"encoding/pem"
 	"errors"
@@ -20,27 +11,28 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
 	"github.com/kmsctl/kmsctl/internal/record"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
-// An import token is an RSA key by which material travels encrypted, and a
+// An import token is an RSA pair by which material travels encrypted, and a
 // nonce by which the sender proves to hold that material. One per instance, at
-// importtokens/<instance>. The private half is sealed; it opens here and not
-// in the HSM, since few modules can do OAEP with SHA-256.
+// importtokens/<instance>. The HSM holds the private half, or sealed it; what
+// was sent opens there and never here.
 type tokenRecord struct {
 	ID        string    `json:"id"`
 	CreatedAt time.Time `json:"createdAt"`
 	Expires   time.Time `json:"expires"`
 	Max       int       `json:"max"`
 	Left      int       `json:"left"`
-	Public    []byte    `json:"public"` // PKIX DER
-	Private   []byte    `json:"private"`
+	Public    []byte    `json:"public"`            // PKIX DER
+	Private   []byte    `json:"private,omitempty"` // sealed
+	Held      []byte    `json:"held,omitempty"`    // blob of what the HSM holds
 	Nonce     []byte    `json:"nonce"`
 }
 
 const (
-	transportBits  = 4096
 	nonceBytes     = 16
 	defaultExpiry  = 600
 	minExpiry      = 300
@@ -81,32 +73,20 @@ func (s *Service) CreateImportToken(ctx context.Context, instance string, in kms
 	if _, err := rand.Read(t.Nonce); err != nil {
 		return kmsapi.ImportToken{}, err
 	}
-	if err := s.newTransportKey(ctx, instance, &t); err != nil {
+	pair, err := s.hsm.NewImportPair(ctx, tokenAAD(instance, t.ID))
+	if err != nil {
 		return kmsapi.ImportToken{}, err
 	}
+	t.Public, t.Private, t.Held = pair.Public, pair.Sealed, pair.Held
 	var old tokenRecord
 	rev, err := s.store.Get(ctx, importTokenDir+instance, &old)
-	if err != nil && !errors.Is(err, record.ErrNotFound) {
-		return kmsapi.ImportToken{}, err
+	if err == nil || errors.Is(err, record.ErrNotFound) {
+		err = conflict(s.store.Commit(ctx, alive, record.Change{Path: importTokenDir + instance, Value: t, Rev: rev}))
 	}
-	if err := conflict(s.store.Commit(ctx, alive, record.Change{Path: importTokenDir + instance, Value: t, Rev: rev})); err != nil {
-		return kmsapi.ImportToken{}, err
-	}
-	return t.show(), nil
-}
-
-func (s *Service) newTransportKey(ctx context.Context, instance string, t *tokenRecord) error {
-	key, err := rsa.GenerateKey(rand.Reader, transportBits)
 	if err != nil {
-		return err
+		return kmsapi.ImportToken{}, s.unmake(ctx, t.Held, err)
 	}
-	if t.Public, err = x509.MarshalPKIXPublicKey(&key.PublicKey); err != nil {
-		return err
-	}
-	der := x509.MarshalPKCS1PrivateKey(key)
-	defer clear(der)
-	t.Private, err = s.sealer.Seal(ctx, der, tokenAAD(instance, t.ID))
-	return err
+	return t.show(), s.destroy(ctx, [][]byte{old.Held})
 }
 
 // ImportToken retrieves the public key and the nonce; each retrieval counts.
@@ -152,6 +132,9 @@ func (s *Service) dropEndedToken(ctx context.Context, instance string) error {
 		return nil
 	}
 	if err == nil {
+		err = s.destroy(ctx, [][]byte{t.Held}) // first, so that a record names it until it is gone
+	}
+	if err == nil {
 		err = s.store.Commit(ctx, record.Change{Path: importTokenDir + instance, Rev: rev})
 	}
 	if errors.Is(err, record.ErrConflict) { // a new token took its place
@@ -160,10 +143,24 @@ func (s *Service) dropEndedToken(ctx context.Context, instance string) error {
 	return err
 }
 
-// payload gives the material of a request to create, import or rotate: nil
-// when none is given, else decoded, and decrypted when it came by an import
-// token. The caller clears it.
-func (s *Service) payload(ctx context.Context, instance string, in kmsapi.CreateKey) ([]byte, error) {
+// material is what a key is to be made of: nil when the HSM makes it.
+type material struct {
+	clear []byte
+	sent  *hsm.Sent // instead, what travelled by an import token
+	pair  hsm.ImportPair
+	aad   []byte
+}
+
+// zero clears what is there in the clear.
+func (m *material) zero() {
+	if m != nil {
+		clear(m.clear)
+	}
+}
+
+// payload gives the material of a request to create, import or rotate. The
+// caller zeroes it.
+func (s *Service) payload(ctx context.Context, instance string, in kmsapi.CreateKey) (*material, error) {
 	secure := 0
 	for _, f := range []string{in.EncryptedNonce, in.IV, in.EncryptionAlgorithm} {
 		if f != "" {
@@ -182,91 +179,55 @@ func (s *Service) payload(ctx context.Context, instance string, in kmsapi.Create
 	}
 	switch {
 	case secure == 0:
-		return b, checkSize(in.Extractable, len(b))
+		return &material{clear: b}, checkSize(in.Extractable, len(b))
 	case secure < 3:
 		return nil, invalid("encryptedNonce", "present together with iv and encryptionAlgorithm")
 	case in.Extractable:
 		return nil, invalid("encryptedNonce", "absent: an import token is for root keys")
 	}
-	return s.openTransport(ctx, instance, b, in)
+	return s.sent(ctx, instance, b, in)
 }
 
-func (s *Service) openTransport(ctx context.Context, instance string, sealed []byte, in kmsapi.CreateKey) ([]byte, error) {
-	h := crypto.SHA256
-	switch in.EncryptionAlgorithm {
-	case kmsapi.OAEPSHA256:
-	case kmsapi.OAEPSHA1:
-		h = crypto.SHA1
-	default:
+func (s *Service) sent(ctx context.Context, instance string, sealed []byte, in kmsapi.CreateKey) (*material, error) {
+	m := hsm.Sent{Material: sealed, SHA1: in.EncryptionAlgorithm == kmsapi.OAEPSHA1}
+	if !m.SHA1 && in.EncryptionAlgorithm != kmsapi.OAEPSHA256 {
 		return nil, invalid("encryptionAlgorithm", "%s or %s", kmsapi.OAEPSHA256, kmsapi.OAEPSHA1)
 	}
-	nonce, err := base64.StdEncoding.DecodeString(in.EncryptedNonce)
-	if err != nil {
+	var err error
+	if m.Nonce, err = base64.StdEncoding.DecodeString(in.EncryptedNonce); err != nil {
 		return nil, invalid("encryptedNonce", "base64: %v", err)
+	}
+	m.IV = decodeIV(in.IV, gcmIV)
+	if m.SHA1 {
+		m.IV = decodeIV(in.IV, cbcIV)
 	}
 	t, _, err := s.importToken(ctx, instance)
 	if err != nil {
 		return nil, err
 	}
-	der, err := s.sealer.Unseal(ctx, t.Private, tokenAAD(instance, t.ID))
-	if err != nil {
-		return nil, err
-	}
-	defer clear(der)
-	key, err := x509.ParsePKCS1PrivateKey(der)
-	if err != nil {
-		return nil, err
-	}
-	material, err := key.Decrypt(nil, sealed, &rsa.OAEPOptions{Hash: h, MGFHash: h})
-	if err != nil {
-		return nil, invalid("payload", "key material that is encrypted by the import token's public key")
-	}
-	if err := checkSize(false, len(material)); err != nil {
-		clear(material)
-		return nil, err
-	}
-	got, err := openNonce(material, nonce, in)
-	if err == nil && subtle.ConstantTimeCompare(got, t.Nonce) != 1 {
-		err = refusal(fault.Usage, "", kmsapi.WrongNonce)
-	}
-	if err != nil {
-		clear(material)
-		return nil, err
-	}
-	return material, nil
+	m.Want = t.Nonce
+	return &material{sent: &m, pair: hsm.ImportPair{Held: t.Held, Sealed: t.Private}, aad: tokenAAD(instance, t.ID)}, nil
 }
 
-// openNonce decrypts the nonce under the material itself, which proves that
-// the sender holds it.
-func openNonce(material, sealed []byte, in kmsapi.CreateKey) ([]byte, error) {
-	wrong := refusal(fault.Usage, "", kmsapi.WrongNonceIV)
-	block, err := aes.NewCipher(material)
-	if err != nil {
-		return nil, err
+// Lengths of the IV of the nonce, by RSAES_OAEP_SHA_256 and by RSAES_OAEP_SHA_1.
+const (
+	gcmIV = 12
+	cbcIV = 16
+)
+
+// refusedMaterial says in the API's words what was wrong with what was sent.
+func refusedMaterial(err error) error {
+	switch {
+	case errors.Is(err, hsm.ErrMaterial):
+		return invalid("payload", "key material that is encrypted by the import token's public key")
+	case errors.Is(err, hsm.ErrSealedNonce):
+		return refusal(fault.Usage, "", kmsapi.WrongNonceIV)
+	case errors.Is(err, hsm.ErrNonce):
+		return refusal(fault.Usage, "", kmsapi.WrongNonce)
+	case fault.KindOf(err) == fault.NotFound: // it ended just now
+		return refusal(fault.Conflict, "", kmsapi.TokenExpired)
 	}
-	if in.EncryptionAlgorithm == kmsapi.OAEPSHA256 {
-		g, err := cipher.NewGCM(block)
-		iv := decodeIV(in.IV, 12)
-		if err != nil || iv == nil {
-			return nil, errors.Join(err, wrong)
-		}
-		out, err := g.Open(nil, iv, sealed, nil)
-		if err != nil {
-			return nil, wrong
-		}
-		return out, nil
-	}
-	iv := decodeIV(in.IV, aes.BlockSize)
-	if iv == nil || len(sealed) == 0 || len(sealed)%aes.BlockSize != 0 {
-		return nil, wrong
-	}
-	out := make([]byte, len(sealed))
-	cipher.NewCBCDecrypter(block, iv).CryptBlocks(out, sealed)
-	n := int(out[len(out)-1])
-	if n == 0 || n > aes.BlockSize || !bytes.Equal(out[len(out)-n:], bytes.Repeat([]byte{byte(n)}, n)) {
-		return nil, wrong
-	}
-	return out[:len(out)-n], nil
+	return err
 }
 
 // decodeIV takes base64, and also the bytes themselves: IBM's Go client sends

@@ -649,9 +649,18 @@ func TestInstancePolicies(t *testing.T) {
 	}
 }
 
-// TestImportToken imports by both variants, as IBM's own client encrypts.
+// TestImportToken imports by both variants, as IBM's own client encrypts,
+// whether the HSM holds the private half or sealed it.
 func TestImportToken(t *testing.T) {
+	for name, held := range map[string]map[string][]byte{"sealed": nil, "held": {}} {
+		t.Run(name, func(t *testing.T) { importToken(t, held) })
+	}
+}
+
+func importToken(t *testing.T, held map[string][]byte) {
+	t.Helper()
 	w := newWorld(t)
+	w.token.Held = held
 	c := w.root(t, "shop")
 	if r := c.do(t, "GET", "/api/v2/import_token", ""); r.code() != kmsapi.TokenExpired || r.status != 409 {
 		t.Errorf("%+v", r)
@@ -661,6 +670,7 @@ func TestImportToken(t *testing.T) {
 			t.Errorf("%s: %+v", body, r)
 		}
 	}
+	c.do(t, "POST", "/api/v2/import_token", "") // the next one takes its place
 	if r := c.do(t, "POST", "/api/v2/import_token", `{"expiration":300,"maxAllowedRetrievals":2}`); r.status != 200 || !strings.Contains(r.body, `"remainingRetrievals":2`) {
 		t.Fatal(r)
 	}
@@ -720,6 +730,12 @@ func TestImportToken(t *testing.T) {
 	w.advance(301 * time.Second)
 	if r := c.do(t, "POST", "/api/v2/keys", createBody(fields(sealed, nonce, iv, kmsapi.OAEPSHA256))); r.code() != kmsapi.TokenExpired || r.status != 409 {
 		t.Errorf("%+v", r)
+	}
+	if held != nil && len(held) != 1 {
+		t.Errorf("the HSM holds %d private halves, of one token", len(held))
+	}
+	if acts, err := w.kms.Sweep(t.Context()); err != nil || len(acts) != 0 || len(held) != 0 {
+		t.Errorf("it is over, and the HSM holds %d private halves: %v %v", len(held), acts, err)
 	}
 }
 

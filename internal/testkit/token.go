@@ -5,11 +5,14 @@ package testkit
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
+	_ "crypto/sha1"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
@@ -27,6 +30,7 @@ import (
 type Token struct {
 	PIN, Want string // what is given at login, and what the token expects
 	Serial    string
+	Held      map[string][]byte // private halves of import pairs; nil: they are sealed
 	LoggedIn  bool
 	Logins    int
 	CountLow  bool
@@ -200,6 +204,54 @@ func (t *Token) ImportPlacedKey(ctx context.Context, m secret.Value) (hsm.NewKey
 	return t.ImportRootKey(ctx, m)
 }
 
+// NewImportPair makes a pair and seals its private half.
+func (t *Token) NewImportPair(ctx context.Context, aad []byte) (p hsm.ImportPair, err error) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		return p, err
+	}
+	if p.Public, err = x509.MarshalPKIXPublicKey(&key.PublicKey); err != nil {
+		return p, err
+	}
+	sealed, err := t.Seal(ctx, x509.MarshalPKCS1PrivateKey(key), aad)
+	if t.Held == nil {
+		p.Sealed = sealed
+	} else {
+		p.Held = hsm.PairBlob(random(16))
+		t.Held[string(p.Held)] = sealed
+	}
+	return p, err
+}
+
+// ImportSent brings in what was sent under a pair.
+func (t *Token) ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m hsm.Sent, _ bool) (none hsm.NewKey, bits int, err error) {
+	der, err := t.Unseal(ctx, append(p.Sealed, t.Held[string(p.Held)]...), aad)
+	if err != nil {
+		return none, 0, err
+	}
+	key, err := x509.ParsePKCS1PrivateKey(der)
+	if err != nil {
+		return none, 0, err
+	}
+	h := crypto.SHA256
+	if m.SHA1 {
+		h = crypto.SHA1
+	}
+	material, err := key.Decrypt(nil, m.Material, &rsa.OAEPOptions{Hash: h, MGFHash: h})
+	if err != nil {
+		return none, 0, hsm.ErrMaterial
+	}
+	block, err := aes.NewCipher(material)
+	if err != nil {
+		return none, 0, hsm.ErrMaterial
+	}
+	if err := m.Prove(block); err != nil {
+		return none, 0, err
+	}
+	k, err := t.ImportRootKey(ctx, secret.New(material))
+	return k, 8 * len(material), err
+}
+
 // Wrap encrypts under the key of a blob.
 func (t *Token) Wrap(ctx context.Context, blob, plain, aad []byte) (hsm.Sealed, error) {
 	t.count()
@@ -235,5 +287,8 @@ func (t *Token) Unwrap(ctx context.Context, blob []byte, s hsm.Sealed, aad []byt
 	return out, nil
 }
 
-// Destroy forgets nothing: the token keeps no keys.
-func (t *Token) Destroy(context.Context, []byte) error { return nil }
+// Destroy forgets an import pair: of keys the token keeps none.
+func (t *Token) Destroy(_ context.Context, blob []byte) error {
+	delete(t.Held, string(blob))
+	return nil
+}

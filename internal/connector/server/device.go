@@ -116,14 +116,15 @@ type watchdog struct {
 
 	mu    sync.Mutex
 	next  uint64
-	calls map[uint64]time.Time
+	calls map[uint64]time.Time // since when each is watched
 }
 
-func (w *watchdog) enter() uint64 {
+// enter watches a call from now on, or from later on when it may take longer.
+func (w *watchdog) enter(longer time.Duration) uint64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.next++
-	w.calls[w.next] = time.Now()
+	w.calls[w.next] = time.Now().Add(longer)
 	return w.next
 }
 

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -114,6 +115,12 @@ func (s *Server) Serve(ctx context.Context, l net.Listener, work ...*wire.Conn) 
 // use lends the token to f. What waits too long in the queue never reaches
 // the token; a call of the library is watched from its own start.
 func use[R any](ctx context.Context, s *Server, f func(t *token.Token) (R, error)) (R, error) {
+	return useFor(ctx, s, 0, f)
+}
+
+// useFor is use for what may take so much longer than a call of the library
+// should.
+func useFor[R any](ctx context.Context, s *Server, longer time.Duration, f func(t *token.Token) (R, error)) (R, error) {
 	var none R
 	select {
 	case s.line <- struct{}{}:
@@ -127,13 +134,17 @@ func use[R any](ctx context.Context, s *Server, f func(t *token.Token) (R, error
 	case <-ctx.Done():
 		return none, status.FromContextError(ctx.Err()).Err()
 	}
-	return direct(s, f)
+	return directFor(s, longer, f)
 }
 
 // direct is use without the queue, for what needs no session.
 func direct[R any](s *Server, f func(t *token.Token) (R, error)) (R, error) {
+	return directFor(s, 0, f)
+}
+
+func directFor[R any](s *Server, longer time.Duration, f func(t *token.Token) (R, error)) (R, error) {
 	var none R
-	id := s.dog.enter()
+	id := s.dog.enter(longer)
 	defer s.dog.leave(id)
 	t, done, err := s.dev.take()
 	if err != nil {
@@ -249,6 +260,29 @@ func (s *Server) PlaceRootKey(ctx context.Context, q *wire.PlaceRootKeyRequest) 
 			return asNewKey(t.ImportPlacedKey(q.Id, secret.New(q.Material)))
 		}
 		return asNewKey(t.CreatePlacedKey(q.Id))
+	})
+}
+
+// pairTime is what making an RSA pair may take beyond any other call.
+const pairTime = 2 * time.Minute
+
+// NewImportPair makes an RSA pair under which material travels.
+func (s *Server) NewImportPair(ctx context.Context, q *wire.NewImportPairRequest) (*wire.ImportPair, error) {
+	return useFor(ctx, s, pairTime, func(t *token.Token) (*wire.ImportPair, error) {
+		p, err := t.NewImportPair(q.Id, q.Aad)
+		return &wire.ImportPair{Held: p.Held, Sealed: p.Sealed, Public: p.Public}, err
+	})
+}
+
+// ImportSent brings in material that travelled under an import pair.
+func (s *Server) ImportSent(ctx context.Context, q *wire.ImportSentRequest) (*wire.ImportSentReply, error) {
+	return use(ctx, s, func(t *token.Token) (*wire.ImportSentReply, error) {
+		p := hsm.ImportPair{Held: q.Pair.GetHeld(), Sealed: q.Pair.GetSealed()}
+		k, bits, err := t.ImportSent(p, q.Aad, hsm.Sent{SHA1: q.Sha1, Material: q.Material, Nonce: q.Nonce, IV: q.Iv, Want: q.Want}, q.Place)
+		if i := slices.IndexFunc(hsm.Refusals, func(r error) bool { return errors.Is(err, r) }); i >= 0 {
+			return &wire.ImportSentReply{Refused: uint32(i) + 1}, nil
+		}
+		return &wire.ImportSentReply{Key: &wire.NewKey{Blob: k.Blob, Kcv: k.KCV}, Bits: uint32(bits)}, err
 	})
 }
 

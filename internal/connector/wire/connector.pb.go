@@ -5,7 +5,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: internal/connector/wire/connector.proto
+// source: connector.proto
 
 package wire
 
@@ -33,7 +33,7 @@ type Bytes struct {
 
 func (x *Bytes) Reset() {
 	*x = Bytes{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[0]
+	mi := &file_connector_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -45,7 +45,7 @@ func (x *Bytes) String() string {
 func (*Bytes) ProtoMessage() {}
 
 func (x *Bytes) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[0]
+	mi := &file_connector_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -58,7 +58,7 @@ func (x *Bytes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bytes.ProtoReflect.Descriptor instead.
 func (*Bytes) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{0}
+	return file_connector_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *Bytes) GetData() []byte {
@@ -76,7 +76,7 @@ type DescribeRequest struct {
 
 func (x *DescribeRequest) Reset() {
 	*x = DescribeRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[1]
+	mi := &file_connector_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -88,7 +88,7 @@ func (x *DescribeRequest) String() string {
 func (*DescribeRequest) ProtoMessage() {}
 
 func (x *DescribeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[1]
+	mi := &file_connector_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -101,7 +101,7 @@ func (x *DescribeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeRequest.ProtoReflect.Descriptor instead.
 func (*DescribeRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{1}
+	return file_connector_proto_rawDescGZIP(), []int{1}
 }
 
 type DescribeReply struct {
@@ -124,7 +124,7 @@ type DescribeReply struct {
 
 func (x *DescribeReply) Reset() {
 	*x = DescribeReply{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[2]
+	mi := &file_connector_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -136,7 +136,7 @@ func (x *DescribeReply) String() string {
 func (*DescribeReply) ProtoMessage() {}
 
 func (x *DescribeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[2]
+	mi := &file_connector_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -149,7 +149,7 @@ func (x *DescribeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeReply.ProtoReflect.Descriptor instead.
 func (*DescribeReply) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{2}
+	return file_connector_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *DescribeReply) GetModule() string {
@@ -245,7 +245,7 @@ type FingerprintRequest struct {
 
 func (x *FingerprintRequest) Reset() {
 	*x = FingerprintRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[3]
+	mi := &file_connector_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -257,7 +257,7 @@ func (x *FingerprintRequest) String() string {
 func (*FingerprintRequest) ProtoMessage() {}
 
 func (x *FingerprintRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[3]
+	mi := &file_connector_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -270,7 +270,7 @@ func (x *FingerprintRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FingerprintRequest.ProtoReflect.Descriptor instead.
 func (*FingerprintRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{3}
+	return file_connector_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *FingerprintRequest) GetSalt() []byte {
@@ -288,7 +288,7 @@ type LoginRequest struct {
 
 func (x *LoginRequest) Reset() {
 	*x = LoginRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[4]
+	mi := &file_connector_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -300,7 +300,7 @@ func (x *LoginRequest) String() string {
 func (*LoginRequest) ProtoMessage() {}
 
 func (x *LoginRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[4]
+	mi := &file_connector_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -313,7 +313,7 @@ func (x *LoginRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoginRequest.ProtoReflect.Descriptor instead.
 func (*LoginRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{4}
+	return file_connector_proto_rawDescGZIP(), []int{4}
 }
 
 type LoginReply struct {
@@ -324,7 +324,7 @@ type LoginReply struct {
 
 func (x *LoginReply) Reset() {
 	*x = LoginReply{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[5]
+	mi := &file_connector_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -336,7 +336,7 @@ func (x *LoginReply) String() string {
 func (*LoginReply) ProtoMessage() {}
 
 func (x *LoginReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[5]
+	mi := &file_connector_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -349,7 +349,7 @@ func (x *LoginReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoginReply.ProtoReflect.Descriptor instead.
 func (*LoginReply) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{5}
+	return file_connector_proto_rawDescGZIP(), []int{5}
 }
 
 type OpenMasterRequest struct {
@@ -365,7 +365,7 @@ type OpenMasterRequest struct {
 
 func (x *OpenMasterRequest) Reset() {
 	*x = OpenMasterRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[6]
+	mi := &file_connector_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -377,7 +377,7 @@ func (x *OpenMasterRequest) String() string {
 func (*OpenMasterRequest) ProtoMessage() {}
 
 func (x *OpenMasterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[6]
+	mi := &file_connector_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -390,7 +390,7 @@ func (x *OpenMasterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenMasterRequest.ProtoReflect.Descriptor instead.
 func (*OpenMasterRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{6}
+	return file_connector_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *OpenMasterRequest) GetInstall() string {
@@ -442,7 +442,7 @@ type OpenMasterReply struct {
 
 func (x *OpenMasterReply) Reset() {
 	*x = OpenMasterReply{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[7]
+	mi := &file_connector_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -454,7 +454,7 @@ func (x *OpenMasterReply) String() string {
 func (*OpenMasterReply) ProtoMessage() {}
 
 func (x *OpenMasterReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[7]
+	mi := &file_connector_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -467,7 +467,7 @@ func (x *OpenMasterReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenMasterReply.ProtoReflect.Descriptor instead.
 func (*OpenMasterReply) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{7}
+	return file_connector_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *OpenMasterReply) GetWrapKcv() []byte {
@@ -520,7 +520,7 @@ type CreateRootKeyRequest struct {
 
 func (x *CreateRootKeyRequest) Reset() {
 	*x = CreateRootKeyRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[8]
+	mi := &file_connector_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -532,7 +532,7 @@ func (x *CreateRootKeyRequest) String() string {
 func (*CreateRootKeyRequest) ProtoMessage() {}
 
 func (x *CreateRootKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[8]
+	mi := &file_connector_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -545,7 +545,7 @@ func (x *CreateRootKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRootKeyRequest.ProtoReflect.Descriptor instead.
 func (*CreateRootKeyRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{8}
+	return file_connector_proto_rawDescGZIP(), []int{8}
 }
 
 // The id is chosen by the caller, so that the call can be repeated. Material
@@ -560,7 +560,7 @@ type PlaceRootKeyRequest struct {
 
 func (x *PlaceRootKeyRequest) Reset() {
 	*x = PlaceRootKeyRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[9]
+	mi := &file_connector_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -572,7 +572,7 @@ func (x *PlaceRootKeyRequest) String() string {
 func (*PlaceRootKeyRequest) ProtoMessage() {}
 
 func (x *PlaceRootKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[9]
+	mi := &file_connector_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -585,7 +585,7 @@ func (x *PlaceRootKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceRootKeyRequest.ProtoReflect.Descriptor instead.
 func (*PlaceRootKeyRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{9}
+	return file_connector_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *PlaceRootKeyRequest) GetId() []byte {
@@ -602,6 +602,282 @@ func (x *PlaceRootKeyRequest) GetMaterial() []byte {
 	return nil
 }
 
+// The id is chosen by the caller, as for a root key. Empty: the private half
+// is sealed with aad, as where the token can hold none.
+type NewImportPairRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Aad           []byte                 `protobuf:"bytes,2,opt,name=aad,proto3" json:"aad,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NewImportPairRequest) Reset() {
+	*x = NewImportPairRequest{}
+	mi := &file_connector_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NewImportPairRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NewImportPairRequest) ProtoMessage() {}
+
+func (x *NewImportPairRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_connector_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NewImportPairRequest.ProtoReflect.Descriptor instead.
+func (*NewImportPairRequest) Descriptor() ([]byte, []int) {
+	return file_connector_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *NewImportPairRequest) GetId() []byte {
+	if x != nil {
+		return x.Id
+	}
+	return nil
+}
+
+func (x *NewImportPairRequest) GetAad() []byte {
+	if x != nil {
+		return x.Aad
+	}
+	return nil
+}
+
+type ImportPair struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Held          []byte                 `protobuf:"bytes,1,opt,name=held,proto3" json:"held,omitempty"`
+	Sealed        []byte                 `protobuf:"bytes,2,opt,name=sealed,proto3" json:"sealed,omitempty"`
+	Public        []byte                 `protobuf:"bytes,3,opt,name=public,proto3" json:"public,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportPair) Reset() {
+	*x = ImportPair{}
+	mi := &file_connector_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportPair) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportPair) ProtoMessage() {}
+
+func (x *ImportPair) ProtoReflect() protoreflect.Message {
+	mi := &file_connector_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportPair.ProtoReflect.Descriptor instead.
+func (*ImportPair) Descriptor() ([]byte, []int) {
+	return file_connector_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ImportPair) GetHeld() []byte {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+func (x *ImportPair) GetSealed() []byte {
+	if x != nil {
+		return x.Sealed
+	}
+	return nil
+}
+
+func (x *ImportPair) GetPublic() []byte {
+	if x != nil {
+		return x.Public
+	}
+	return nil
+}
+
+// place empty: the key is wrapped out.
+type ImportSentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pair          *ImportPair            `protobuf:"bytes,1,opt,name=pair,proto3" json:"pair,omitempty"`
+	Aad           []byte                 `protobuf:"bytes,2,opt,name=aad,proto3" json:"aad,omitempty"`
+	Sha1          bool                   `protobuf:"varint,3,opt,name=sha1,proto3" json:"sha1,omitempty"`
+	Material      []byte                 `protobuf:"bytes,4,opt,name=material,proto3" json:"material,omitempty"`
+	Nonce         []byte                 `protobuf:"bytes,5,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	Iv            []byte                 `protobuf:"bytes,6,opt,name=iv,proto3" json:"iv,omitempty"`
+	Want          []byte                 `protobuf:"bytes,7,opt,name=want,proto3" json:"want,omitempty"`
+	Place         []byte                 `protobuf:"bytes,8,opt,name=place,proto3" json:"place,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportSentRequest) Reset() {
+	*x = ImportSentRequest{}
+	mi := &file_connector_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportSentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportSentRequest) ProtoMessage() {}
+
+func (x *ImportSentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_connector_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportSentRequest.ProtoReflect.Descriptor instead.
+func (*ImportSentRequest) Descriptor() ([]byte, []int) {
+	return file_connector_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ImportSentRequest) GetPair() *ImportPair {
+	if x != nil {
+		return x.Pair
+	}
+	return nil
+}
+
+func (x *ImportSentRequest) GetAad() []byte {
+	if x != nil {
+		return x.Aad
+	}
+	return nil
+}
+
+func (x *ImportSentRequest) GetSha1() bool {
+	if x != nil {
+		return x.Sha1
+	}
+	return false
+}
+
+func (x *ImportSentRequest) GetMaterial() []byte {
+	if x != nil {
+		return x.Material
+	}
+	return nil
+}
+
+func (x *ImportSentRequest) GetNonce() []byte {
+	if x != nil {
+		return x.Nonce
+	}
+	return nil
+}
+
+func (x *ImportSentRequest) GetIv() []byte {
+	if x != nil {
+		return x.Iv
+	}
+	return nil
+}
+
+func (x *ImportSentRequest) GetWant() []byte {
+	if x != nil {
+		return x.Want
+	}
+	return nil
+}
+
+func (x *ImportSentRequest) GetPlace() []byte {
+	if x != nil {
+		return x.Place
+	}
+	return nil
+}
+
+// refused > 0 is the sender's fault, see hsm.Refusals: there is no key.
+type ImportSentReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           *NewKey                `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Bits          uint32                 `protobuf:"varint,2,opt,name=bits,proto3" json:"bits,omitempty"`
+	Refused       uint32                 `protobuf:"varint,3,opt,name=refused,proto3" json:"refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportSentReply) Reset() {
+	*x = ImportSentReply{}
+	mi := &file_connector_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportSentReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportSentReply) ProtoMessage() {}
+
+func (x *ImportSentReply) ProtoReflect() protoreflect.Message {
+	mi := &file_connector_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportSentReply.ProtoReflect.Descriptor instead.
+func (*ImportSentReply) Descriptor() ([]byte, []int) {
+	return file_connector_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ImportSentReply) GetKey() *NewKey {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *ImportSentReply) GetBits() uint32 {
+	if x != nil {
+		return x.Bits
+	}
+	return 0
+}
+
+func (x *ImportSentReply) GetRefused() uint32 {
+	if x != nil {
+		return x.Refused
+	}
+	return 0
+}
+
 type NewKey struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Blob          []byte                 `protobuf:"bytes,1,opt,name=blob,proto3" json:"blob,omitempty"`
@@ -612,7 +888,7 @@ type NewKey struct {
 
 func (x *NewKey) Reset() {
 	*x = NewKey{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[10]
+	mi := &file_connector_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +900,7 @@ func (x *NewKey) String() string {
 func (*NewKey) ProtoMessage() {}
 
 func (x *NewKey) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[10]
+	mi := &file_connector_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +913,7 @@ func (x *NewKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewKey.ProtoReflect.Descriptor instead.
 func (*NewKey) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{10}
+	return file_connector_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *NewKey) GetBlob() []byte {
@@ -665,7 +941,7 @@ type Sealed struct {
 
 func (x *Sealed) Reset() {
 	*x = Sealed{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[11]
+	mi := &file_connector_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -677,7 +953,7 @@ func (x *Sealed) String() string {
 func (*Sealed) ProtoMessage() {}
 
 func (x *Sealed) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[11]
+	mi := &file_connector_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -690,7 +966,7 @@ func (x *Sealed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sealed.ProtoReflect.Descriptor instead.
 func (*Sealed) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{11}
+	return file_connector_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Sealed) GetSuite() uint32 {
@@ -728,7 +1004,7 @@ type WrapRequest struct {
 
 func (x *WrapRequest) Reset() {
 	*x = WrapRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[12]
+	mi := &file_connector_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -740,7 +1016,7 @@ func (x *WrapRequest) String() string {
 func (*WrapRequest) ProtoMessage() {}
 
 func (x *WrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[12]
+	mi := &file_connector_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -753,7 +1029,7 @@ func (x *WrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrapRequest.ProtoReflect.Descriptor instead.
 func (*WrapRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{12}
+	return file_connector_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WrapRequest) GetBlob() []byte {
@@ -794,7 +1070,7 @@ type WrapReply struct {
 
 func (x *WrapReply) Reset() {
 	*x = WrapReply{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[13]
+	mi := &file_connector_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -806,7 +1082,7 @@ func (x *WrapReply) String() string {
 func (*WrapReply) ProtoMessage() {}
 
 func (x *WrapReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[13]
+	mi := &file_connector_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -819,7 +1095,7 @@ func (x *WrapReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrapReply.ProtoReflect.Descriptor instead.
 func (*WrapReply) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{13}
+	return file_connector_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WrapReply) GetSealed() *Sealed {
@@ -847,7 +1123,7 @@ type UnwrapRequest struct {
 
 func (x *UnwrapRequest) Reset() {
 	*x = UnwrapRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[14]
+	mi := &file_connector_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -859,7 +1135,7 @@ func (x *UnwrapRequest) String() string {
 func (*UnwrapRequest) ProtoMessage() {}
 
 func (x *UnwrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[14]
+	mi := &file_connector_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -872,7 +1148,7 @@ func (x *UnwrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnwrapRequest.ProtoReflect.Descriptor instead.
 func (*UnwrapRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{14}
+	return file_connector_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *UnwrapRequest) GetBlob() []byte {
@@ -904,7 +1180,7 @@ type EvictReply struct {
 
 func (x *EvictReply) Reset() {
 	*x = EvictReply{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[15]
+	mi := &file_connector_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +1192,7 @@ func (x *EvictReply) String() string {
 func (*EvictReply) ProtoMessage() {}
 
 func (x *EvictReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[15]
+	mi := &file_connector_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,7 +1205,7 @@ func (x *EvictReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReply.ProtoReflect.Descriptor instead.
 func (*EvictReply) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{15}
+	return file_connector_proto_rawDescGZIP(), []int{19}
 }
 
 // random > 0: seal that many random bytes of the token, which do not leave
@@ -945,7 +1221,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[16]
+	mi := &file_connector_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -957,7 +1233,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[16]
+	mi := &file_connector_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -970,7 +1246,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{16}
+	return file_connector_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SealRequest) GetPlaintext() []byte {
@@ -1004,7 +1280,7 @@ type UnsealRequest struct {
 
 func (x *UnsealRequest) Reset() {
 	*x = UnsealRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[17]
+	mi := &file_connector_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1016,7 +1292,7 @@ func (x *UnsealRequest) String() string {
 func (*UnsealRequest) ProtoMessage() {}
 
 func (x *UnsealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[17]
+	mi := &file_connector_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1029,7 +1305,7 @@ func (x *UnsealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnsealRequest.ProtoReflect.Descriptor instead.
 func (*UnsealRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{17}
+	return file_connector_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *UnsealRequest) GetSealed() []byte {
@@ -1055,7 +1331,7 @@ type RandomRequest struct {
 
 func (x *RandomRequest) Reset() {
 	*x = RandomRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
+	mi := &file_connector_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1067,7 +1343,7 @@ func (x *RandomRequest) String() string {
 func (*RandomRequest) ProtoMessage() {}
 
 func (x *RandomRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[18]
+	mi := &file_connector_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1080,7 +1356,7 @@ func (x *RandomRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RandomRequest.ProtoReflect.Descriptor instead.
 func (*RandomRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{18}
+	return file_connector_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RandomRequest) GetN() uint32 {
@@ -1098,7 +1374,7 @@ type InstallationsRequest struct {
 
 func (x *InstallationsRequest) Reset() {
 	*x = InstallationsRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
+	mi := &file_connector_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1110,7 +1386,7 @@ func (x *InstallationsRequest) String() string {
 func (*InstallationsRequest) ProtoMessage() {}
 
 func (x *InstallationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[19]
+	mi := &file_connector_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1123,7 +1399,7 @@ func (x *InstallationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallationsRequest.ProtoReflect.Descriptor instead.
 func (*InstallationsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{19}
+	return file_connector_proto_rawDescGZIP(), []int{23}
 }
 
 type InstallationsReply struct {
@@ -1135,7 +1411,7 @@ type InstallationsReply struct {
 
 func (x *InstallationsReply) Reset() {
 	*x = InstallationsReply{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
+	mi := &file_connector_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1147,7 +1423,7 @@ func (x *InstallationsReply) String() string {
 func (*InstallationsReply) ProtoMessage() {}
 
 func (x *InstallationsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[20]
+	mi := &file_connector_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1160,7 +1436,7 @@ func (x *InstallationsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallationsReply.ProtoReflect.Descriptor instead.
 func (*InstallationsReply) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{20}
+	return file_connector_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *InstallationsReply) GetInstallations() []*Installation {
@@ -1180,7 +1456,7 @@ type Installation struct {
 
 func (x *Installation) Reset() {
 	*x = Installation{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[21]
+	mi := &file_connector_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1192,7 +1468,7 @@ func (x *Installation) String() string {
 func (*Installation) ProtoMessage() {}
 
 func (x *Installation) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[21]
+	mi := &file_connector_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1205,7 +1481,7 @@ func (x *Installation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Installation.ProtoReflect.Descriptor instead.
 func (*Installation) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{21}
+	return file_connector_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Installation) GetId() string {
@@ -1234,7 +1510,7 @@ type ClearRequest struct {
 
 func (x *ClearRequest) Reset() {
 	*x = ClearRequest{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[22]
+	mi := &file_connector_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1246,7 +1522,7 @@ func (x *ClearRequest) String() string {
 func (*ClearRequest) ProtoMessage() {}
 
 func (x *ClearRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[22]
+	mi := &file_connector_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1259,7 +1535,7 @@ func (x *ClearRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClearRequest.ProtoReflect.Descriptor instead.
 func (*ClearRequest) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{22}
+	return file_connector_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ClearRequest) GetInstall() string {
@@ -1292,7 +1568,7 @@ type ClearReply struct {
 
 func (x *ClearReply) Reset() {
 	*x = ClearReply{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[23]
+	mi := &file_connector_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1304,7 +1580,7 @@ func (x *ClearReply) String() string {
 func (*ClearReply) ProtoMessage() {}
 
 func (x *ClearReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[23]
+	mi := &file_connector_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1317,7 +1593,7 @@ func (x *ClearReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClearReply.ProtoReflect.Descriptor instead.
 func (*ClearReply) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{23}
+	return file_connector_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ClearReply) GetObjects() uint32 {
@@ -1342,7 +1618,7 @@ type Fault struct {
 
 func (x *Fault) Reset() {
 	*x = Fault{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
+	mi := &file_connector_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1354,7 +1630,7 @@ func (x *Fault) String() string {
 func (*Fault) ProtoMessage() {}
 
 func (x *Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[24]
+	mi := &file_connector_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1367,7 +1643,7 @@ func (x *Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fault.ProtoReflect.Descriptor instead.
 func (*Fault) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{24}
+	return file_connector_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Fault) GetKind() string {
@@ -1431,7 +1707,7 @@ type Op struct {
 
 func (x *Op) Reset() {
 	*x = Op{}
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[25]
+	mi := &file_connector_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1443,7 +1719,7 @@ func (x *Op) String() string {
 func (*Op) ProtoMessage() {}
 
 func (x *Op) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_connector_wire_connector_proto_msgTypes[25]
+	mi := &file_connector_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1456,7 +1732,7 @@ func (x *Op) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Op.ProtoReflect.Descriptor instead.
 func (*Op) Descriptor() ([]byte, []int) {
-	return file_internal_connector_wire_connector_proto_rawDescGZIP(), []int{25}
+	return file_connector_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Op) GetWithinMs() uint32 {
@@ -1559,11 +1835,11 @@ func (*Op_Unwrapped) isOp_Body() {}
 
 func (*Op_Fault) isOp_Body() {}
 
-var File_internal_connector_wire_connector_proto protoreflect.FileDescriptor
+var File_connector_proto protoreflect.FileDescriptor
 
-const file_internal_connector_wire_connector_proto_rawDesc = "" +
+const file_connector_proto_rawDesc = "" +
 	"\n" +
-	"'internal/connector/wire/connector.proto\x12\x13kmsctl.connector.v1\"\x1b\n" +
+	"\x0fconnector.proto\x12\x13kmsctl.connector.v1\"\x1b\n" +
 	"\x05Bytes\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x11\n" +
 	"\x0fDescribeRequest\"\xdd\x02\n" +
@@ -1604,7 +1880,28 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\x14CreateRootKeyRequest\"A\n" +
 	"\x13PlaceRootKeyRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x1a\n" +
-	"\bmaterial\x18\x02 \x01(\fR\bmaterial\".\n" +
+	"\bmaterial\x18\x02 \x01(\fR\bmaterial\"8\n" +
+	"\x14NewImportPairRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\fR\x02id\x12\x10\n" +
+	"\x03aad\x18\x02 \x01(\fR\x03aad\"P\n" +
+	"\n" +
+	"ImportPair\x12\x12\n" +
+	"\x04held\x18\x01 \x01(\fR\x04held\x12\x16\n" +
+	"\x06sealed\x18\x02 \x01(\fR\x06sealed\x12\x16\n" +
+	"\x06public\x18\x03 \x01(\fR\x06public\"\xda\x01\n" +
+	"\x11ImportSentRequest\x123\n" +
+	"\x04pair\x18\x01 \x01(\v2\x1f.kmsctl.connector.v1.ImportPairR\x04pair\x12\x10\n" +
+	"\x03aad\x18\x02 \x01(\fR\x03aad\x12\x12\n" +
+	"\x04sha1\x18\x03 \x01(\bR\x04sha1\x12\x1a\n" +
+	"\bmaterial\x18\x04 \x01(\fR\bmaterial\x12\x14\n" +
+	"\x05nonce\x18\x05 \x01(\fR\x05nonce\x12\x0e\n" +
+	"\x02iv\x18\x06 \x01(\fR\x02iv\x12\x12\n" +
+	"\x04want\x18\a \x01(\fR\x04want\x12\x14\n" +
+	"\x05place\x18\b \x01(\fR\x05place\"n\n" +
+	"\x0fImportSentReply\x12-\n" +
+	"\x03key\x18\x01 \x01(\v2\x1b.kmsctl.connector.v1.NewKeyR\x03key\x12\x12\n" +
+	"\x04bits\x18\x02 \x01(\rR\x04bits\x12\x18\n" +
+	"\arefused\x18\x03 \x01(\rR\arefused\".\n" +
 	"\x06NewKey\x12\x12\n" +
 	"\x04blob\x18\x01 \x01(\fR\x04blob\x12\x10\n" +
 	"\x03kcv\x18\x02 \x01(\fR\x03kcv\"N\n" +
@@ -1665,7 +1962,8 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\tunwrapped\x18\x06 \x01(\v2\x1a.kmsctl.connector.v1.BytesH\x00R\tunwrapped\x122\n" +
 	"\x05fault\x18\a \x01(\v2\x1a.kmsctl.connector.v1.FaultH\x00R\x05fault\x12\x12\n" +
 	"\x04code\x18\b \x01(\rR\x04codeB\x06\n" +
-	"\x04body2\xb9\t\n" +
+	"\x04body2\xf2\n" +
+	"\n" +
 	"\tConnector\x12T\n" +
 	"\bDescribe\x12$.kmsctl.connector.v1.DescribeRequest\x1a\".kmsctl.connector.v1.DescribeReply\x12R\n" +
 	"\vFingerprint\x12'.kmsctl.connector.v1.FingerprintRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12K\n" +
@@ -1674,7 +1972,10 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"OpenMaster\x12&.kmsctl.connector.v1.OpenMasterRequest\x1a$.kmsctl.connector.v1.OpenMasterReply\x12W\n" +
 	"\rCreateRootKey\x12).kmsctl.connector.v1.CreateRootKeyRequest\x1a\x1b.kmsctl.connector.v1.NewKey\x12H\n" +
 	"\rImportRootKey\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1b.kmsctl.connector.v1.NewKey\x12U\n" +
-	"\fPlaceRootKey\x12(.kmsctl.connector.v1.PlaceRootKeyRequest\x1a\x1b.kmsctl.connector.v1.NewKey\x12D\n" +
+	"\fPlaceRootKey\x12(.kmsctl.connector.v1.PlaceRootKeyRequest\x1a\x1b.kmsctl.connector.v1.NewKey\x12[\n" +
+	"\rNewImportPair\x12).kmsctl.connector.v1.NewImportPairRequest\x1a\x1f.kmsctl.connector.v1.ImportPair\x12Z\n" +
+	"\n" +
+	"ImportSent\x12&.kmsctl.connector.v1.ImportSentRequest\x1a$.kmsctl.connector.v1.ImportSentReply\x12D\n" +
 	"\x05Evict\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1f.kmsctl.connector.v1.EvictReply\x12M\n" +
 	"\x0eDestroyRootKey\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1f.kmsctl.connector.v1.EvictReply\x12D\n" +
 	"\x04Seal\x12 .kmsctl.connector.v1.SealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
@@ -1685,19 +1986,19 @@ const file_internal_connector_wire_connector_proto_rawDesc = "" +
 	"\x05Clear\x12!.kmsctl.connector.v1.ClearRequest\x1a\x1f.kmsctl.connector.v1.ClearReplyB2Z0github.com/kmsctl/kmsctl/internal/connector/wireb\x06proto3"
 
 var (
-	file_internal_connector_wire_connector_proto_rawDescOnce sync.Once
-	file_internal_connector_wire_connector_proto_rawDescData []byte
+	file_connector_proto_rawDescOnce sync.Once
+	file_connector_proto_rawDescData []byte
 )
 
-func file_internal_connector_wire_connector_proto_rawDescGZIP() []byte {
-	file_internal_connector_wire_connector_proto_rawDescOnce.Do(func() {
-		file_internal_connector_wire_connector_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_internal_connector_wire_connector_proto_rawDesc), len(file_internal_connector_wire_connector_proto_rawDesc)))
+func file_connector_proto_rawDescGZIP() []byte {
+	file_connector_proto_rawDescOnce.Do(func() {
+		file_connector_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_connector_proto_rawDesc), len(file_connector_proto_rawDesc)))
 	})
-	return file_internal_connector_wire_connector_proto_rawDescData
+	return file_connector_proto_rawDescData
 }
 
-var file_internal_connector_wire_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
-var file_internal_connector_wire_connector_proto_goTypes = []any{
+var file_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_connector_proto_goTypes = []any{
 	(*Bytes)(nil),                // 0: kmsctl.connector.v1.Bytes
 	(*DescribeRequest)(nil),      // 1: kmsctl.connector.v1.DescribeRequest
 	(*DescribeReply)(nil),        // 2: kmsctl.connector.v1.DescribeReply
@@ -1708,75 +2009,85 @@ var file_internal_connector_wire_connector_proto_goTypes = []any{
 	(*OpenMasterReply)(nil),      // 7: kmsctl.connector.v1.OpenMasterReply
 	(*CreateRootKeyRequest)(nil), // 8: kmsctl.connector.v1.CreateRootKeyRequest
 	(*PlaceRootKeyRequest)(nil),  // 9: kmsctl.connector.v1.PlaceRootKeyRequest
-	(*NewKey)(nil),               // 10: kmsctl.connector.v1.NewKey
-	(*Sealed)(nil),               // 11: kmsctl.connector.v1.Sealed
-	(*WrapRequest)(nil),          // 12: kmsctl.connector.v1.WrapRequest
-	(*WrapReply)(nil),            // 13: kmsctl.connector.v1.WrapReply
-	(*UnwrapRequest)(nil),        // 14: kmsctl.connector.v1.UnwrapRequest
-	(*EvictReply)(nil),           // 15: kmsctl.connector.v1.EvictReply
-	(*SealRequest)(nil),          // 16: kmsctl.connector.v1.SealRequest
-	(*UnsealRequest)(nil),        // 17: kmsctl.connector.v1.UnsealRequest
-	(*RandomRequest)(nil),        // 18: kmsctl.connector.v1.RandomRequest
-	(*InstallationsRequest)(nil), // 19: kmsctl.connector.v1.InstallationsRequest
-	(*InstallationsReply)(nil),   // 20: kmsctl.connector.v1.InstallationsReply
-	(*Installation)(nil),         // 21: kmsctl.connector.v1.Installation
-	(*ClearRequest)(nil),         // 22: kmsctl.connector.v1.ClearRequest
-	(*ClearReply)(nil),           // 23: kmsctl.connector.v1.ClearReply
-	(*Fault)(nil),                // 24: kmsctl.connector.v1.Fault
-	(*Op)(nil),                   // 25: kmsctl.connector.v1.Op
+	(*NewImportPairRequest)(nil), // 10: kmsctl.connector.v1.NewImportPairRequest
+	(*ImportPair)(nil),           // 11: kmsctl.connector.v1.ImportPair
+	(*ImportSentRequest)(nil),    // 12: kmsctl.connector.v1.ImportSentRequest
+	(*ImportSentReply)(nil),      // 13: kmsctl.connector.v1.ImportSentReply
+	(*NewKey)(nil),               // 14: kmsctl.connector.v1.NewKey
+	(*Sealed)(nil),               // 15: kmsctl.connector.v1.Sealed
+	(*WrapRequest)(nil),          // 16: kmsctl.connector.v1.WrapRequest
+	(*WrapReply)(nil),            // 17: kmsctl.connector.v1.WrapReply
+	(*UnwrapRequest)(nil),        // 18: kmsctl.connector.v1.UnwrapRequest
+	(*EvictReply)(nil),           // 19: kmsctl.connector.v1.EvictReply
+	(*SealRequest)(nil),          // 20: kmsctl.connector.v1.SealRequest
+	(*UnsealRequest)(nil),        // 21: kmsctl.connector.v1.UnsealRequest
+	(*RandomRequest)(nil),        // 22: kmsctl.connector.v1.RandomRequest
+	(*InstallationsRequest)(nil), // 23: kmsctl.connector.v1.InstallationsRequest
+	(*InstallationsReply)(nil),   // 24: kmsctl.connector.v1.InstallationsReply
+	(*Installation)(nil),         // 25: kmsctl.connector.v1.Installation
+	(*ClearRequest)(nil),         // 26: kmsctl.connector.v1.ClearRequest
+	(*ClearReply)(nil),           // 27: kmsctl.connector.v1.ClearReply
+	(*Fault)(nil),                // 28: kmsctl.connector.v1.Fault
+	(*Op)(nil),                   // 29: kmsctl.connector.v1.Op
 }
-var file_internal_connector_wire_connector_proto_depIdxs = []int32{
-	11, // 0: kmsctl.connector.v1.WrapReply.sealed:type_name -> kmsctl.connector.v1.Sealed
-	11, // 1: kmsctl.connector.v1.UnwrapRequest.sealed:type_name -> kmsctl.connector.v1.Sealed
-	21, // 2: kmsctl.connector.v1.InstallationsReply.installations:type_name -> kmsctl.connector.v1.Installation
-	12, // 3: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
-	14, // 4: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
-	13, // 5: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
-	0,  // 6: kmsctl.connector.v1.Op.unwrapped:type_name -> kmsctl.connector.v1.Bytes
-	24, // 7: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
-	1,  // 8: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
-	3,  // 9: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
-	4,  // 10: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
-	6,  // 11: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
-	8,  // 12: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
-	0,  // 13: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
-	9,  // 14: kmsctl.connector.v1.Connector.PlaceRootKey:input_type -> kmsctl.connector.v1.PlaceRootKeyRequest
-	0,  // 15: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
-	0,  // 16: kmsctl.connector.v1.Connector.DestroyRootKey:input_type -> kmsctl.connector.v1.Bytes
-	16, // 17: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
-	17, // 18: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
-	0,  // 19: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
-	18, // 20: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
-	19, // 21: kmsctl.connector.v1.Connector.Installations:input_type -> kmsctl.connector.v1.InstallationsRequest
-	22, // 22: kmsctl.connector.v1.Connector.Clear:input_type -> kmsctl.connector.v1.ClearRequest
-	2,  // 23: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
-	0,  // 24: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
-	5,  // 25: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
-	7,  // 26: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
-	10, // 27: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
-	10, // 28: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
-	10, // 29: kmsctl.connector.v1.Connector.PlaceRootKey:output_type -> kmsctl.connector.v1.NewKey
-	15, // 30: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
-	15, // 31: kmsctl.connector.v1.Connector.DestroyRootKey:output_type -> kmsctl.connector.v1.EvictReply
-	0,  // 32: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 33: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 34: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 35: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
-	20, // 36: kmsctl.connector.v1.Connector.Installations:output_type -> kmsctl.connector.v1.InstallationsReply
-	23, // 37: kmsctl.connector.v1.Connector.Clear:output_type -> kmsctl.connector.v1.ClearReply
-	23, // [23:38] is the sub-list for method output_type
-	8,  // [8:23] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+var file_connector_proto_depIdxs = []int32{
+	11, // 0: kmsctl.connector.v1.ImportSentRequest.pair:type_name -> kmsctl.connector.v1.ImportPair
+	14, // 1: kmsctl.connector.v1.ImportSentReply.key:type_name -> kmsctl.connector.v1.NewKey
+	15, // 2: kmsctl.connector.v1.WrapReply.sealed:type_name -> kmsctl.connector.v1.Sealed
+	15, // 3: kmsctl.connector.v1.UnwrapRequest.sealed:type_name -> kmsctl.connector.v1.Sealed
+	25, // 4: kmsctl.connector.v1.InstallationsReply.installations:type_name -> kmsctl.connector.v1.Installation
+	16, // 5: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
+	18, // 6: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
+	17, // 7: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
+	0,  // 8: kmsctl.connector.v1.Op.unwrapped:type_name -> kmsctl.connector.v1.Bytes
+	28, // 9: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
+	1,  // 10: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
+	3,  // 11: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
+	4,  // 12: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
+	6,  // 13: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
+	8,  // 14: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
+	0,  // 15: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
+	9,  // 16: kmsctl.connector.v1.Connector.PlaceRootKey:input_type -> kmsctl.connector.v1.PlaceRootKeyRequest
+	10, // 17: kmsctl.connector.v1.Connector.NewImportPair:input_type -> kmsctl.connector.v1.NewImportPairRequest
+	12, // 18: kmsctl.connector.v1.Connector.ImportSent:input_type -> kmsctl.connector.v1.ImportSentRequest
+	0,  // 19: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
+	0,  // 20: kmsctl.connector.v1.Connector.DestroyRootKey:input_type -> kmsctl.connector.v1.Bytes
+	20, // 21: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
+	21, // 22: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
+	0,  // 23: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
+	22, // 24: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
+	23, // 25: kmsctl.connector.v1.Connector.Installations:input_type -> kmsctl.connector.v1.InstallationsRequest
+	26, // 26: kmsctl.connector.v1.Connector.Clear:input_type -> kmsctl.connector.v1.ClearRequest
+	2,  // 27: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
+	0,  // 28: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
+	5,  // 29: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
+	7,  // 30: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
+	14, // 31: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
+	14, // 32: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
+	14, // 33: kmsctl.connector.v1.Connector.PlaceRootKey:output_type -> kmsctl.connector.v1.NewKey
+	11, // 34: kmsctl.connector.v1.Connector.NewImportPair:output_type -> kmsctl.connector.v1.ImportPair
+	13, // 35: kmsctl.connector.v1.Connector.ImportSent:output_type -> kmsctl.connector.v1.ImportSentReply
+	19, // 36: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
+	19, // 37: kmsctl.connector.v1.Connector.DestroyRootKey:output_type -> kmsctl.connector.v1.EvictReply
+	0,  // 38: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 39: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 40: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 41: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
+	24, // 42: kmsctl.connector.v1.Connector.Installations:output_type -> kmsctl.connector.v1.InstallationsReply
+	27, // 43: kmsctl.connector.v1.Connector.Clear:output_type -> kmsctl.connector.v1.ClearReply
+	27, // [27:44] is the sub-list for method output_type
+	10, // [10:27] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
-func init() { file_internal_connector_wire_connector_proto_init() }
-func file_internal_connector_wire_connector_proto_init() {
-	if File_internal_connector_wire_connector_proto != nil {
+func init() { file_connector_proto_init() }
+func file_connector_proto_init() {
+	if File_connector_proto != nil {
 		return
 	}
-	file_internal_connector_wire_connector_proto_msgTypes[25].OneofWrappers = []any{
+	file_connector_proto_msgTypes[29].OneofWrappers = []any{
 		(*Op_Wrap)(nil),
 		(*Op_Unwrap)(nil),
 		(*Op_Wrapped)(nil),
@@ -1787,17 +2098,17 @@ func file_internal_connector_wire_connector_proto_init() {
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_connector_wire_connector_proto_rawDesc), len(file_internal_connector_wire_connector_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connector_proto_rawDesc), len(file_connector_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
-		GoTypes:           file_internal_connector_wire_connector_proto_goTypes,
-		DependencyIndexes: file_internal_connector_wire_connector_proto_depIdxs,
-		MessageInfos:      file_internal_connector_wire_connector_proto_msgTypes,
+		GoTypes:           file_connector_proto_goTypes,
+		DependencyIndexes: file_connector_proto_depIdxs,
+		MessageInfos:      file_connector_proto_msgTypes,
 	}.Build()
-	File_internal_connector_wire_connector_proto = out.File
-	file_internal_connector_wire_connector_proto_goTypes = nil
-	file_internal_connector_wire_connector_proto_depIdxs = nil
+	File_connector_proto = out.File
+	file_connector_proto_goTypes = nil
+	file_connector_proto_depIdxs = nil
 }

@@ -5,7 +5,7 @@
 // versions:
 // - protoc-gen-go-grpc v1.6.2
 // - protoc             v3.21.12
-// source: internal/connector/wire/connector.proto
+// source: connector.proto
 
 package wire
 
@@ -29,6 +29,8 @@ const (
 	Connector_CreateRootKey_FullMethodName  = "/kmsctl.connector.v1.Connector/CreateRootKey"
 	Connector_ImportRootKey_FullMethodName  = "/kmsctl.connector.v1.Connector/ImportRootKey"
 	Connector_PlaceRootKey_FullMethodName   = "/kmsctl.connector.v1.Connector/PlaceRootKey"
+	Connector_NewImportPair_FullMethodName  = "/kmsctl.connector.v1.Connector/NewImportPair"
+	Connector_ImportSent_FullMethodName     = "/kmsctl.connector.v1.Connector/ImportSent"
 	Connector_Evict_FullMethodName          = "/kmsctl.connector.v1.Connector/Evict"
 	Connector_DestroyRootKey_FullMethodName = "/kmsctl.connector.v1.Connector/DestroyRootKey"
 	Connector_Seal_FullMethodName           = "/kmsctl.connector.v1.Connector/Seal"
@@ -57,8 +59,13 @@ type ConnectorClient interface {
 	ImportRootKey(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*NewKey, error)
 	// PlaceRootKey makes or imports a key that stays in the token.
 	PlaceRootKey(ctx context.Context, in *PlaceRootKeyRequest, opts ...grpc.CallOption) (*NewKey, error)
+	// NewImportPair makes an RSA pair under which material travels.
+	NewImportPair(ctx context.Context, in *NewImportPairRequest, opts ...grpc.CallOption) (*ImportPair, error)
+	// ImportSent brings in material that travelled under an import pair.
+	ImportSent(ctx context.Context, in *ImportSentRequest, opts ...grpc.CallOption) (*ImportSentReply, error)
 	Evict(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*EvictReply, error)
-	// DestroyRootKey leaves nothing of a root key in the token.
+	// DestroyRootKey leaves nothing of a root key, or of an import pair, in the
+	// token.
 	DestroyRootKey(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*EvictReply, error)
 	Seal(ctx context.Context, in *SealRequest, opts ...grpc.CallOption) (*Bytes, error)
 	Unseal(ctx context.Context, in *UnsealRequest, opts ...grpc.CallOption) (*Bytes, error)
@@ -142,6 +149,26 @@ func (c *connectorClient) PlaceRootKey(ctx context.Context, in *PlaceRootKeyRequ
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(NewKey)
 	err := c.cc.Invoke(ctx, Connector_PlaceRootKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *connectorClient) NewImportPair(ctx context.Context, in *NewImportPairRequest, opts ...grpc.CallOption) (*ImportPair, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ImportPair)
+	err := c.cc.Invoke(ctx, Connector_NewImportPair_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *connectorClient) ImportSent(ctx context.Context, in *ImportSentRequest, opts ...grpc.CallOption) (*ImportSentReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ImportSentReply)
+	err := c.cc.Invoke(ctx, Connector_ImportSent_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -246,8 +273,13 @@ type ConnectorServer interface {
 	ImportRootKey(context.Context, *Bytes) (*NewKey, error)
 	// PlaceRootKey makes or imports a key that stays in the token.
 	PlaceRootKey(context.Context, *PlaceRootKeyRequest) (*NewKey, error)
+	// NewImportPair makes an RSA pair under which material travels.
+	NewImportPair(context.Context, *NewImportPairRequest) (*ImportPair, error)
+	// ImportSent brings in material that travelled under an import pair.
+	ImportSent(context.Context, *ImportSentRequest) (*ImportSentReply, error)
 	Evict(context.Context, *Bytes) (*EvictReply, error)
-	// DestroyRootKey leaves nothing of a root key in the token.
+	// DestroyRootKey leaves nothing of a root key, or of an import pair, in the
+	// token.
 	DestroyRootKey(context.Context, *Bytes) (*EvictReply, error)
 	Seal(context.Context, *SealRequest) (*Bytes, error)
 	Unseal(context.Context, *UnsealRequest) (*Bytes, error)
@@ -287,6 +319,12 @@ func (UnimplementedConnectorServer) ImportRootKey(context.Context, *Bytes) (*New
 }
 func (UnimplementedConnectorServer) PlaceRootKey(context.Context, *PlaceRootKeyRequest) (*NewKey, error) {
 	return nil, status.Error(codes.Unimplemented, "method PlaceRootKey not implemented")
+}
+func (UnimplementedConnectorServer) NewImportPair(context.Context, *NewImportPairRequest) (*ImportPair, error) {
+	return nil, status.Error(codes.Unimplemented, "method NewImportPair not implemented")
+}
+func (UnimplementedConnectorServer) ImportSent(context.Context, *ImportSentRequest) (*ImportSentReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ImportSent not implemented")
 }
 func (UnimplementedConnectorServer) Evict(context.Context, *Bytes) (*EvictReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Evict not implemented")
@@ -455,6 +493,42 @@ func _Connector_PlaceRootKey_Handler(srv interface{}, ctx context.Context, dec f
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(ConnectorServer).PlaceRootKey(ctx, req.(*PlaceRootKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Connector_NewImportPair_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(NewImportPairRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).NewImportPair(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_NewImportPair_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).NewImportPair(ctx, req.(*NewImportPairRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Connector_ImportSent_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ImportSentRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).ImportSent(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_ImportSent_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).ImportSent(ctx, req.(*ImportSentRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -639,6 +713,14 @@ var Connector_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Connector_PlaceRootKey_Handler,
 		},
 		{
+			MethodName: "NewImportPair",
+			Handler:    _Connector_NewImportPair_Handler,
+		},
+		{
+			MethodName: "ImportSent",
+			Handler:    _Connector_ImportSent_Handler,
+		},
+		{
 			MethodName: "Evict",
 			Handler:    _Connector_Evict_Handler,
 		},
@@ -672,5 +754,5 @@ var Connector_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
-	Metadata: "internal/connector/wire/connector.proto",
+	Metadata: "connector.proto",
 }
