@@ -57,13 +57,14 @@ type Preflight struct {
 	Registry           string // HOST[:PORT] that the nodes pull from
 	Model              hsm.Model
 	Settings           hsm.Settings
-	SettingsErr        error   // what is wrong with the settings
-	HSMSecret          *Secret // nil: only what is in the cluster
-	SecretErr          error   // what is wrong with the given one
-	HSMPort            string  // "": the model's
-	Repair             bool    // the installation ends a pending change
-	Replicated         bool    // something has several replicas
-	AccountTokens      bool    // the API reviews tokens of ServiceAccounts
+	SettingsErr        error    // what is wrong with the settings
+	HSMSecret          *Secret  // nil: only what is in the cluster
+	SecretErr          error    // what is wrong with the given one
+	HSMPort            string   // "": the model's
+	Repair             bool     // the installation ends a pending change
+	Replicated         bool     // something has several replicas
+	AccountTokens      bool     // the API reviews tokens of ServiceAccounts
+	SCCs               []string // of the pods, on OpenShift
 
 	// Answers says whether the registry lets us in, where the images come only
 	// with the installation; Images is nil then.
@@ -633,9 +634,17 @@ func (p Preflight) openshift(ctx context.Context) []Finding {
 		return skip("this is no OpenShift")
 	}
 	var out []Finding
-	denied, err := p.Cluster.Denied(ctx, []cluster.Right{{Verb: "use", Group: "security.openshift.io", Resource: "securitycontextconstraints", Name: "restricted-v2", Namespace: p.Namespace}})
-	if err == nil && len(denied) > 0 {
-		out = append(out, bad(Warn, "the chart's pods run under restricted-v2, which every service account has unless it was taken away", "you may not use the SCC restricted-v2 yourself; whether the pods may is not known"))
+	var use []cluster.Right
+	for _, name := range p.SCCs {
+		use = append(use, cluster.Right{Verb: "use", Group: "security.openshift.io", Resource: "securitycontextconstraints", Name: name, Namespace: p.Namespace})
+	}
+	denied, err := p.Cluster.Denied(ctx, use)
+	if err != nil {
+		return failErr(err, "the account must be allowed to create selfsubjectaccessreviews")
+	}
+	for _, r := range denied {
+		out = append(out, bad(Fail, "install as a cluster administrator, or get the right: oc adm policy add-scc-to-user "+r.Name+" YOU -n "+p.Namespace,
+			"the chart lets its pods use the SCC %s, and you may not use it: Kubernetes refuses to give away what one does not have", r.Name))
 	}
 	if strings.HasPrefix(p.Registry, "docker-registry.default.svc") || strings.HasPrefix(p.Registry, "image-registry.openshift-image-registry.svc") {
 		route, err := p.Cluster.RegistryRoute(ctx)
@@ -644,5 +653,5 @@ func (p Preflight) openshift(ctx context.Context) []Finding {
 				"the internal registry %s has no route: images cannot be loaded from outside the cluster", p.Registry))
 		}
 	}
-	return orElse(out, "SCC restricted-v2 is there; set openshift: true in the values if the API group is hidden from Helm")
+	return orElse(out, "the pods run under the SCC %s; set openshift: true in the values if the API group is hidden from Helm", strings.Join(p.SCCs, " and "))
 }

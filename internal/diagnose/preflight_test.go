@@ -161,7 +161,7 @@ func good(t *testing.T) *world {
 			class("fast", "true"), class("slow", "false"), node("n1", "10.0.0.11", "amd64"),
 			&corev1.Secret{ObjectMeta: meta("pull", nil), Type: corev1.SecretTypeDockerConfigJson, Data: map[string][]byte{".dockerconfigjson": []byte(`{"auths":{"reg.site:5000":{}}}`)}},
 		},
-		pre: diagnose.Preflight{Release: "key-management-hsm", Namespace: "kube-system", NodeLabel: "management=true", PullSecrets: []string{"pull"},
+		pre: diagnose.Preflight{Release: "key-management-hsm", Namespace: "kube-system", SCCs: []string{"restricted-v2"}, NodeLabel: "management=true", PullSecrets: []string{"pull"},
 			Registry: "reg.site:5000", Model: model, Settings: hsm.Settings{Model: "gemalto", HSMIP: "127.0.0.1"}, HSMPort: port, Now: time.Now,
 			HSMSecret: &diagnose.Secret{Password: []byte("canary-pin"), ServerCA: server, Cert: map[string][]byte{"10.0.0.11": cert}, Key: map[string][]byte{"10.0.0.11": key}},
 			Images: func(context.Context) ([]diagnose.Image, error) {
@@ -351,7 +351,7 @@ func TestEachCheckFails(t *testing.T) {
 		"OpenShift SCC": {func(_ *testing.T, w *world) {
 			w.groups = append(w.groups, "security.openshift.io/v1")
 			w.denied = func(r *authv1.ResourceAttributes) bool { return r.Resource == "securitycontextconstraints" }
-		}, "openshift", diagnose.Warn, "may not use the SCC", "restricted-v2"},
+		}, "openshift", diagnose.Fail, "use the SCC restricted-v2, and you may not", "add-scc-to-user restricted-v2"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

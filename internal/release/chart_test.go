@@ -313,6 +313,50 @@ func TestAccountTokens(t *testing.T) {
 	}
 }
 
+// TestSCC: on OpenShift each account may use the constraint of its pods, and no
+// other; elsewhere none.
+func TestSCC(t *testing.T) {
+	for name, c := range map[string]struct {
+		model string
+		more  values
+		want  []string
+	}{
+		"elsewhere":       {"gemalto", values{}, nil},
+		"as they are":     {"gemalto", values{"openshift": true}, []string{"kms-oss restricted-v2", "kms-storage restricted-v2", "kms-watcher restricted-v2"}},
+		"node's network":  {"gemalto", values{"openshift": true, "hsm": values{"hsm_model": "gemalto", "hsm_ip": "192.0.2.1", "hostNetwork": true}}, []string{"kms-oss hostnetwork-v2", "kms-storage restricted-v2", "kms-watcher restricted-v2"}},
+		"without an HSM":  {"softhsm", values{"openshift": true, "hsm": values{"hsm_model": "softhsm", "hostNetwork": true}}, []string{"kms-oss restricted-v2", "kms-storage restricted-v2", "kms-watcher restricted-v2"}},
+		"the site's own":  {"gemalto", values{"openshift": true, "scc": "site", "persistence": values{"hostPath": "/srv"}}, []string{"kms-oss site", "kms-storage site", "kms-watcher site"}},
+		"the site's, not": {"gemalto", values{"scc": "site"}, nil},
+	} {
+		manifest, err := release.Template(embedded(t), "kms", "ns", modelValues(c.model, c.more), "1.37.2")
+		if err != nil {
+			t.Fatal(err)
+		}
+		rules := map[string]string{}
+		var got []string
+		for _, o := range objects(t, manifest) {
+			if r, ok := o.(*rbacv1.Role); ok && strings.HasSuffix(r.Name, "-scc") {
+				rules[r.Name] = fmt.Sprint(r.Rules)
+			}
+		}
+		for _, o := range objects(t, manifest) {
+			b, ok := o.(*rbacv1.RoleBinding)
+			if !ok || !strings.HasSuffix(b.Name, "-scc") {
+				continue
+			}
+			scc := strings.TrimSuffix(strings.TrimPrefix(rules[b.RoleRef.Name], "[{[use] [security.openshift.io] [securitycontextconstraints] ["), "] []}]")
+			if len(b.Subjects) != 1 || b.Subjects[0].Kind != "ServiceAccount" || b.Subjects[0].Namespace != "ns" || b.RoleRef.Kind != "Role" {
+				t.Errorf("%s: %+v", name, b)
+			}
+			got = append(got, b.Subjects[0].Name+" "+scc)
+		}
+		slices.Sort(got)
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
 // TestWatcherRights: no other account than the watcher's has any right, and it
 // may not write more than it must.
 func TestWatcherRights(t *testing.T) {
@@ -365,6 +409,7 @@ func TestValuesRefused(t *testing.T) {
 		"hsm_pw":               {"hsm": values{"hsm_pw": "x"}},
 		"oss.replicas":         {"oss": values{"replicas": 3}},
 		"persistence.emptyDir": {"storage": values{"replicas": 3}, "persistence": values{"emptyDir": true}},
+		"persistence.hostPath": {"openshift": true, "persistence": values{"hostPath": "/srv"}},
 		"oss.tokenAudiences":   {"oss": values{"tokenAudiences": []any{"kms"}}},
 		"storage.replicas":     {"storage": values{"replicas": 2}},
 		"several members":      {"storage": values{"replicas": 3, "persistence": values{"existingClaim": "a"}}},

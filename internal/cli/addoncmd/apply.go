@@ -130,6 +130,9 @@ func (o *applyOptions) prepare() (*job, error) {
 	}
 	errs := []error{j.readResources()}
 	for _, a := range j.addons {
+		binding, err := a.bindings(o.file)
+		errs = append(errs, err)
+		j.resources = append(j.resources, binding...)
 		errs = append(errs, j.readValues(a))
 	}
 	return j, errors.Join(errs...)

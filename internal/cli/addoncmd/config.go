@@ -307,9 +307,6 @@ func (c chart) ours() bool { return c.Name == templates.ChartName }
 // warnings tell where the manual's sample is at odds with its later steps.
 func (a addon) warnings() (out []string) {
 	at := addonsKey + "." + a.Name
-	if a.SCC != "" {
-		out = append(out, fmt.Sprintf("%s.scc: kmsctl binds no security context constraint: oc adm policy add-scc-to-group %s system:serviceaccounts:%s", at, a.SCC, a.Namespace))
-	}
 	if !a.ours() {
 		return out
 	}

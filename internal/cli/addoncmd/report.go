@@ -13,6 +13,7 @@ const (
 	unchanged  = "unchanged"
 	done       = "done"
 	notBegun   = "not begun"
+	notNeeded  = "not needed"
 	wouldApply = "would apply"
 	wouldLoad  = "would load"
 )

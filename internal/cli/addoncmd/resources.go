@@ -23,6 +23,7 @@ type resource struct {
 	kube.Object
 	file   string
 	secret *render.Secret // when it is hsm-secret
+	scc    string         // when it binds a security context constraint
 }
 
 // String is kind and name, with the namespace that hsm-secret goes to.
@@ -141,8 +142,17 @@ func (j *job) applyResources(ctx context.Context) bool {
 		j.errs = append(j.errs, err)
 		return false
 	}
+	bind, err := j.hasSCC(ctx, c)
+	if err != nil {
+		j.errs = append(j.errs, err)
+		return false
+	}
 	whole := true
 	for n, r := range j.resources {
+		if r.scc != "" && !bind {
+			lines[n].Status = notNeeded
+			continue
+		}
 		changed, err := r.apply(ctx, c)
 		switch {
 		case err != nil:
@@ -159,15 +169,15 @@ func (j *job) applyResources(ctx context.Context) bool {
 	return whole
 }
 
-// openFor opens the cluster, and sees to the namespaces of the addons that are
-// installed, where the objects may belong.
+// openFor opens the cluster, and sees to the namespaces of the addons that need
+// one, where the objects may belong.
 func (j *job) openFor(ctx context.Context) (*kube.Cluster, error) {
 	c, err := j.Cluster(&j.kube)
 	if err != nil {
 		return nil, err
 	}
 	for _, a := range j.addons {
-		if len(a.Charts) == 0 {
+		if len(a.Charts) == 0 && a.SCC == "" {
 			continue
 		}
 		made, err := c.EnsureNamespace(ctx, a.Namespace)

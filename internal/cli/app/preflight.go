@@ -40,7 +40,7 @@ const PlanVersion = "1.30.0"
 // Preflight makes the checks of an installation.
 func (a *App) Preflight(ctx context.Context, in PreflightInput) (*diagnose.Preflight, error) {
 	p := &diagnose.Preflight{Release: in.Kube.Release, Namespace: in.Kube.Namespace, StorageClass: in.Release.StorageClass, NoVolumes: in.Release.NoClaims(),
-		NodeLabel: in.NodeLabel, PullSecrets: in.Release.PullSecrets, HSMPort: in.HSMPort, Repair: in.Release.Repair, Now: a.Now,
+		SCCs: in.Release.sccs(nil), NodeLabel: in.NodeLabel, PullSecrets: in.Release.PullSecrets, HSMPort: in.HSMPort, Repair: in.Release.Repair, Now: a.Now,
 		SettingsErr: in.SettingsErr, SecretErr: in.SecretErr}
 	if err := a.preflightCluster(ctx, p, &in.Kube); err != nil {
 		return nil, err
@@ -53,6 +53,7 @@ func (a *App) Preflight(ctx context.Context, in PreflightInput) (*diagnose.Prefl
 		p.Replicated = severalOf(values, "storage") || severalOf(values, "oss") || severalOf(values, "watcher")
 		oss, _ := values["oss"].(map[string]any)
 		p.AccountTokens, _ = oss["serviceAccountTokens"].(bool)
+		p.SCCs = in.Release.sccs(values)
 		p.Settings = in.Settings.HSM
 		if p.Model, err = hsm.Lookup(p.Settings.Model); err != nil {
 			return nil, err

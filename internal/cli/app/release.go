@@ -80,6 +80,7 @@ type ReleaseFlags struct {
 	AccountTokens  bool
 	Audiences      []string
 	PullSecrets    []string
+	SCC            string
 	SANs           []string
 	DropSANs       []string
 	Domain         string
@@ -102,6 +103,7 @@ func (f *ReleaseFlags) Add(fs *pflag.FlagSet) {
 	fs.BoolVar(&f.AccountTokens, "service-account-tokens", false, "let tokens of the cluster's ServiceAccounts prove service IDs; makes a ClusterRole for TokenReviews")
 	fs.StringSliceVar(&f.Audiences, "token-audience", nil, "audience for which such a token must be made; repeatable; without it, "+TokenAudience+" or the cluster's own API server")
 	fs.StringSliceVar(&f.PullSecrets, "image-pull-secret", nil, "Secret for the registry; repeatable")
+	fs.StringVar(&f.SCC, "scc", "", "OpenShift's security context constraint for the pods; without it, what the settings say, or restricted-v2 (hostnetwork-v2 where the pods use the node's network)")
 	fs.StringSliceVar(&f.SANs, "san", nil, "further DNS names or addresses of the API, for its certificate, which keeps those that it has; repeatable")
 	fs.StringSliceVar(&f.DropSANs, "drop-san", nil, "names that --san gave once, and that the API's certificate is to lose; repeatable")
 	fs.StringVar(&f.Domain, "cluster-domain", "", "domain of the cluster's DNS; without it, what the settings say, or "+defaultDomain)
@@ -151,9 +153,25 @@ func (f *ReleaseFlags) Beat(values map[string]any) {
 		}
 		values["imagePullSecrets"] = list
 	}
+	if f.SCC != "" {
+		values["scc"] = f.SCC
+	}
 	if f.Domain != "" {
 		values["clusterDomain"] = f.Domain
 	}
+}
+
+// sccs are the constraints that the chart binds on OpenShift with these values.
+func (f *ReleaseFlags) sccs(values map[string]any) []string {
+	if name, _ := values["scc"].(string); name != "" {
+		return []string{name}
+	}
+	out := []string{"restricted-v2"}
+	hsm, _ := values["hsm"].(map[string]any)
+	if host, _ := hsm["hostNetwork"].(bool); host && cluster.HSMModel(values) != "softhsm" {
+		out = append(out, "hostnetwork-v2")
+	}
+	return out
 }
 
 // put sets a key of a block.

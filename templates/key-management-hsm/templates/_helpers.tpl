@@ -23,6 +23,15 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if or .Values.openshift (.Capabilities.APIVersions.Has "security.openshift.io/v1") }}true{{ end }}
 {{- end }}
 
+{{/* The constraint that admits the pods of a component, on OpenShift. */}}
+{{- define "kms.scc" -}}
+{{- $v := .root.Values -}}
+{{- if $v.scc }}{{ $v.scc }}
+{{- else if and (eq .component "oss") $v.hsm.hostNetwork (ne $v.hsm.hsm_model "softhsm") }}hostnetwork-v2
+{{- else }}restricted-v2
+{{- end }}
+{{- end }}
+
 {{/* The image's user is 65532:0; any other uid in group 0 works as well. */}}
 {{- define "kms.podSecurity" -}}
 runAsNonRoot: true
@@ -198,6 +207,9 @@ capability, opens it to group 0. */}}
 {{- end }}
 {{- if and $v.persistence.hostPath $v.persistence.emptyDir }}
 {{- fail "persistence: hostPath and emptyDir exclude each other" }}
+{{- end }}
+{{- if and $v.persistence.hostPath (include "kms.openshift" .) (not $v.scc) }}
+{{- fail "persistence.hostPath: on OpenShift say by scc which security context constraint lets pods use folders of the node" }}
 {{- end }}
 {{- if and $v.persistence.hostPath (not (hasPrefix "/" $v.persistence.hostPath)) }}
 {{- fail "persistence.hostPath: not an absolute path" }}
