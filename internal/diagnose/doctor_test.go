@@ -17,13 +17,11 @@ import (
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/client-go/kubernetes/fake"
 
 	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/diagnose"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/hsm"
-	"github.com/kmsctl/kmsctl/internal/kube"
 )
 
 func pod(name string, labels map[string]string, s corev1.PodStatus) *corev1.Pod {
@@ -56,9 +54,9 @@ func named(name string, labels map[string]string) func(corev1.PodStatus) *corev1
 
 func (w *world) doctor(t *testing.T, old func(context.Context) (cluster.Release, error)) diagnose.Report {
 	t.Helper()
-	c := clocked{kube.NewFor(fake.NewClientset(w.objects...)), w.skew, w.log}
+	c := w.cluster()
 	w.pre.Cluster = c
-	return diagnose.Run(t.Context(), diagnose.Doctor{Preflight: w.pre, Running: c, Old: old}.Checks())
+	return note(diagnose.Run(t.Context(), diagnose.Doctor{Preflight: w.pre, Running: c, Old: old}.Checks()))
 }
 
 func running(t *testing.T) *world {
@@ -91,21 +89,30 @@ func TestDoctor(t *testing.T) {
 		old                 func(context.Context) (cluster.Release, error)
 		check, reason, cure string
 	}{
-		"hsm-secret removed":   {func(w *world) { w.objects = append(w.objects[:5], w.objects[6:]...) }, none, "hsm secret", "kube-system/hsm-secret is not there", "export it before"},
-		"upgrade failed":       {func(w *world) { w.pre.Current = status(cluster.Failed, "UPGRADE FAILED") }, none, "release", "is failed: UPGRADE FAILED", "give the overrides file again"},
-		"pending":              {func(w *world) { w.pre.Current = status(cluster.PendingUpgrade, "") }, none, "release", "is pending-upgrade", "--repair"},
-		"not installed":        {func(w *world) { w.pre.Current = none }, none, "release", "there is no release", "kmsctl install"},
-		"501 on rotate":        {nil, func(context.Context) (cluster.Release, error) { return cluster.Release{Version: "3.2.1"}, nil }, "old product", "3.2.1 answers 501 to rotate", "4.1.0"},
-		"400 no such API key":  {add(&corev1.Secret{ObjectMeta: meta("key-management-secret", nil), Data: map[string][]byte{"kms-api-key": []byte("default_kms_api_key")}}), none, "old api key", "the placeholder", "delete the pep pod"},
-		"500 on every call":    {add(&batchv1.Job{ObjectMeta: meta("key-management-hsm-cleanup", nil)}), none, "old cleanup job", "has not come to its end", "delete the Job"},
-		"503":                  {func(w *world) { w.pre.HSMPort = "1" }, none, "hsm reachable", "does not answer", "firewall"},
-		"503 in a pod's log":   {crashed(named("key-management-hsm-oss-1", ours), "CKR_DEVICE_ERROR"), none, "pods", "the HSM does not answer", "hsm reachable"},
-		"some nodes only":      {add(node("n2", "10.0.0.12", "amd64")), none, "hsm certificates", "n2 (10.0.0.12) has no certificate pair", "luna-cert create"},
-		"no import":            {func(w *world) { w.pre.Model, _ = hsm.Lookup("softhsm") }, none, "import of keys", "cannot import root keys", "hsm probe"},
-		"no reachable servers": {crashed(named("key-management-persistence-0", nil), "no reachable servers"), none, "old pods", "the node cannot look up services", "DNS"},
-		"pep":                  {add(pod("key-management-pep-0", nil, waiting("pep", "CreateContainerConfigError", "kms-api-key"))), none, "old pods", "kms-api-key is not valid", "secret watcher"},
-		"image":                {add(pod("key-management-hsm-oss-1", ours, waiting("oss", "ImagePullBackOff", "not found"))), none, "pods", "ImagePullBackOff", "kmsctl load"},
-		"password":             {crashed(named("key-management-hsm-oss-1", ours), "CKR_PIN_INCORRECT"), none, "pods", "the HSM refused the password", "hsm-secret"},
+		"hsm-secret removed":     {func(w *world) { w.objects = append(w.objects[:5], w.objects[6:]...) }, none, "hsm secret", "kube-system/hsm-secret is not there", "export it before"},
+		"upgrade failed":         {func(w *world) { w.pre.Current = status(cluster.Failed, "UPGRADE FAILED") }, none, "release", "is failed: UPGRADE FAILED", "give the overrides file again"},
+		"pending":                {func(w *world) { w.pre.Current = status(cluster.PendingUpgrade, "") }, none, "release", "is pending-upgrade", "--repair"},
+		"not installed":          {func(w *world) { w.pre.Current = none }, none, "release", "there is no release", "kmsctl install"},
+		"501 on rotate":          {nil, func(context.Context) (cluster.Release, error) { return cluster.Release{Version: "3.2.1"}, nil }, "old product", "3.2.1 answers 501 to rotate", "4.1.0"},
+		"400 no such API key":    {add(&corev1.Secret{ObjectMeta: meta("key-management-secret", nil), Data: map[string][]byte{"kms-api-key": []byte("default_kms_api_key")}}), none, "old api key", "the placeholder", "delete the pep pod"},
+		"500 on every call":      {add(&batchv1.Job{ObjectMeta: meta("key-management-hsm-cleanup", nil)}), none, "old cleanup job", "has not come to its end", "delete the Job"},
+		"503":                    {func(w *world) { w.pre.HSMPort = "1" }, none, "hsm reachable", "does not answer", "firewall"},
+		"503 in a pod's log":     {crashed(named("key-management-hsm-oss-1", ours), "CKR_DEVICE_ERROR"), none, "pods", "the HSM does not answer", "hsm reachable"},
+		"some nodes only":        {add(node("n2", "10.0.0.12", "amd64")), none, "hsm certificates", "n2 (10.0.0.12) has no certificate pair", "luna-cert create"},
+		"no import":              {func(w *world) { w.pre.Model, _ = hsm.Lookup("softhsm") }, none, "import of keys", "cannot import root keys", "hsm probe"},
+		"no reachable servers":   {crashed(named("key-management-persistence-0", nil), "no reachable servers"), none, "old pods", "the node cannot look up services", "DNS"},
+		"pep":                    {add(pod("key-management-pep-0", nil, waiting("pep", "CreateContainerConfigError", "kms-api-key"))), none, "old pods", "kms-api-key is not valid", "secret watcher"},
+		"image":                  {add(pod("key-management-hsm-oss-1", ours, waiting("oss", "ImagePullBackOff", "not found"))), none, "pods", "ImagePullBackOff", "kmsctl load"},
+		"hsm-secret empty":       {func(w *world) { w.objects[5].(*corev1.Secret).Data = nil }, none, "hsm secret", "has no hsm-pass", "render secret"},
+		"hsm-secret not mounted": {add(pod("key-management-hsm-oss-1", ours, waiting("oss", "CreateContainerConfigError", `secret "hsm-secret" not found`))), none, "pods", "hsm-secret is not there", "install --secret"},
+		"no pods":                {func(w *world) { w.objects = w.objects[:6] }, none, "pods", "the release has no pods", "release"},
+		"not yet ready":          {add(pod("key-management-hsm-oss-1", ours, corev1.PodStatus{Phase: corev1.PodRunning})), none, "pods", "is not ready yet (Running)", "kubectl describe pod"},
+		"restarts": {add(pod("key-management-hsm-oss-1", ours, corev1.PodStatus{Phase: corev1.PodRunning, Conditions: isReady.Conditions,
+			ContainerStatuses: []corev1.ContainerStatus{{Name: "oss", RestartCount: 7}}})), none, "pods", "started again 7 times", "logs --previous"},
+		"old of no known version": {nil, func(context.Context) (cluster.Release, error) { return cluster.Release{Version: "next"}, nil }, "old product", "key-management next is beside", ""},
+		"no Helm":                 {nil, nil, "old product", "Helm's records are not known", ""},
+		"model not known":         {func(w *world) { w.pre.Model = hsm.Model{} }, none, "import of keys", "the HSM model is not known", ""},
+		"password":                {crashed(named("key-management-hsm-oss-1", ours), "CKR_PIN_INCORRECT"), none, "pods", "the HSM refused the password", "hsm-secret"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := running(t)

@@ -17,8 +17,10 @@ import (
 	authv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/version"
 	discovery "k8s.io/client-go/discovery/fake"
 	"k8s.io/client-go/kubernetes/fake"
@@ -39,14 +41,16 @@ type world struct {
 	denied  func(r *authv1.ResourceAttributes) bool
 	skew    time.Duration
 	log     string
+	broken  error // what the API server answers to everything
 	pre     diagnose.Preflight
 }
 
 // clocked has what a fake client lacks: a clock, logs; and no route.
 type clocked struct {
 	*kube.Cluster
-	skew time.Duration
-	log  string
+	skew   time.Duration
+	log    string
+	broken error
 }
 
 func (c clocked) logged(pods []cluster.Pod, err error) ([]cluster.Pod, error) {
@@ -66,7 +70,7 @@ func (c clocked) PodsNamed(ctx context.Context, namespace, prefix string) ([]clu
 	return c.logged(c.Cluster.PodsNamed(ctx, namespace, prefix))
 }
 
-func (c clocked) Clock(context.Context) (time.Time, error)      { return time.Now().Add(c.skew), nil }
+func (c clocked) Clock(context.Context) (time.Time, error)      { return time.Now().Add(c.skew), c.broken }
 func (c clocked) RegistryRoute(context.Context) (string, error) { return "", nil }
 
 func meta(name string, labels map[string]string) metav1.ObjectMeta {
@@ -174,8 +178,8 @@ func good(t *testing.T) *world {
 	}
 }
 
-func (w *world) run(t *testing.T) diagnose.Report {
-	t.Helper()
+// cluster is a real client of a cluster in memory that has the world's objects.
+func (w *world) cluster() clocked {
 	client := fake.NewClientset(w.objects...)
 	client.Discovery().(*discovery.FakeDiscovery).FakedServerVersion = &version.Info{GitVersion: w.version}
 	for _, g := range w.groups {
@@ -186,10 +190,18 @@ func (w *world) run(t *testing.T) diagnose.Report {
 		r.Status.Allowed = w.denied == nil || !w.denied(r.Spec.ResourceAttributes)
 		return true, r, nil
 	})
-	if w.pre.Cluster == nil && w.pre.ClusterErr == nil {
-		w.pre.Cluster = clocked{kube.NewFor(client), w.skew, w.log}
+	if w.broken != nil {
+		client.PrependReactor("*", "*", func(ktest.Action) (bool, runtime.Object, error) { return true, nil, w.broken })
 	}
-	return diagnose.Run(t.Context(), w.pre.Checks())
+	return clocked{kube.NewFor(client), w.skew, w.log, w.broken}
+}
+
+func (w *world) run(t *testing.T) diagnose.Report {
+	t.Helper()
+	if w.pre.Cluster == nil && w.pre.ClusterErr == nil {
+		w.pre.Cluster = w.cluster()
+	}
+	return note(diagnose.Run(t.Context(), w.pre.Checks()))
 }
 
 func find(r diagnose.Report, check string) (out []diagnose.Finding) {
@@ -212,6 +224,33 @@ func TestAllWell(t *testing.T) {
 		}
 		if f.Reason == "" {
 			t.Errorf("no reason: %+v", f)
+		}
+	}
+}
+
+var forbidden = apierrors.NewForbidden(schema.GroupResource{Resource: "things"}, "", errors.New("ask the administrator"))
+
+// TestAnAPIThatRefuses: no check takes a question that was not answered for an
+// answer; what the account may not see is skipped or wrong, and says so.
+func TestAnAPIThatRefuses(t *testing.T) {
+	asks := map[string]bool{}
+	for _, name := range []string{"cluster", "clock", "rights", "namespace", "storage", "pull secret", "architectures", "hsm secret", "release", "helm 2", "old product", "openshift", "pods",
+		"old api key", "old cleanup job", "old pods"} {
+		asks[name] = true
+	}
+	for text, broken := range map[string]error{"the disk of etcd is full": apierrors.NewInternalError(errors.New("the disk of etcd is full")), "ask the administrator": forbidden} {
+		w := good(t)
+		w.broken, w.pre.HSMSecret = broken, nil
+		w.pre.Current = func(context.Context) (cluster.Release, error) { return cluster.Release{}, broken }
+		none := func(context.Context) (cluster.Release, error) { return cluster.Release{}, broken }
+		for _, f := range append(w.run(t).Findings, w.doctor(t, none).Findings...) {
+			switch {
+			case !asks[f.Check]:
+			case f.Verdict == diagnose.Fail && strings.Contains(f.Reason, text):
+			case f.Verdict == diagnose.Skip && errors.Is(broken, forbidden) && strings.HasPrefix(f.Reason, "may not look at"):
+			default:
+				t.Errorf("%s: %+v", text, f)
+			}
 		}
 	}
 }
@@ -336,6 +375,19 @@ func TestEachCheckFails(t *testing.T) {
 				return cluster.Release{Status: cluster.Deployed, Revision: 2, Version: "1.0.0"}, nil
 			}
 		}, "release", diagnose.Fail, "is installed for softhsm", "go on with softhsm"},
+		"architecture of some": {func(_ *testing.T, w *world) {
+			w.objects = append(w.objects, node("n2", "10.0.0.11", "s390x"))
+		}, "architectures", diagnose.Warn, "is for amd64 and runs on 1 of 2 nodes", "nodeSelector"},
+		"no Luna, no secret": {func(_ *testing.T, w *world) {
+			w.pre.HSMSecret, w.pre.HSMPort = nil, "1"
+		}, "hsm reachable", diagnose.Fail, "no answer from 127.0.0.1:1", "firewall"},
+		// What cannot be looked at is said, and taken for neither good nor bad.
+		"nothing given": {func(_ *testing.T, w *world) {
+			w.pre = diagnose.Preflight{Release: w.pre.Release, Namespace: w.pre.Namespace, NoVolumes: true, Now: w.pre.Now}
+		}, "hsm settings", diagnose.Skip, "no HSM model was given", ""},
+		"no address":      {func(_ *testing.T, w *world) { w.pre.Settings.HSMIP = "" }, "hsm reachable", diagnose.Skip, "no address of the HSM", ""},
+		"no secret":       {func(_ *testing.T, w *world) { w.pre.HSMSecret = nil }, "hsm secret", diagnose.Skip, "install wants one", ""},
+		"nodes not known": {func(_ *testing.T, w *world) { w.broken = forbidden }, "hsm certificates", diagnose.Skip, "may not look at nodes", ""},
 		"Helm 2": {func(_ *testing.T, w *world) {
 			w.objects = append(w.objects, &corev1.ConfigMap{ObjectMeta: meta("key-management-hsm.v1", map[string]string{"OWNER": "TILLER", "NAME": "key-management-hsm"})})
 		}, "helm 2", diagnose.Fail, "Helm 2 has a release key-management-hsm", "2to3"},

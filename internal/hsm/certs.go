@@ -22,10 +22,7 @@ func CheckClient(ip string, cert, key []byte, now time.Time) ([]CertWarning, err
 	if err != nil {
 		return nil, fmt.Errorf("certificate pair of node %s: %w", ip, err)
 	}
-	c, err := x509.ParseCertificate(pair.Certificate[0])
-	if err != nil {
-		return nil, fmt.Errorf("certificate of node %s: %w", ip, err)
-	}
+	c := pair.Leaf
 	if now.After(c.NotAfter) {
 		return nil, fmt.Errorf("certificate of node %s expired on %s", ip, c.NotAfter.UTC().Format(time.RFC3339))
 	}

@@ -42,6 +42,7 @@ func TestCheckClient(t *testing.T) {
 		"not yet":      {early.Cert, early.Key, "valid only from", ""},
 		"keys swapped": {byCN.Cert, bySAN.Key, "private key does not match", ""},
 		"no PEM":       {[]byte("canary"), byCN.Key, "certificate pair of node 10.0.0.11", ""},
+		"torn PEM":     {[]byte("-----BEGIN CERTIFICATE-----\nY2FuYXJ5\n-----END CERTIFICATE-----\n"), byCN.Key, "certificate pair of node 10.0.0.11", ""},
 		"no key":       {byCN.Cert, []byte("canary"), "certificate pair of node 10.0.0.11", ""},
 	} {
 		warns, err := hsm.CheckClient("10.0.0.11", c.cert, c.key, now)
@@ -61,6 +62,7 @@ func TestCheckClient(t *testing.T) {
 	}{
 		"two":     {append(append([]byte{}, ca.Cert...), byCN.Cert...), ""},
 		"none":    {[]byte("x"), "no certificate"},
+		"torn":    {[]byte("-----BEGIN CERTIFICATE-----\nY2FuYXJ5\n-----END CERTIFICATE-----\n"), "server certificate 1: "},
 		"a key":   {byCN.Key, "has a EC PRIVATE KEY"},
 		"expired": {old.Cert, "expired on"},
 	} {
