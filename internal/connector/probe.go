@@ -22,7 +22,7 @@ func Probe(ctx context.Context, o Options) (hsm.Report, error) {
 	}
 	defer theirs.Close()
 	cmd := exec.CommandContext(ctx, o.Path, append([]string{"probe", "--pin-fd", "3"}, s.args...)...)
-	cmd.Env = append(os.Environ(), o.Env...)
+	cmd.Env = environ(o.Env)
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.SysProcAttr = ownGroup()
 	var out bytes.Buffer

@@ -11,7 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -195,6 +197,13 @@ type process struct {
 	err   error
 }
 
+// environ is the connector's environment: ours, since a vendor's library may
+// want any of it, without kmsctl's own variables, which may be secrets.
+func environ(more []string) []string {
+	out := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "KMSCTL_") })
+	return append(out, more...)
+}
+
 // link starts a connector whose ends of three socket pairs are its
 // descriptors: 3 for calls, 5 for wraps and unwraps. 4 brings the PIN each
 // time that the connector asks for it, so that neither keeps a copy between
@@ -206,7 +215,7 @@ func (s *starter) link() (*link, error) {
 	}
 	calls, pins := ours[0], ours[1]
 	cmd := exec.Command(s.path, append([]string{"--fd", "3", "--pin-fd", "4", "--work-fd", "5"}, s.args...)...) //nolint:noctx // it outlives the call; stop ends it
-	cmd.Env = append(os.Environ(), s.env...)
+	cmd.Env = environ(s.env)
 	cmd.Stderr = s.stderr
 	cmd.ExtraFiles = theirs
 	cmd.SysProcAttr = ownGroup()
