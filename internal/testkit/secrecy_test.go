@@ -177,7 +177,10 @@ func forms(b []byte) map[string][]byte {
 		"base64": []byte(base64.RawStdEncoding.EncodeToString(b)), "base64url": []byte(base64.RawURLEncoding.EncodeToString(b)), "half of it": b[:len(b)/2]}
 }
 
-type program struct{ bin, dir, connector string }
+type program struct {
+	bin, dir, connector string
+	env                 []string
+}
 
 func newProgram(t *testing.T, dir string) program {
 	t.Helper()
@@ -194,6 +197,7 @@ func (p program) cmd(args ...string) *exec.Cmd {
 	cmd := exec.Command(p.bin, args...)
 	cmd.Dir = p.dir
 	cmd.Env = append(os.Environ(), "KMSCTL_CONNECTOR="+p.connector, "KMSCTL_NO_INPUT=1", "KMSCTL_HSM_PASSWORD="+secrecyPIN)
+	cmd.Env = append(cmd.Env, p.env...)
 	return cmd
 }
 
@@ -217,9 +221,9 @@ func (p program) json(t *testing.T, v any, args ...string) {
 }
 
 // serve starts the KMS and waits until it says that it is ready.
-func (p program) serve(t *testing.T) *exec.Cmd {
+func (p program) serve(t *testing.T, more ...string) *exec.Cmd {
 	t.Helper()
-	cmd := p.cmd("serve", "--data", "d", "--listen", "127.0.0.1:0", "--secret", "secret.yaml", "--values", "overrides.yaml")
+	cmd := p.cmd(append([]string{"serve", "--data", "d", "--listen", "127.0.0.1:0", "--secret", "secret.yaml", "--values", "overrides.yaml"}, more...)...)
 	errs, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
