@@ -1,6 +1,7 @@
 package token_test
 
 import (
+	"cmp"
 	"slices"
 	"strings"
 	"testing"
@@ -29,9 +30,9 @@ func quirky(t *testing.T, modes ...string) (*token.Token, *testkit.Quirk) {
 	return tok, q
 }
 
-// TestQuirks holds the contract on every kind of token that can be used.
-func TestQuirks(t *testing.T) {
-	const pad, kw = "CKM_AES_KEY_WRAP_PAD (RFC 5649)", "CKM_AES_KEY_WRAP (RFC 3394)"
+// quirks are the modes of every kind of token that can be used.
+func quirks() (out []fixture) {
+	const pad, kw, lunaKW = "CKM_AES_KEY_WRAP_PAD (RFC 5649)", "CKM_AES_KEY_WRAP (RFC 3394)", "CKM_LUNA_AES_KW (RFC 3394)"
 	for _, c := range []struct {
 		modes string
 		suite uint8
@@ -43,22 +44,31 @@ func TestQuirks(t *testing.T) {
 		{"iv-write", hsm.SuiteGCMToken, pad},
 		{"iv-zero", hsm.SuiteCBCHMAC, pad},
 		{"no-gcm", hsm.SuiteCBCHMAC, pad},
-		{"luna", hsm.SuiteGCM, "CKM_LUNA_AES_KW (RFC 3394)"},
-		{"luna iv-append16", hsm.SuiteGCMToken, "CKM_LUNA_AES_KW (RFC 3394)"},
+		{"luna", hsm.SuiteGCM, lunaKW},
+		{"luna iv-append16", hsm.SuiteGCMToken, lunaKW},
+		{"luna no-import", hsm.SuiteGCM, lunaKW},
 		{"pad-lies", hsm.SuiteGCM, kw},
 		{"slots", hsm.SuiteGCM, pad},
 		{"slots64 iv-write", hsm.SuiteGCMToken, pad},
 		{"unwrap-loose", hsm.SuiteGCM, pad},
+		{"no-import", hsm.SuiteGCM, kw},
+		{"no-import no-gcm", hsm.SuiteCBCHMAC, kw},
 		{"duplicates", hsm.SuiteGCM, pad},
 		{"short-length", hsm.SuiteGCM, pad},
 	} {
-		t.Run("mode "+c.modes, func(t *testing.T) {
-			contract(t, fixture{name: c.modes, pin: "password", suite: c.suite, way: c.way, open: func(t *testing.T) *token.Token {
-				t.Helper()
-				tok, _ := quirky(t, strings.Fields(c.modes)...)
-				return tok
-			}})
-		})
+		out = append(out, fixture{name: "quirk library, mode " + cmp.Or(c.modes, "none"), pin: "password", suite: c.suite, way: c.way, open: func(t *testing.T) *token.Token {
+			t.Helper()
+			tok, _ := quirky(t, strings.Fields(c.modes)...)
+			return tok
+		}})
+	}
+	return out
+}
+
+// TestQuirks holds the contract on all of them.
+func TestQuirks(t *testing.T) {
+	for _, f := range quirks() {
+		t.Run(f.name, func(t *testing.T) { contract(t, f) })
 	}
 }
 
