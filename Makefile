@@ -8,7 +8,7 @@ CACHE       := $(CURDIR)/.cache
 GOTOOLS     := $(CACHE)/tools
 export KMSCTL_CACHE ?= $(CACHE)
 
-.PHONY: build test lint fuzz e2e golden cover snapshot clean help demo demo-stop cluster cluster-stop lock deps bench
+.PHONY: build test sanitize lint fuzz e2e golden cover snapshot clean help demo demo-stop cluster cluster-stop lock deps bench
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ build: deps ## bin/kmsctl (static) and bin/kms-connector (cgo)
 
 test: build ## all tests but e2e, with the race detector
 	go test -race -shuffle=on ./...
+
+sanitize: deps ## the C code's tests under AddressSanitizer and UBSan
+	@scripts/sanitize.sh
 
 lint: deps ## golangci-lint and goreleaser's own check
 	@scripts/lint.sh $(GOTOOLS)

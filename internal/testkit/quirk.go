@@ -56,7 +56,8 @@ func NewQuirk(t *testing.T, modes ...string) *Quirk {
 		}
 		defer func() { _ = os.RemoveAll(dir) }()
 		so := filepath.Join(dir, "quirk.so")
-		cmd := exec.Command("gcc", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", so, filepath.Join(filepath.Dir(self), "quirk", "quirk.c"), "-ldl", "-lpthread")
+		args := append([]string{"-O1", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"}, strings.Fields(os.Getenv("QUIRK_CFLAGS"))...) // scripts/sanitize.sh sets it
+		cmd := exec.Command("gcc", append(args, "-o", so, filepath.Join(filepath.Dir(self), "quirk", "quirk.c"), "-ldl", "-lpthread")...)
 		cmd.Stderr = os.Stderr
 		if quirkBuilt.err = cmd.Run(); quirkBuilt.err == nil {
 			quirkBuilt.so, quirkBuilt.err = os.ReadFile(so)
