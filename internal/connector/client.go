@@ -8,7 +8,6 @@ package connector
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"sync"
@@ -432,19 +431,21 @@ func (c *Client) ImportRootKey(ctx context.Context, material secret.Value) (hsm.
 	}))
 }
 
-// CreatePlacedKey makes a root key that stays in the token.
-func (c *Client) CreatePlacedKey(ctx context.Context) (hsm.NewKey, error) { return c.place(ctx, nil) }
-
-// ImportPlacedKey brings material in that stays in the token.
-func (c *Client) ImportPlacedKey(ctx context.Context, material secret.Value) (hsm.NewKey, error) {
-	return c.place(ctx, material.Reveal())
+// CreatePlacedKey makes a root key that stays in the token under a CKA_ID.
+func (c *Client) CreatePlacedKey(ctx context.Context, id []byte) (hsm.NewKey, error) {
+	return c.place(ctx, id, nil)
 }
 
-func (c *Client) place(ctx context.Context, material []byte) (hsm.NewKey, error) {
+// ImportPlacedKey brings material in that stays in the token.
+func (c *Client) ImportPlacedKey(ctx context.Context, id []byte, material secret.Value) (hsm.NewKey, error) {
+	return c.place(ctx, id, material.Reveal())
+}
+
+func (c *Client) place(ctx context.Context, id, material []byte) (hsm.NewKey, error) {
 	if err := c.mayPlace(); err != nil {
 		return hsm.NewKey{}, err
 	}
-	q := &wire.PlaceRootKeyRequest{Id: newID(), Material: material}
+	q := &wire.PlaceRootKeyRequest{Id: id, Material: material}
 	return newKey(call(ctx, c, opPlace, slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) { return r.PlaceRootKey(ctx, q) }))
 }
 
@@ -460,11 +461,11 @@ func (c *Client) mayPlace() error {
 
 // NewImportPair makes an RSA pair under which material travels. Where there
 // are several tokens its private half is sealed, since one of them only could
-// hold it.
-func (c *Client) NewImportPair(ctx context.Context, aad []byte) (hsm.ImportPair, error) {
+// hold it under the CKA_ID.
+func (c *Client) NewImportPair(ctx context.Context, id, aad []byte) (hsm.ImportPair, error) {
 	q := &wire.NewImportPairRequest{Aad: aad}
 	if len(c.peers) == 0 {
-		q.Id = newID()
+		q.Id = id
 	}
 	p, err := call(ctx, c, "make an import pair", pairCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.ImportPair, error) {
 		return r.NewImportPair(ctx, q)
@@ -474,13 +475,12 @@ func (c *Client) NewImportPair(ctx context.Context, aad []byte) (hsm.ImportPair,
 
 // ImportSent brings in material that travelled under an import pair, and gives
 // its bits. What is wrong with the material is one of hsm.Refusals.
-func (c *Client) ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m hsm.Sent, placed bool) (hsm.NewKey, int, error) {
-	q := &wire.ImportSentRequest{Pair: &wire.ImportPair{Held: p.Held, Sealed: p.Sealed}, Aad: aad, Sha1: m.SHA1, Material: m.Material, Nonce: m.Nonce, Iv: m.IV, Want: m.Want}
-	if placed {
+func (c *Client) ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m hsm.Sent, place []byte) (hsm.NewKey, int, error) {
+	q := &wire.ImportSentRequest{Pair: &wire.ImportPair{Held: p.Held, Sealed: p.Sealed}, Aad: aad, Sha1: m.SHA1, Material: m.Material, Nonce: m.Nonce, Iv: m.IV, Want: m.Want, Place: place}
+	if len(place) > 0 {
 		if err := c.mayPlace(); err != nil {
 			return hsm.NewKey{}, 0, err
 		}
-		q.Place = newID()
 	}
 	r, err := call(ctx, c, "import root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.ImportSentReply, error) {
 		return r.ImportSent(ctx, q)
@@ -492,13 +492,6 @@ func (c *Client) ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m
 		return hsm.NewKey{}, 0, hsm.Refusals[min(i, len(hsm.Refusals))-1]
 	}
 	return hsm.NewKey{Blob: r.Key.GetBlob(), KCV: r.Key.GetKcv()}, int(r.Bits), nil
-}
-
-// newID is a CKA_ID.
-func newID() []byte {
-	id := make([]byte, 16)
-	_, _ = rand.Read(id) // never fails, since Go 1.24
-	return id
 }
 
 func newKey(k *wire.NewKey, err error) (hsm.NewKey, error) {

@@ -191,7 +191,7 @@ func TestImportPairs(t *testing.T) {
 		return len(all[0].Objects)
 	}
 	before := objects()
-	p, err := c.NewImportPair(ctx, aad)
+	p, err := c.NewImportPair(ctx, []byte("pair-id-16-bytes"), aad)
 	if err != nil || p.Held == nil || p.Sealed != nil || objects() != before+1 {
 		t.Fatalf("held %v, sealed %v, %d objects: %v", p.Held != nil, p.Sealed != nil, objects(), err)
 	}
@@ -199,9 +199,9 @@ func TestImportPairs(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := sent(t, p.Public)
-	for _, placed := range []bool{false, true} {
-		k, bits, err := c.ImportSent(ctx, p, aad, m, placed)
-		if err != nil || bits != 256 || hsm.InToken(k.Blob) != placed {
+	for _, place := range [][]byte{nil, []byte("placed-id-123456")} {
+		k, bits, err := c.ImportSent(ctx, p, aad, m, place)
+		if err != nil || bits != 256 || hsm.InToken(k.Blob) != (place != nil) {
 			t.Fatalf("%d bits, %v", bits, err)
 		}
 		s, err := c.Wrap(ctx, k.Blob, []byte("dek"), nil)
@@ -220,7 +220,7 @@ func TestImportPairs(t *testing.T) {
 		hsm.ErrSealedNonce: {Material: m.Material, Nonce: m.Nonce[1:], IV: m.IV, Want: m.Want},
 		hsm.ErrNonce:       {Material: m.Material, Nonce: m.Nonce, IV: m.IV, Want: []byte("other")},
 	} {
-		if _, _, err := c.ImportSent(ctx, p, aad, bad, false); !errors.Is(err, want) {
+		if _, _, err := c.ImportSent(ctx, p, aad, bad, nil); !errors.Is(err, want) {
 			t.Errorf("%v, want %v", err, want)
 		}
 	}
@@ -228,10 +228,10 @@ func TestImportPairs(t *testing.T) {
 		t.Errorf("%d objects, %d before: %v", objects(), before, err)
 	}
 	c.Join(start(t, options(t, "password")))
-	if p, err = c.NewImportPair(ctx, aad); err != nil || p.Held != nil || p.Sealed == nil {
+	if p, err = c.NewImportPair(ctx, []byte("pair-id-16-bytes"), aad); err != nil || p.Held != nil || p.Sealed == nil {
 		t.Fatalf("held %v, sealed %v: %v", p.Held != nil, p.Sealed != nil, err)
 	}
-	if _, bits, err := c.ImportSent(ctx, p, aad, sent(t, p.Public), false); err != nil || bits != 256 {
+	if _, bits, err := c.ImportSent(ctx, p, aad, sent(t, p.Public), nil); err != nil || bits != 256 {
 		t.Errorf("%d bits, %v", bits, err)
 	}
 }

@@ -7,12 +7,15 @@ const (
 	PlacementToken   = "token"
 )
 
+// IDLen is the length of the CKA_ID of what stays in the token.
+const IDLen = 16
+
 // A key that stays in the token has no wrapped form: its blob only says how to
 // find it. Format 2, whether a MAC key stands beside it, its CKA_ID.
 const (
 	placedFormat = 2
 	placedHead   = 2
-	placedID     = 16
+	placedID     = IDLen
 )
 
 // PlacedBlob names a key that stays in the token.

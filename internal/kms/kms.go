@@ -42,13 +42,13 @@ type HSM interface {
 	WrapNew(ctx context.Context, blob []byte, n int, aad []byte) ([]byte, hsm.Sealed, error)
 	Unwrap(ctx context.Context, blob []byte, s hsm.Sealed, aad []byte) ([]byte, error)
 	// CreatePlacedKey and ImportPlacedKey make keys that stay in the token.
-	CreatePlacedKey(ctx context.Context) (hsm.NewKey, error)
-	ImportPlacedKey(ctx context.Context, material secret.Value) (hsm.NewKey, error)
+	CreatePlacedKey(ctx context.Context, id []byte) (hsm.NewKey, error)
+	ImportPlacedKey(ctx context.Context, id []byte, material secret.Value) (hsm.NewKey, error)
 	// NewImportPair makes an RSA pair under which material travels.
-	NewImportPair(ctx context.Context, aad []byte) (hsm.ImportPair, error)
-	// ImportSent brings that material in, and gives its bits. What is wrong with
-	// it is one of hsm.Refusals.
-	ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m hsm.Sent, placed bool) (hsm.NewKey, int, error)
+	NewImportPair(ctx context.Context, id, aad []byte) (hsm.ImportPair, error)
+	// ImportSent brings that material in, with place to stay in the token, and
+	// gives its bits. What is wrong with it is one of hsm.Refusals.
+	ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m hsm.Sent, place []byte) (hsm.NewKey, int, error)
 	// Destroy leaves nothing of a blob's key in the HSM.
 	Destroy(ctx context.Context, blob []byte) error
 }
@@ -231,15 +231,16 @@ func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in 
 		return kmsapi.Key{}, err
 	}
 	defer payload.zero()
+	var made []record.Change
 	if k.Kind == kindStandard {
 		err = s.fillStandard(ctx, &k, &k.Version, payload)
 	} else {
-		err = s.fillRoot(ctx, &k, &k.Version, payload)
+		made, err = s.fillRoot(ctx, &k, &k.Version, payload)
 	}
 	if err != nil {
 		return kmsapi.Key{}, err
 	}
-	changes := []record.Change{alive, {Path: k.path(), Value: k}}
+	changes := append([]record.Change{alive, {Path: k.path(), Value: k}}, made...)
 	for _, a := range in.Aliases {
 		changes = append(changes, record.Change{Path: aliasPath(instance, a), Value: kmsapi.Alias{KeyID: k.ID, Alias: a, CreatedBy: who, CreationDate: &now}})
 	}
@@ -255,34 +256,54 @@ func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in 
 	return s.show(&k), nil
 }
 
-func (s *Service) fillRoot(ctx context.Context, k *keyRecord, v *versionRecord, payload *material) error {
+// fillRoot makes a root key in the HSM, and gives what else must change when
+// the key comes into the store.
+func (s *Service) fillRoot(ctx context.Context, k *keyRecord, v *versionRecord, payload *material) (more []record.Change, err error) {
 	in, err := s.Instance(ctx, k.Instance)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	create, bring, placed := s.hsm.CreateRootKey, s.hsm.ImportRootKey, in.Placement == hsm.PlacementToken
-	if placed {
-		create, bring = s.hsm.CreatePlacedKey, s.hsm.ImportPlacedKey
+	var id []byte // of a key that stays in the token
+	if in.Placement == hsm.PlacementToken {
+		var end record.Change
+		if id, end, err = s.announce(ctx, func(id []byte) []byte { return hsm.PlacedBlob(id, true) }); err != nil {
+			return nil, err
+		}
+		more = append(more, end)
 	}
 	var made hsm.NewKey
 	switch {
 	case payload == nil:
-		made, err = create(ctx)
 		k.Bits = 256
+		made, err = s.newKey(ctx, id)
 	case payload.sent != nil:
-		made, k.Bits, err = s.hsm.ImportSent(ctx, payload.pair, payload.aad, *payload.sent, placed)
+		made, k.Bits, err = s.hsm.ImportSent(ctx, payload.pair, payload.aad, *payload.sent, id)
 		err = refusedMaterial(err)
 	default:
-		made, err = bring(ctx, secret.New(payload.clear))
 		k.Bits = len(payload.clear) * 8
+		made, err = s.importKey(ctx, id, secret.New(payload.clear))
 	}
 	v.Blob, v.KCV = made.Blob, made.KCV
-	return err
+	return more, err
+}
+
+func (s *Service) newKey(ctx context.Context, id []byte) (hsm.NewKey, error) {
+	if id == nil {
+		return s.hsm.CreateRootKey(ctx)
+	}
+	return s.hsm.CreatePlacedKey(ctx, id)
+}
+
+func (s *Service) importKey(ctx context.Context, id []byte, material secret.Value) (hsm.NewKey, error) {
+	if id == nil {
+		return s.hsm.ImportRootKey(ctx, material)
+	}
+	return s.hsm.ImportPlacedKey(ctx, id, material)
 }
 
 // unmake destroys what was made in the HSM and did not come into the store, for
 // a reason that it gives back: what stays in the token would be left over. When
-// it is not known whether the store took it, it stays.
+// it is not known whether the store took it, it stays: see making.
 func (s *Service) unmake(ctx context.Context, blob []byte, why error) error {
 	switch fault.KindOf(why) {
 	case fault.Conflict, fault.NotFound, fault.Usage:

@@ -33,7 +33,8 @@ func (s *Service) Rotate(ctx context.Context, instance, id string, in kmsapi.Rot
 	defer payload.zero()
 	fresh := versionRecord{ID: uuid.NewString(), CreatedAt: s.stamp()}
 	made := keyRecord{Instance: instance}
-	if err := s.fillRoot(ctx, &made, &fresh, payload); err != nil {
+	more, err := s.fillRoot(ctx, &made, &fresh, payload)
+	if err != nil {
 		return err
 	}
 	_, err = s.change(ctx, instance, id, func(k *keyRecord, now time.Time) ([]record.Change, error) {
@@ -42,7 +43,7 @@ func (s *Service) Rotate(ctx context.Context, instance, id string, in kmsapi.Rot
 		}
 		old := k.Version
 		k.Version, k.RotatedAt, k.Bits = fresh, &now, made.Bits
-		return []record.Change{{Path: versionDir(instance, k.ID) + old.ID, Value: old}}, nil
+		return append([]record.Change{{Path: versionDir(instance, k.ID) + old.ID, Value: old}}, more...), nil
 	})
 	return s.unmake(ctx, fresh.Blob, err)
 }
@@ -359,7 +360,7 @@ const month = 30 * 24 * time.Hour
 
 // Sweep does what is due without anybody asking: it marks expired keys,
 // rotates by policy, purges what was deleted long ago, and destroys the keys
-// of import tokens that ended. Several replicas may do it at the same time.
+// of import tokens that ended and of processes that did. Several replicas may do it at the same time.
 func (s *Service) Sweep(ctx context.Context) ([]Swept, error) {
 	instances, err := s.Instances(ctx)
 	if err != nil {
@@ -380,7 +381,7 @@ func (s *Service) Sweep(ctx context.Context) ([]Swept, error) {
 			out = append(out, Swept{"kms.import-token.expire", in.ID, "", err})
 		}
 	}
-	return out, nil
+	return out, s.dropUnfinished(ctx)
 }
 
 func (s *Service) due(instance string, k *listed) (string, func(context.Context) error) {

@@ -73,7 +73,11 @@ func (s *Service) CreateImportToken(ctx context.Context, instance string, in kms
 	if _, err := rand.Read(t.Nonce); err != nil {
 		return kmsapi.ImportToken{}, err
 	}
-	pair, err := s.hsm.NewImportPair(ctx, tokenAAD(instance, t.ID))
+	pairID, made, err := s.announce(ctx, hsm.PairBlob)
+	if err != nil {
+		return kmsapi.ImportToken{}, err
+	}
+	pair, err := s.hsm.NewImportPair(ctx, pairID, tokenAAD(instance, t.ID))
 	if err != nil {
 		return kmsapi.ImportToken{}, err
 	}
@@ -81,7 +85,7 @@ func (s *Service) CreateImportToken(ctx context.Context, instance string, in kms
 	var old tokenRecord
 	rev, err := s.store.Get(ctx, importTokenDir+instance, &old)
 	if err == nil || errors.Is(err, record.ErrNotFound) {
-		err = conflict(s.store.Commit(ctx, alive, record.Change{Path: importTokenDir + instance, Value: t, Rev: rev}))
+		err = conflict(s.store.Commit(ctx, alive, record.Change{Path: importTokenDir + instance, Value: t, Rev: rev}, made))
 	}
 	if err != nil {
 		return kmsapi.ImportToken{}, s.unmake(ctx, t.Held, err)

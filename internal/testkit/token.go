@@ -197,15 +197,17 @@ func (t *Token) ImportRootKey(ctx context.Context, m secret.Value) (hsm.NewKey, 
 }
 
 // CreatePlacedKey is CreateRootKey: this token has no objects.
-func (t *Token) CreatePlacedKey(ctx context.Context) (hsm.NewKey, error) { return t.CreateRootKey(ctx) }
+func (t *Token) CreatePlacedKey(ctx context.Context, _ []byte) (hsm.NewKey, error) {
+	return t.CreateRootKey(ctx)
+}
 
 // ImportPlacedKey is ImportRootKey.
-func (t *Token) ImportPlacedKey(ctx context.Context, m secret.Value) (hsm.NewKey, error) {
+func (t *Token) ImportPlacedKey(ctx context.Context, _ []byte, m secret.Value) (hsm.NewKey, error) {
 	return t.ImportRootKey(ctx, m)
 }
 
 // NewImportPair makes a pair and seals its private half.
-func (t *Token) NewImportPair(ctx context.Context, aad []byte) (p hsm.ImportPair, err error) {
+func (t *Token) NewImportPair(ctx context.Context, id, aad []byte) (p hsm.ImportPair, err error) {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		return p, err
@@ -217,14 +219,14 @@ func (t *Token) NewImportPair(ctx context.Context, aad []byte) (p hsm.ImportPair
 	if t.Held == nil {
 		p.Sealed = sealed
 	} else {
-		p.Held = hsm.PairBlob(random(16))
+		p.Held = hsm.PairBlob(id)
 		t.Held[string(p.Held)] = sealed
 	}
 	return p, err
 }
 
 // ImportSent brings in what was sent under a pair.
-func (t *Token) ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m hsm.Sent, _ bool) (none hsm.NewKey, bits int, err error) {
+func (t *Token) ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m hsm.Sent, _ []byte) (none hsm.NewKey, bits int, err error) {
 	der, err := t.Unseal(ctx, append(p.Sealed, t.Held[string(p.Held)]...), aad)
 	if err != nil {
 		return none, 0, err
