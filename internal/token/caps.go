@@ -611,7 +611,8 @@ func (x *explorer) conclude() {
 	}
 	if r.WrapWay != "" {
 		r.Placements = append(r.Placements, hsm.PlacementWrapped)
-		r.Notes = append(r.Notes, "placement wrapped: who has both the token's PIN and the store can bring a root key back as one that is readable; a key that must never leave belongs into the token")
+		r.Notes = append(r.Notes, "placement wrapped: who has both the token's PIN and the store can bring a root key back as one that is readable; a key that must never leave belongs into the token",
+			"placement wrapped: the master key has no unwrap template (CKA_UNWRAP_TEMPLATE), since one that forbids this also forbids to rotate master keys, and to move keys between HSMs, within the token")
 	}
 	if x.a.readOnly {
 		r.Notes = append(r.Notes, "the token is write-protected: no root key can stay in it")
