@@ -78,26 +78,24 @@ func (t *Token) bring(s pkcs11.SessionHandle, value []byte, typ uint, tpl []*pkc
 // only when it is to leave again: some tokens ignore what they were asked at
 // C_UnwrapKey.
 func (t *Token) tighten(s pkcs11.SessionHandle, h pkcs11.ObjectHandle, leaves bool) error {
-	for _, c := range []struct {
+	got, err := t.shim.flags(s, h, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE) // both at once: each root key that is brought back pays for it
+	if err != nil {
+		return t.device("read attributes on", err)
+	}
+	for i, c := range []struct {
 		attr uint
 		want bool
 	}{{pkcs11.CKA_SENSITIVE, true}, {pkcs11.CKA_EXTRACTABLE, false}} {
-		if leaves && c.attr == pkcs11.CKA_EXTRACTABLE {
-			continue
-		}
-		got, err := t.flag(s, h, c.attr)
-		if err != nil {
-			return err
-		}
-		if got == c.want {
+		if got[i] == c.want || leaves && c.attr == pkcs11.CKA_EXTRACTABLE {
 			continue
 		}
 		serr := t.ctx.SetAttributeValue(s, h, []*pkcs11.Attribute{attr(c.attr, c.want)})
-		if got, err = t.flag(s, h, c.attr); err != nil {
+		now, err := t.flag(s, h, c.attr)
+		if err != nil {
 			return err
 		}
-		if got != c.want {
-			return fault.Newf(fault.NotReady, "open a key on", t.module, "the token leaves it readable: attribute 0x%x is %v (%v)", c.attr, got, serr).
+		if now != c.want {
+			return fault.Newf(fault.NotReady, "open a key on", t.module, "the token leaves it readable: attribute 0x%x is %v (%v)", c.attr, now, serr).
 				WithHint("the token does not protect its keys as asked; do not use it")
 		}
 	}

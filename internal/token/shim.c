@@ -12,13 +12,19 @@ typedef struct {
 	byte version[2];
 	void *f[68];
 } list_t;
-enum { INIT_PIN = 10, LOGIN = 18, ENCRYPT_INIT = 29, ENCRYPT = 30, DECRYPT_INIT = 33, DECRYPT = 34, SIGN_INIT = 42, SIGN = 43, GENERATE_RANDOM = 64 };
+enum { INIT_PIN = 10, LOGIN = 18, GET_ATTRIBUTE = 24, ENCRYPT_INIT = 29, ENCRYPT = 30, DECRYPT_INIT = 33, DECRYPT = 34, SIGN_INIT = 42, SIGN = 43, GENERATE_RANDOM = 64 };
 
 typedef struct {
 	ul mechanism;
 	void *param;
 	ul param_len;
 } mechanism_t;
+
+typedef struct {
+	ul type;
+	void *value;
+	ul len;
+} attribute_t;
 
 // CK_GCM_PARAMS with ulIvBits, which every vendor's header has.
 typedef struct {
@@ -89,6 +95,18 @@ kms_ul kms_sign(void *list, ul session, ul key, ul mechanism, byte *in, ul in_le
 	if (rv != 0)
 		return rv;
 	return ((work_fn)((list_t *)list)->f[SIGN])(session, in, in_len, out, out_len);
+}
+
+kms_ul kms_flags(void *list, ul session, ul object, const ul *types, byte *values, ul n) {
+	enum { MOST = 8 };
+	attribute_t t[MOST];
+	if (n > MOST)
+		return 7; // CKR_ARGUMENTS_BAD
+	for (ul i = 0; i < n; i++) {
+		values[i] = 0;
+		t[i] = (attribute_t){types[i], &values[i], 1};
+	}
+	return ((ul(*)(ul, ul, attribute_t *, ul))((list_t *)list)->f[GET_ATTRIBUTE])(session, object, t, n);
 }
 
 kms_ul kms_login(void *list, ul session, byte *pin, ul pin_len) {

@@ -8,6 +8,8 @@ package token
 // #cgo nocallback kms_crypt
 // #cgo noescape kms_sign
 // #cgo nocallback kms_sign
+// #cgo noescape kms_flags
+// #cgo nocallback kms_flags
 // #include <stdlib.h>
 // #include "shim.h"
 import "C"
@@ -72,6 +74,21 @@ func cut(out []byte, n C.kms_ul, r C.kms_ul) ([]byte, error) {
 		return nil, pkcs11.Error(r)
 	}
 	return out[:n], nil
+}
+
+// flags reads attributes that are yes or no.
+func (h shim) flags(s pkcs11.SessionHandle, o pkcs11.ObjectHandle, attrs ...uint) ([]bool, error) {
+	types, values, out := make([]C.kms_ul, len(attrs)), make([]byte, len(attrs)), make([]bool, len(attrs))
+	for i, a := range attrs {
+		types[i] = C.kms_ul(a)
+	}
+	if r := C.kms_flags(h.list, C.kms_ul(s), C.kms_ul(o), unsafe.SliceData(types), ptr(values), C.kms_ul(len(types))); r != 0 {
+		return nil, pkcs11.Error(r)
+	}
+	for i, v := range values {
+		out[i] = v != 0
+	}
+	return out, nil
 }
 
 func (h shim) sign(s pkcs11.SessionHandle, k pkcs11.ObjectHandle, mechanism uint, in []byte) ([]byte, error) {

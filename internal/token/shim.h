@@ -1,4 +1,4 @@
-// The four calls of PKCS#11 that each wrap makes, as one crossing from Go to
+// The calls of PKCS#11 that each wrap and each root key brought back makes, as one crossing from Go to
 // C each, with buffers of the caller's size: some tokens answer a length that
 // is too small, and some write the IV back into the parameters. Only the
 // positions of PKCS#11 2.40's function list are used, so no header of a
@@ -24,6 +24,9 @@ kms_ul kms_crypt(void *list, int decrypt, kms_ul session, kms_ul key, kms_ul mec
 
 // kms_sign signs or authenticates by a mechanism without parameter.
 kms_ul kms_sign(void *list, kms_ul session, kms_ul key, kms_ul mechanism, unsigned char *in, kms_ul in_len, unsigned char *out, kms_ul *out_len);
+
+// kms_flags reads attributes of an object that are CK_BBOOL.
+kms_ul kms_flags(void *list, kms_ul session, kms_ul object, const kms_ul *types, unsigned char *values, kms_ul n);
 
 // kms_login and kms_init_pin take the PIN from the caller's buffer, so that no
 // copy of it stays behind.

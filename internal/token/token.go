@@ -307,11 +307,11 @@ func (t *Token) Random(n int) (out []byte, err error) {
 func attr(typ uint, v any) *pkcs11.Attribute { return pkcs11.NewAttribute(typ, v) }
 
 func (t *Token) flag(s pkcs11.SessionHandle, h pkcs11.ObjectHandle, a uint) (bool, error) {
-	v, err := t.ctx.GetAttributeValue(s, h, []*pkcs11.Attribute{attr(a, nil)})
+	got, err := t.shim.flags(s, h, a)
 	if err != nil {
 		return false, t.device("read attributes on", err)
 	}
-	return len(v[0].Value) > 0 && v[0].Value[0] != 0, nil
+	return got[0], nil
 }
 
 func (t *Token) destroy(s pkcs11.SessionHandle, h pkcs11.ObjectHandle) {
