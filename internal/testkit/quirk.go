@@ -17,7 +17,12 @@ import (
 //	iv-write                   twelve zeros are replaced by an IV of its own (nShield)
 //	iv-zero                    AES-GCM with a zero IV whatever was given, and not a word
 //	no-gcm, no-kw              mechanisms that are not there
-//	luna                       Luna's own numbers for AES-GCM and RFC 3394; wants CKA_VALUE_LEN at C_UnwrapKey
+//	cbc-wrap                   wraps by CKM_AES_CBC_PAD, as SoftHSM does not
+//	luna                       Luna's own numbers for AES-GCM and RFC 3394; wants CKA_VALUE_LEN at C_UnwrapKey, and ulIvBits
+//	kwp, luna-kwp              RFC 5649 under the number of CKM_AES_KEY_WRAP_KWP, and under Luna's
+//	nc-mac                     keys for HMAC-SHA-256 by nShield's own mechanism and type
+//	assurances                 no extractable token keys (nShield's security assurances)
+//	accelerator                the token needs no login, and takes no private objects (nShield's slot without cards)
 //	pad-lies                   another algorithm under the number of CKM_AES_KEY_WRAP_PAD
 //	slots, slots64             slot numbers of nShield, and beyond 32 bits
 //	unwrap-loose, unwrap-lies  C_UnwrapKey ignores its template, and can be corrected, or cannot

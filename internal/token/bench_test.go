@@ -21,6 +21,7 @@ func BenchmarkMiss(b *testing.B) {
 	}
 	dek, aad := make([]byte, 32), make([]byte, 40)
 	wrap := func(b *testing.B) {
+		b.Helper()
 		if _, err := tok.Wrap(k.Blob, dek, aad); err != nil {
 			b.Fatal(err)
 		}

@@ -259,11 +259,9 @@ func (t *Token) bringBack(s pkcs11.SessionHandle, a *abilities, m *masterKeys, w
 }
 
 func (t *Token) bringOne(s pkcs11.SessionHandle, a *abilities, m *masterKeys, w way, wrapped []byte, typ uint, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
-	tpl = unwrapTemplate(tpl, typ)
-	if a.unwrapLen {
-		tpl = append(tpl, attr(pkcs11.CKA_VALUE_LEN, keyLen(w.form, wrapped)))
-	}
-	h, err := t.unwrapKey(s, t.login, w, a.mac, m.wrap, wrapped, tpl)
+	h, err := sized(a, unwrapTemplate(tpl, typ), keyLens(w.form, wrapped), func(tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
+		return t.unwrapKey(s, t.login, w, a.mac, m.wrap, wrapped, tpl)
+	})
 	if errors.Is(err, errForeign) {
 		return 0, fault.New(fault.BadContent, "open root key on", t.module, err).WithHint("the store was changed, or belongs to another master key")
 	}
@@ -282,12 +280,28 @@ func leaves(tpl []*pkcs11.Attribute) bool {
 	return slices.ContainsFunc(tpl, func(a *pkcs11.Attribute) bool { return a.Type == pkcs11.CKA_EXTRACTABLE && a.Value[0] != 0 })
 }
 
-// keyLen follows from the wrapped length: our keys are multiples of 8 bytes.
-func keyLen(f form, wrapped []byte) int {
-	if f == formCBC {
-		return len(wrapped) - blockLen - macLen - blockLen
+// keyLens follow from the wrapped length: our keys are multiples of 8 bytes.
+// The longer one comes first, which nothing can make of a shorter key.
+func keyLens(f form, wrapped []byte) []int {
+	if f != formCBC {
+		return []int{len(wrapped) - 8}
 	}
-	return len(wrapped) - 8
+	n := len(wrapped) - blockLen - macLen // 1 to 16 bytes of it are padding
+	return []int{n - 8, n - blockLen}
+}
+
+// sized unwraps, on a token that wants CKA_VALUE_LEN with each of the lengths
+// that the key may have.
+func sized(a *abilities, tpl []*pkcs11.Attribute, lengths []int, unwrap func([]*pkcs11.Attribute) (pkcs11.ObjectHandle, error)) (h pkcs11.ObjectHandle, err error) {
+	if !a.unwrapLen {
+		return unwrap(tpl)
+	}
+	for _, n := range lengths {
+		if h, err = unwrap(append(slices.Clone(tpl), attr(pkcs11.CKA_VALUE_LEN, n))); err == nil || gone(err) != nil {
+			break
+		}
+	}
+	return h, err
 }
 
 func (t *Token) forget(k keyPair) {

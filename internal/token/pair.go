@@ -304,22 +304,11 @@ func (t *Token) unwrapSent(s pkcs11.SessionHandle, a *abilities, priv pkcs11.Obj
 	if len(text) == 0 { // the binding does not bear it
 		return 0, hsm.ErrMaterial
 	}
-	lengths := []int{0}
-	if a.unwrapLen {
-		lengths = []int{32, 24, 16}
-	}
-	tpl = unwrapTemplate(tpl, pkcs11.CKK_AES)
-	var last error
-	for _, n := range lengths {
-		full := tpl
-		if n > 0 {
-			full = append(slices.Clone(tpl), attr(pkcs11.CKA_VALUE_LEN, n))
-		}
-		k, err := t.unwrapBare(s, h.mechanism(), priv, text, full)
-		if err == nil {
-			return k, nil
-		}
-		last = err
+	k, last := sized(a, unwrapTemplate(tpl, pkcs11.CKK_AES), []int{32, 24, 16}, func(tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
+		return t.unwrapBare(s, h.mechanism(), priv, text, tpl)
+	})
+	if last == nil {
+		return k, nil
 	}
 	if CKR(last) == "" || gone(last) != nil || stale(last) || is(last, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_MECHANISM_INVALID, pkcs11.CKR_TEMPLATE_INCOMPLETE,
 		pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_ATTRIBUTE_READ_ONLY,

@@ -33,6 +33,7 @@ func quirky(t *testing.T, modes ...string) (*token.Token, *testkit.Quirk) {
 // quirks are the modes of every kind of token that can be used.
 func quirks() (out []fixture) {
 	const pad, kw, lunaKW = "CKM_AES_KEY_WRAP_PAD (RFC 5649)", "CKM_AES_KEY_WRAP (RFC 3394)", "CKM_LUNA_AES_KW (RFC 3394)"
+	const kwp, lunaKWP, cbc = "CKM_AES_KEY_WRAP_KWP (RFC 5649)", "CKM_LUNA_AES_KWP (RFC 5649)", "CKM_AES_CBC_PAD with HMAC-SHA-256"
 	for _, c := range []struct {
 		modes string
 		suite uint8
@@ -47,6 +48,18 @@ func quirks() (out []fixture) {
 		{"luna", hsm.SuiteGCM, lunaKW},
 		{"luna iv-append16", hsm.SuiteGCMToken, lunaKW},
 		{"luna no-import", hsm.SuiteGCM, lunaKW},
+		// What Luna 6.2 is expected to be: by CBC alone, in FIPS mode and not.
+		{"luna no-kw cbc-wrap", hsm.SuiteGCM, cbc},
+		{"luna no-kw cbc-wrap iv-append16 no-import", hsm.SuiteGCMToken, cbc},
+		{"luna no-kw cbc-wrap no-gcm no-import", hsm.SuiteCBCHMAC, cbc},
+		{"luna luna-kwp", hsm.SuiteGCM, lunaKWP}, // and Luna 7
+		// What nShield 12.40.2 is expected to be: a card set's slot, and the
+		// accelerator's, each also without AES-GCM.
+		{"slots iv-write no-kw cbc-wrap nc-mac assurances no-import", hsm.SuiteGCMToken, cbc},
+		{"slots no-gcm no-kw cbc-wrap nc-mac assurances no-import", hsm.SuiteCBCHMAC, cbc},
+		{"slots iv-write no-kw cbc-wrap nc-mac assurances accelerator", hsm.SuiteGCMToken, cbc},
+		{"slots no-gcm no-kw cbc-wrap nc-mac assurances accelerator", hsm.SuiteCBCHMAC, cbc},
+		{"kwp", hsm.SuiteGCM, kwp},
 		{"pad-lies", hsm.SuiteGCM, kw},
 		{"slots", hsm.SuiteGCM, pad},
 		{"slots64 iv-write", hsm.SuiteGCMToken, pad},

@@ -38,12 +38,16 @@ typedef struct {
 enum {
 	OK = 0, SLOT_ID_INVALID = 0x03, GENERAL_ERROR = 0x05, DEVICE_MEMORY = 0x31, ATTRIBUTE_READ_ONLY = 0x10, DEVICE_ERROR = 0x30, KEY_HANDLE_INVALID = 0x60,
 	MECHANISM_INVALID = 0x70, MECHANISM_PARAM_INVALID = 0x71, PIN_INCORRECT = 0xA0, PIN_LOCKED = 0xA4, SESSION_HANDLE_INVALID = 0xB3,
-	TEMPLATE_INCOMPLETE = 0xD0, BUFFER_TOO_SMALL = 0x150, TEMPLATE_INCONSISTENT = 0xD1
+	TEMPLATE_INCOMPLETE = 0xD0, BUFFER_TOO_SMALL = 0x150, TEMPLATE_INCONSISTENT = 0xD1, ENCRYPTED_DATA_INVALID = 0x40
 };
-enum { AES_GCM = 0x1087, KW = 0x2109, KW_PAD = 0x210A };
+enum { AES_ECB = 0x1081, CBC_PAD = 0x1085, AES_GCM = 0x1087, KW = 0x2109, KW_PAD = 0x210A, KWP = 0x210B, GENERIC_GEN = 0x350 };
 #define LUNA_GCM 0x8000011CUL
 #define LUNA_KW 0x80000170UL
-enum { CKA_TOKEN = 0x01, CKA_SENSITIVE = 0x103, CKA_VALUE_LEN = 0x161, CKA_EXTRACTABLE = 0x162, CKA_VALUE = 0x11 };
+#define LUNA_KWP 0x80000171UL
+#define NC_MAC_GEN 0xDE436997UL
+enum { CKA_CLASS = 0x00, CKA_TOKEN = 0x01, CKA_PRIVATE = 0x02, CKA_VALUE = 0x11, CKA_KEY_TYPE = 0x100, CKA_SENSITIVE = 0x103, CKA_ENCRYPT = 0x104,
+	CKA_DECRYPT = 0x105, CKA_WRAP = 0x106, CKA_UNWRAP = 0x107, CKA_VALUE_LEN = 0x161, CKA_EXTRACTABLE = 0x162 };
+enum { CKO_SECRET_KEY = 4, CKK_GENERIC = 0x10, CKK_AES = 0x1F, CKK_SHA256_HMAC = 0x2B };
 enum { F_INITIALIZE = 0, F_FINALIZE = 1, F_GET_LIST = 3, F_SLOT_LIST = 4, F_SLOT_INFO = 5, F_TOKEN_INFO = 6, F_MECH_LIST = 7, F_MECH_INFO = 8,
 	F_OPEN = 12, F_CLOSE = 13, F_CLOSE_ALL = 14, F_LOGIN = 18, F_CREATE = 20, F_DESTROY = 22, F_GET_ATTR = 24, F_SET_ATTR = 25, F_FIND_INIT = 26,
 	F_FIND = 27, F_FIND_FINAL = 28, F_ENC_INIT = 29, F_ENC = 30, F_DEC_INIT = 33, F_DEC = 34, F_SIGN_INIT = 42, F_SIGN = 43, F_GEN = 58, F_GEN_PAIR = 59,
@@ -201,6 +205,8 @@ static ul q_token_info(ul slot, byte *info) {
 		*flags |= 0x20000;
 	if (rv == OK && on("read-only"))
 		*flags |= 0x2;
+	if (rv == OK && on("accelerator"))
+		*flags &= ~0x4UL; // CKF_LOGIN_REQUIRED
 	return rv;
 }
 
@@ -210,13 +216,17 @@ static ul seen(ul m) {
 	if (m == AES_GCM)
 		return on("no-gcm") ? HIDDEN : on("luna") ? LUNA_GCM : m;
 	if (m == KW)
-		return on("luna") ? LUNA_KW : on("no-kw") ? HIDDEN : m;
-	if (m == KW_PAD && (on("luna") || on("no-kw")))
-		return HIDDEN;
+		return on("no-kw") ? HIDDEN : on("luna") ? LUNA_KW : m;
+	if (m == KW_PAD)
+		return on("kwp") ? KWP : on("luna-kwp") ? LUNA_KWP : on("luna") || on("no-kw") ? HIDDEN : m;
+	if (m == GENERIC_GEN && on("nc-mac"))
+		return NC_MAC_GEN;
 	return m;
 }
 
-static ul meant(ul m) { return m == LUNA_GCM ? AES_GCM : m == LUNA_KW ? KW : m; }
+static ul meant(ul m) {
+	return m == LUNA_GCM ? AES_GCM : m == LUNA_KW ? KW : m == KWP || m == LUNA_KWP ? KW_PAD : m == NC_MAC_GEN ? GENERIC_GEN : m;
+}
 
 static ul q_mech_list(ul slot, ul *list, ul *n) {
 	GATE();
@@ -284,13 +294,42 @@ static ul q_login(ul s, ul user, byte *pin, ul len) {
 	return rv;
 }
 
-// kept says whether a template is of an object that stays, and how the token
-// refuses it.
-static ul kept(attr_t *t, ul n) {
+static int says(attr_t *t, ul n, ul type) {
 	for (ul i = 0; i < n; i++)
-		if (t[i].type == CKA_TOKEN && t[i].len == 1 && *(byte *)t[i].value)
-			return on("token-full") ? DEVICE_MEMORY : on("no-token-keys") ? TEMPLATE_INCONSISTENT : OK;
-	return OK;
+		if (t[i].type == type && t[i].len == 1 && *(byte *)t[i].value)
+			return 1;
+	return 0;
+}
+
+// kept says how the token refuses a template, of an object that stays above
+// all.
+static ul kept(attr_t *t, ul n) {
+	if (on("accelerator") && says(t, n, CKA_PRIVATE))
+		return TEMPLATE_INCONSISTENT; // such a slot has no private objects
+	if (!says(t, n, CKA_TOKEN))
+		return OK;
+	if (on("assurances") && says(t, n, CKA_EXTRACTABLE))
+		return TEMPLATE_INCONSISTENT;
+	return on("token-full") ? DEVICE_MEMORY : on("no-token-keys") ? TEMPLATE_INCONSISTENT : OK;
+}
+
+// A template as SoftHSM is to see it: keys that wrap may encrypt too, so that
+// wrapping by CBC can be done for them, and HMAC keys have no type of their own.
+#define MOST 32
+static ul rewritten(attr_t *out, attr_t *t, ul n) {
+	static byte yes = 1;
+	static ul generic = CKK_GENERIC;
+	ul k = 0;
+	int cbc = on("cbc-wrap") && (says(t, n, CKA_WRAP) || says(t, n, CKA_UNWRAP));
+	for (ul i = 0; i < n && k < MOST; i++) {
+		out[k] = t[i];
+		if (cbc && (t[i].type == CKA_ENCRYPT || t[i].type == CKA_DECRYPT))
+			out[k].value = &yes;
+		if (on("nc-mac") && t[i].type == CKA_KEY_TYPE && *(ul *)t[i].value == CKK_SHA256_HMAC)
+			out[k].value = &generic;
+		k++;
+	}
+	return k;
 }
 
 static ul q_create(ul s, attr_t *t, ul n, ul *h) {
@@ -300,7 +339,8 @@ static ul q_create(ul s, attr_t *t, ul n, ul *h) {
 		return TEMPLATE_INCONSISTENT;
 	if (kept(t, n) != OK)
 		return kept(t, n);
-	return ((ul(*)(ul, attr_t *, ul, ul *))real->f[F_CREATE])(v->real, t, n, h);
+	attr_t r[MOST];
+	return ((ul(*)(ul, attr_t *, ul, ul *))real->f[F_CREATE])(v->real, r, rewritten(r, t, n), h);
 }
 
 static ul q_destroy(ul s, ul h) {
@@ -390,6 +430,8 @@ static ul q_enc_init(ul s, mech_t *m, ul k) {
 	if (mm.mechanism != AES_GCM)
 		return ((init_fn)real->f[F_ENC_INIT])(v->real, &mm, plain(k));
 	gcm_t *p = m->param, q = *p;
+	if (on("luna") && p->iv_bits != 8 * p->iv_len)
+		return MECHANISM_PARAM_INVALID;
 	static const byte zeros[16];
 	q.iv = v->iv;
 	v->iv_len = 12;
@@ -469,7 +511,12 @@ static ul q_gen(ul s, mech_t *m, attr_t *t, ul n, ul *h) {
 	SESSION(v, s);
 	if (kept(t, n) != OK)
 		return kept(t, n);
-	return ((ul(*)(ul, mech_t *, attr_t *, ul, ul *))real->f[F_GEN])(v->real, m, t, n, h);
+	attr_t r[MOST];
+	mech_t mm = *m;
+	mm.mechanism = meant(m->mechanism);
+	if (seen(mm.mechanism) != m->mechanism)
+		return MECHANISM_INVALID;
+	return ((ul(*)(ul, mech_t *, attr_t *, ul, ul *))real->f[F_GEN])(v->real, &mm, r, rewritten(r, t, n), h);
 }
 
 static ul q_gen_pair(ul s, mech_t *m, attr_t *pub, ul npub, attr_t *priv, ul npriv, ul *hpub, ul *hpriv) {
@@ -480,6 +527,73 @@ static ul q_gen_pair(ul s, mech_t *m, attr_t *pub, ul npub, attr_t *priv, ul npr
 	return ((ul(*)(ul, mech_t *, attr_t *, ul, attr_t *, ul, ul *, ul *))real->f[F_GEN_PAIR])(v->real, m, pub, npub, priv, npriv, hpub, hpriv);
 }
 
+// once runs one operation with a key.
+static ul once(session_t *v, int decrypt, ul mechanism, byte *iv, ul key, byte *in, ul in_len, byte *out, ul *out_len) {
+	mech_t m = {mechanism, iv, iv ? 16 : 0};
+	ul rv = ((init_fn)real->f[decrypt ? F_DEC_INIT : F_ENC_INIT])(v->real, &m, key);
+	return rv != OK ? rv : ((work_fn)real->f[decrypt ? F_DEC : F_ENC])(v->real, in, in_len, out, out_len);
+}
+
+// value gets at a key as far as SoftHSM lets anybody: wrapped by RFC 3394 under
+// a key that is known here, and opened by ECB (RFC 3394, 2.2.2).
+static ul value(session_t *v, ul key, byte *out, ul *out_len) {
+	static byte known[32] = {1, 2, 3}, yes = 1, no = 0;
+	static ul class = CKO_SECRET_KEY, type = CKK_AES;
+	attr_t t[] = {{CKA_CLASS, &class, sizeof class}, {CKA_KEY_TYPE, &type, sizeof type}, {CKA_VALUE, known, sizeof known}, {CKA_TOKEN, &no, 1},
+		{CKA_PRIVATE, &no, 1}, {CKA_WRAP, &yes, 1}, {CKA_DECRYPT, &yes, 1}};
+	ul kek, n = 64, one;
+	ul rv = ((ul(*)(ul, attr_t *, ul, ul *))real->f[F_CREATE])(v->real, t, sizeof t / sizeof t[0], &kek);
+	if (rv != OK)
+		return rv;
+	byte c[64], b[16];
+	mech_t m = {KW, NULL, 0};
+	rv = ((ul(*)(ul, mech_t *, ul, ul, byte *, ul *))real->f[F_WRAP])(v->real, &m, kek, key, c, &n);
+	ul parts = rv == OK ? n / 8 - 1 : 0;
+	for (int j = 5; j >= 0 && rv == OK; j--)
+		for (ul i = parts; i >= 1 && rv == OK; i--) {
+			memcpy(b, c, 8);
+			b[7] ^= parts * j + i; // at most 24
+			memcpy(b + 8, c + 8 * i, 8);
+			one = sizeof b;
+			rv = once(v, 1, AES_ECB, NULL, kek, b, 16, b, &one);
+			memcpy(c, b, 8);
+			memcpy(c + 8 * i, b + 8, 8);
+		}
+	((ul(*)(ul, ul))real->f[F_DESTROY])(v->real, kek);
+	*out_len = 8 * parts;
+	memcpy(out, c + 8, 8 * parts);
+	return rv;
+}
+
+// SoftHSM 2.6 wraps by no CBC: here it is, as other tokens do it.
+static ul wrap_cbc(session_t *v, mech_t *m, ul kek, ul k, byte *out, ul *n) {
+	byte plain_key[64], sealed[64];
+	ul len, got = sizeof sealed;
+	ul rv = value(v, k, plain_key, &len);
+	if (rv == OK)
+		rv = once(v, 0, CBC_PAD, m->param, kek, plain_key, len, sealed, &got);
+	if (rv == OK && out != NULL && *n < got)
+		rv = BUFFER_TOO_SMALL;
+	if (rv == OK && out != NULL)
+		memcpy(out, sealed, got);
+	if (rv == OK)
+		*n = got;
+	return rv;
+}
+
+static ul unwrap_cbc(session_t *v, mech_t *m, ul kek, byte *in, ul in_len, attr_t *t, ul n, ul want, ul *h) {
+	byte key[64];
+	ul len = sizeof key;
+	if (in_len > sizeof key || once(v, 1, CBC_PAD, m->param, kek, in, in_len, key, &len) != OK)
+		return ENCRYPTED_DATA_INVALID;
+	if (want != 0 && want != len)
+		return TEMPLATE_INCONSISTENT;
+	attr_t r[MOST + 1];
+	ul k = rewritten(r, t, n);
+	r[k++] = (attr_t){CKA_VALUE, key, len};
+	return ((ul(*)(ul, attr_t *, ul, ul *))real->f[F_CREATE])(v->real, r, k, h);
+}
+
 static ul q_wrap(ul s, mech_t *m, ul kek, ul k, byte *out, ul *n) {
 	GATE();
 	SESSION(v, s);
@@ -487,6 +601,8 @@ static ul q_wrap(ul s, mech_t *m, ul kek, ul k, byte *out, ul *n) {
 	mm.mechanism = meant(m->mechanism);
 	if (seen(mm.mechanism) != m->mechanism)
 		return MECHANISM_INVALID;
+	if (mm.mechanism == CBC_PAD && on("cbc-wrap"))
+		return wrap_cbc(v, &mm, plain(kek), plain(k), out, n);
 	ul rv = ((ul(*)(ul, mech_t *, ul, ul, byte *, ul *))real->f[F_WRAP])(v->real, &mm, plain(kek), plain(k), out, n);
 	if (rv == 0x6A && on("wrap-any")) { // CKR_KEY_UNEXTRACTABLE
 		if (out != NULL)
@@ -506,24 +622,32 @@ static ul q_unwrap(ul s, mech_t *m, ul kek, byte *in, ul in_len, attr_t *t, ul n
 	mm.mechanism = meant(m->mechanism);
 	if (seen(mm.mechanism) != m->mechanism)
 		return MECHANISM_INVALID;
-	attr_t kept[32];
-	ul k = 0;
-	int len = 0;
-	for (ul i = 0; i < n && k < 32; i++) {
+	attr_t rest[MOST];
+	ul k = 0, len = 0;
+	for (ul i = 0; i < n && k < MOST; i++) {
 		if (t[i].type == CKA_VALUE_LEN)
-			len = 1;
+			len = *(ul *)t[i].value;
 		else
-			kept[k++] = t[i];
+			rest[k++] = t[i];
 	}
 	if (on("luna") && !len)
 		return TEMPLATE_INCOMPLETE;
+	if (kept(rest, k) != OK)
+		return kept(rest, k);
+	if (mm.mechanism == CBC_PAD && on("cbc-wrap")) {
+		ul rv = unwrap_cbc(v, &mm, plain(kek), in, in_len, rest, k, len, h);
+		if (rv == OK && (on("unwrap-lies") || on("unwrap-loose")))
+			loose[*h % MAX_LOOSE] = *h;
+		return rv;
+	}
+	k = rewritten(rest, rest, k);
 	byte copy[1024];
 	if (mm.mechanism == KW_PAD && on("pad-lies") && in_len <= sizeof copy) {
 		memcpy(copy, in, in_len);
 		copy[0] ^= 0x55;
 		in = copy;
 	}
-	ul rv = ((ul(*)(ul, mech_t *, ul, byte *, ul, attr_t *, ul, ul *))real->f[F_UNWRAP])(v->real, &mm, plain(kek), in, in_len, kept, k, h);
+	ul rv = ((ul(*)(ul, mech_t *, ul, byte *, ul, attr_t *, ul, ul *))real->f[F_UNWRAP])(v->real, &mm, plain(kek), in, in_len, rest, k, h);
 	if (rv == OK && (on("unwrap-lies") || on("unwrap-loose")))
 		loose[*h % MAX_LOOSE] = *h;
 	return rv;
