@@ -2,6 +2,7 @@ package token_test
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -214,6 +215,25 @@ func TestPINsReachTheTokenOnce(t *testing.T) {
 	q.Set(t)
 	if err := tok.Login(pin("password")); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestALockedPINIsLeftAlone: the token is there, and no login is tried with a
+// PIN that it refused for being locked.
+func TestALockedPINIsLeftAlone(t *testing.T) {
+	tok, q := quirky(t, "lock-after-ten")
+	for i := range 10 {
+		if err := tok.Login(pin(fmt.Sprintf("wrong %d", i))); fault.KindOf(err) != fault.Denied {
+			t.Fatal(err)
+		}
+	}
+	for range 5 {
+		if err := tok.Login(pin("password")); fault.KindOf(err) != fault.Denied || token.CKR(err) != "pkcs11: 0xA4: CKR_PIN_LOCKED" || token.Lost(err) || fault.HintOf(err) == "" {
+			t.Fatal(err)
+		}
+	}
+	if got := q.Logins(); len(got) != 11 || got[9] != "wrong" || got[10] != "locked" {
+		t.Errorf("logins: %q", got)
 	}
 }
 
