@@ -33,6 +33,7 @@ import (
 //	duplicates                 each object is found three times, by two names
 //	short-length               the length that C_Encrypt announces lacks the tag
 //	locked, final-try          the PIN's flags; lock-after-ten counts wrong PINs
+//	few-sessions               four sessions at most, and no word but in the token's information
 //	drop-sessions              sessions that are open become stale, once each time that it is set
 //	gone                       the line is lost: all calls fail, until C_Finalize and C_Initialize after it is back
 //	hang, die                  calls do not return; the library crashes

@@ -8,6 +8,7 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -91,6 +92,7 @@ func contract(t *testing.T, f fixture) {
 	if m.Suite != f.suite || m.WrapWay != f.way {
 		t.Errorf("suite %d, %s; want %d, %s", m.Suite, m.WrapWay, f.suite, f.way)
 	}
+	t.Run("report", func(t *testing.T) { reported(t, tok, f) })
 	t.Run("keys", func(t *testing.T) { keysKeep(t, tok) })
 	t.Run("imported twice", func(t *testing.T) { importedTwice(t, tok) })
 	t.Run("placed keys", func(t *testing.T) { placedKeys(t, tok, ids) })
@@ -108,6 +110,23 @@ func contract(t *testing.T, f fixture) {
 	})
 	t.Run("many at once", func(t *testing.T) { manyAtOnce(t, tok) })
 	t.Run("cleared", func(t *testing.T) { cleared(t, tok, ids, m) })
+}
+
+// reported: the report says what is used. With -v it is printed.
+func reported(t *testing.T, tok *token.Token, f fixture) {
+	t.Helper()
+	r, err := tok.Probe()
+	if err != nil || !r.Usable || r.Capabilities.Suite != f.suite || r.Capabilities.WrapWay != f.way {
+		t.Errorf("usable %v, suite %d, %s: %v", r.Usable, r.Capabilities.Suite, r.Capabilities.WrapWay, err)
+	}
+	if len(r.Capabilities.Imports) == 0 || len(r.Capabilities.Notes) == 0 {
+		t.Errorf("%+v", r.Capabilities)
+	}
+	b, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%s", b)
 }
 
 func keysKeep(t *testing.T, tok *token.Token) {

@@ -67,6 +67,7 @@ func quirks() (out []fixture) {
 		{"unwrap-loose", hsm.SuiteGCM, pad},
 		{"no-import", hsm.SuiteGCM, kw},
 		{"no-import no-gcm", hsm.SuiteCBCHMAC, kw},
+		{"few-sessions", hsm.SuiteGCM, pad},
 		{"duplicates", hsm.SuiteGCM, pad},
 		{"short-length", hsm.SuiteGCM, pad},
 	} {

@@ -5,11 +5,13 @@
 package token
 
 import (
+	"cmp"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -28,7 +30,7 @@ type Config struct {
 	Label    string
 	Serial   string
 	Slot     *uint64
-	Sessions int // at most so many at once; 0 means DefaultSessions
+	Sessions int // at most so many at once, and no more than the token allows; 0 means DefaultSessions
 }
 
 // Token is an open token. Safe for concurrent use. What it learnt and holds
@@ -80,14 +82,34 @@ func Open(c Config) (*Token, error) {
 		return nil, err
 	}
 	t.slot = slot
-	t.pool = make(chan pkcs11.SessionHandle, max(c.Sessions, 1))
-	if c.Sessions <= 0 {
-		t.pool = make(chan pkcs11.SessionHandle, DefaultSessions)
+	n, err := t.bound(cmp.Or(max(c.Sessions, 0), DefaultSessions))
+	if err != nil {
+		t.Close()
+		return nil, err
 	}
+	t.pool = make(chan pkcs11.SessionHandle, n)
 	for range cap(t.pool) {
 		t.pool <- 0 // opened when first needed
 	}
 	return t, nil
+}
+
+// ownSessions are those outside of the pool: of the login, and of the self-test.
+const ownSessions = 2
+
+// bound keeps the number of sessions within what the token allows, where it
+// says so (PKCS#11 2.40, 3.2).
+func (t *Token) bound(n int) (int, error) {
+	ti, err := t.ctx.GetTokenInfo(t.slot)
+	if err != nil {
+		return 0, t.device("describe token", err)
+	}
+	for _, most := range []uint{ti.MaxSessionCount, ti.MaxRwSessionCount} {
+		if most != pkcs11.CK_EFFECTIVELY_INFINITE && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
+			n = min(n, max(int(min(most, math.MaxInt32))-ownSessions, 1))
+		}
+	}
+	return n, nil
 }
 
 // Close logs out and finalises the module.

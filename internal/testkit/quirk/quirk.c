@@ -37,7 +37,7 @@ typedef struct {
 
 enum {
 	OK = 0, SLOT_ID_INVALID = 0x03, GENERAL_ERROR = 0x05, DEVICE_MEMORY = 0x31, ATTRIBUTE_READ_ONLY = 0x10, DEVICE_ERROR = 0x30, KEY_HANDLE_INVALID = 0x60,
-	MECHANISM_INVALID = 0x70, MECHANISM_PARAM_INVALID = 0x71, PIN_INCORRECT = 0xA0, PIN_LOCKED = 0xA4, SESSION_HANDLE_INVALID = 0xB3,
+	MECHANISM_INVALID = 0x70, MECHANISM_PARAM_INVALID = 0x71, PIN_INCORRECT = 0xA0, PIN_LOCKED = 0xA4, SESSION_COUNT = 0xB1, SESSION_HANDLE_INVALID = 0xB3,
 	TEMPLATE_INCOMPLETE = 0xD0, BUFFER_TOO_SMALL = 0x150, TEMPLATE_INCONSISTENT = 0xD1, ENCRYPTED_DATA_INVALID = 0x40
 };
 enum { AES_ECB = 0x1081, CBC_PAD = 0x1085, AES_GCM = 0x1087, KW = 0x2109, KW_PAD = 0x210A, KWP = 0x210B, GENERIC_GEN = 0x350 };
@@ -58,6 +58,8 @@ static char control[1024];
 static int broken;            // the line was lost: only C_Finalize helps
 static ul dropped_before = 0; // sessions opened before are stale
 static ul opened = 0;
+static ul open_now = 0;
+#define FEW 4                 // so many sessions are allowed at once
 static int dropping = 0;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -178,6 +180,7 @@ static ul q_finalize(void *p) {
 	read_control();
 	ul rv = ((ul(*)(void *))real->f[F_FINALIZE])(p);
 	dropped_before = opened;
+	open_now = 0;
 	return rv;
 }
 
@@ -205,6 +208,8 @@ static ul q_token_info(ul slot, byte *info) {
 		*flags |= 0x20000;
 	if (rv == OK && on("read-only"))
 		*flags |= 0x2;
+	if (rv == OK && on("few-sessions"))
+		flags[1] = flags[3] = FEW; // ulMaxSessionCount, ulMaxRwSessionCount
 	if (rv == OK && on("accelerator"))
 		*flags &= ~0x4UL; // CKF_LOGIN_REQUIRED
 	return rv;
@@ -254,10 +259,16 @@ static ul q_mech_info(ul slot, ul m, void *info) {
 static ul q_open(ul slot, ul flags, void *app, void *notify, ul *s) {
 	GATE();
 	ul r = 0;
+	pthread_mutex_lock(&lock);
+	ul others = open_now;
+	pthread_mutex_unlock(&lock);
+	if (on("few-sessions") && others >= FEW)
+		return SESSION_COUNT;
 	ul rv = ((ul(*)(ul, ul, void *, void *, ul *))real->f[F_OPEN])(to_real(slot), flags, app, notify, &r);
 	if (rv != OK)
 		return rv;
 	pthread_mutex_lock(&lock);
+	open_now++;
 	if (opened + 1 >= MAX_SESSIONS) {
 		pthread_mutex_unlock(&lock);
 		return GENERAL_ERROR;
@@ -271,6 +282,9 @@ static ul q_open(ul slot, ul flags, void *app, void *notify, ul *s) {
 static ul q_close(ul s) {
 	GATE();
 	SESSION(v, s);
+	pthread_mutex_lock(&lock);
+	open_now--;
+	pthread_mutex_unlock(&lock);
 	return ((ul(*)(ul))real->f[F_CLOSE])(v->real);
 }
 
