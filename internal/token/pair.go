@@ -85,7 +85,7 @@ func (x *explorer) oaep() error {
 				return err
 			}
 			x.a.report.Imports = append(x.a.report.Imports, f)
-			all = all && f.Works
+			all = all && f.Works && f.Why == cameIn
 		}
 		x.destroy(x.s, priv)
 		if all && x.a.oaep == oaepNone {
@@ -103,11 +103,21 @@ func (x *explorer) tryOAEP(way oaepWay, priv pkcs11.ObjectHandle, key *rsa.Publi
 	if !x.a.has(mechanism) {
 		return hsm.Finding{Name: name, Why: notListed}, nil
 	}
-	if err := x.proveOAEP(way, priv, key, h); err != nil {
+	err := x.proveOAEP(way, priv, key, h)
+	if errors.Is(err, errLength) {
+		return works(name, errLength.Error()), nil
+	}
+	if err != nil {
 		return fails(name, err), gone(err)
 	}
-	return works(name, "a known AES key came in"), nil
+	return works(name, cameIn), nil
 }
+
+const cameIn = "a known AES key came in"
+
+// errLength is of a token that unwraps, but of no use for keys that may have
+// each of three lengths, of which the API tells one.
+var errLength = errors.New(cameIn + ", and the token does not tell how long it is")
 
 func (x *explorer) proveOAEP(way oaepWay, priv pkcs11.ObjectHandle, key *rsa.PublicKey, h oaepHash) error {
 	value := make([]byte, 32)
@@ -137,11 +147,10 @@ func (x *explorer) proveOAEP(way oaepWay, priv pkcs11.ObjectHandle, key *rsa.Pub
 	if err != nil {
 		return err
 	}
-	n, err := x.bits(x.s, got)
-	if err == nil && n != 8*len(value) {
-		err = fmt.Errorf("it does not tell how long the key is: %d bits", n)
+	if n, err := x.bits(x.s, got); err != nil || n != 8*len(value) {
+		return errLength
 	}
-	return err
+	return nil
 }
 
 // rsaPair makes a pair whose private half does one thing. The public half is
