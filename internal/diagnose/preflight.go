@@ -64,6 +64,8 @@ type Preflight struct {
 	Repair             bool     // the installation ends a pending change
 	Replicated         bool     // something has several replicas
 	AccountTokens      bool     // the API reviews tokens of ServiceAccounts
+	Watched            []string // namespaces where the watcher fills Secrets
+	WatchAll           bool     // it does so everywhere
 	SCCs               []string // of the pods, on OpenShift
 
 	// Answers says whether the registry lets us in, where the images come only
@@ -163,54 +165,6 @@ func (p Preflight) clock(ctx context.Context) []Finding {
 			"the API server's clock is %s off this machine's", skew)
 	}
 	return ok("within %s of this machine's", maxSkew)
-}
-
-// rights are those that an installation needs, by the objects of the chart.
-func (p Preflight) rightsNeeded() []cluster.Right {
-	var out []cluster.Right
-	add := func(group string, resources ...string) {
-		for _, r := range resources {
-			for _, verb := range []string{"get", "list", "create", "patch", "delete"} {
-				out = append(out, cluster.Right{Verb: verb, Group: group, Resource: r, Namespace: p.Namespace})
-			}
-		}
-	}
-	add("", "secrets", "configmaps", "services", "serviceaccounts", "persistentvolumeclaims")
-	add("apps", "deployments", "statefulsets")
-	add("rbac.authorization.k8s.io", "roles", "rolebindings")
-	if p.Replicated {
-		add("policy", "poddisruptionbudgets")
-	}
-	if p.AccountTokens { // and who gives a right must have it
-		for _, r := range []string{"clusterroles", "clusterrolebindings"} {
-			for _, verb := range []string{"get", "create", "patch", "delete"} {
-				out = append(out, cluster.Right{Verb: verb, Group: "rbac.authorization.k8s.io", Resource: r})
-			}
-		}
-		out = append(out, cluster.Right{Verb: "create", Group: "authentication.k8s.io", Resource: "tokenreviews"})
-	}
-	for _, verb := range []string{"get", "list"} {
-		out = append(out, cluster.Right{Verb: verb, Resource: "pods", Namespace: p.Namespace}, cluster.Right{Verb: verb, Resource: "events", Namespace: p.Namespace})
-	}
-	return append(out, cluster.Right{Verb: "get", Resource: "pods", Subresource: "log", Namespace: p.Namespace})
-}
-
-func (p Preflight) rights(ctx context.Context) []Finding {
-	need := p.rightsNeeded()
-	denied, err := p.Cluster.Denied(ctx, need)
-	if err != nil {
-		return failErr(err, "the account must be allowed to create selfsubjectaccessreviews")
-	}
-	byResource := map[string][]string{}
-	for _, r := range denied {
-		byResource[r.Object()] = append(byResource[r.Object()], r.Verb)
-	}
-	var out []Finding
-	for _, r := range slices.Sorted(maps.Keys(byResource)) {
-		out = append(out, bad(Fail, "have the cluster's administrator bind a Role with these verbs to your account, or use another --context",
-			"may not %s %s in namespace %s", strings.Join(byResource[r], ", "), r, p.Namespace))
-	}
-	return orElse(out, "all %d that an installation in %s needs", len(need), p.Namespace)
 }
 
 func (p Preflight) namespace(ctx context.Context) []Finding {

@@ -277,6 +277,17 @@ func TestEachCheckFails(t *testing.T) {
 			w.pre.Replicated = true
 			w.denied = func(r *authv1.ResourceAttributes) bool { return r.Resource == "poddisruptionbudgets" }
 		}, "rights", diagnose.Fail, "delete poddisruptionbudgets.policy", "bind a Role"},
+		"rights of the lock": {func(_ *testing.T, w *world) {
+			w.denied = func(r *authv1.ResourceAttributes) bool { return r.Resource == "leases" }
+		}, "rights", diagnose.Fail, "may not get, create, update, delete leases.coordination.k8s.io in namespace kube-system", "bind a Role"},
+		"rights elsewhere": {func(_ *testing.T, w *world) {
+			w.pre.Watched = []string{"kube-system", "shop"}
+			w.denied = func(r *authv1.ResourceAttributes) bool { return r.Namespace == "shop" && r.Resource == "secrets" }
+		}, "rights", diagnose.Fail, "may not get, list, watch, update secrets in namespace shop", "bind a Role"},
+		"rights everywhere": {func(_ *testing.T, w *world) {
+			w.pre.WatchAll = true
+			w.denied = func(r *authv1.ResourceAttributes) bool { return r.Namespace == "" && r.Resource == "secrets" }
+		}, "rights", diagnose.Fail, "may not get, list, watch, update secrets in the whole cluster", "bind a Role"},
 		"rights of token reviews": {func(_ *testing.T, w *world) {
 			w.pre.AccountTokens = true
 			w.denied = func(r *authv1.ResourceAttributes) bool { return r.Resource == "tokenreviews" }

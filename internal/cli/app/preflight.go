@@ -54,6 +54,9 @@ func (a *App) Preflight(ctx context.Context, in PreflightInput) (*diagnose.Prefl
 		oss, _ := values["oss"].(map[string]any)
 		p.AccountTokens, _ = oss["serviceAccountTokens"].(bool)
 		p.SCCs = in.Release.sccs(values)
+		watcher, _ := values["watcher"].(map[string]any)
+		p.WatchAll, _ = watcher["allNamespaces"].(bool)
+		p.Watched = texts(watcher["namespaces"])
 		p.Settings = in.Settings.HSM
 		if p.Model, err = hsm.Lookup(p.Settings.Model); err != nil {
 			return nil, err
@@ -119,6 +122,17 @@ func (a *App) preflightChart(ctx context.Context, p *diagnose.Preflight, f *Char
 		return chart.Name(), chart.Version(), nil
 	}
 	return chart
+}
+
+// texts are the texts of a list in values.
+func texts(list any) (out []string) {
+	all, _ := list.([]any)
+	for _, v := range all {
+		if s, ok := v.(string); ok {
+			out = append(out, s)
+		}
+	}
+	return out
 }
 
 // severalOf says whether the values ask for several replicas of a block.
