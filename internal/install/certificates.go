@@ -33,9 +33,9 @@ func CASecret(release string) string { return release + "-ca" }
 func apiSecret(release string) string { return release + "-api-tls" }
 
 // Leaves lists the certificates of a release.
-func Leaves(release, namespace, domain string) []Leaf {
+func Leaves(release, namespace, domain, service string) []Leaf {
 	api := []string{"localhost", "127.0.0.1"}
-	for _, n := range []string{"kms-api", release + "-oss"} {
+	for _, n := range []string{service, release + "-oss"} {
 		api = append(api, n, n+"."+namespace, n+"."+namespace+".svc", n+"."+namespace+".svc."+domain)
 	}
 	storage := []string{"localhost", "127.0.0.1"}
@@ -57,7 +57,7 @@ func (j Job) certificates(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	for _, l := range Leaves(o.Release, o.Namespace, o.Domain) {
+	for _, l := range Leaves(o.Release, o.Namespace, o.Domain, o.Service) {
 		have, err := j.Cluster.Secret(ctx, o.Namespace, l.Secret)
 		if err != nil && fault.KindOf(err) != fault.NotFound {
 			return err
@@ -105,7 +105,7 @@ func (j Job) apiHosts(o Options, own []string, present []byte) (hosts []string, 
 
 // checkSANs holds the rules of the names to drop.
 func checkSANs(o Options) error {
-	own := Leaves(o.Release, o.Namespace, o.Domain)[0].Hosts
+	own := Leaves(o.Release, o.Namespace, o.Domain, o.Service)[0].Hosts
 	for _, h := range o.DropSANs {
 		switch {
 		case holds(o.SANs, h):

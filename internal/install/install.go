@@ -53,6 +53,7 @@ type Changer interface {
 type Options struct {
 	Release, Namespace string
 	Domain             string          // of the cluster's DNS
+	Service            string          // of the API
 	HSMSecret          *cluster.Secret // nil: it is in the cluster already
 	HSMSecretName      string
 	SANs               []string // further names of the API, beside those that its certificate has
@@ -65,6 +66,22 @@ type Options struct {
 	// Foreign is a chart that is not ours: no Secret is made beside its
 	// release, and its workloads need not carry our labels.
 	Foreign bool
+}
+
+// DefaultDomain is the cluster's by the chart's own values.
+const DefaultDomain = "cluster.local"
+
+// Named gives the options the names that the chart's values say.
+func (o Options) Named(values map[string]any) Options {
+	o.Domain, o.Service = DefaultDomain, "kms-api"
+	if d, _ := values["clusterDomain"].(string); d != "" {
+		o.Domain = d
+	}
+	service, _ := values["service"].(map[string]any)
+	if n, _ := service["name"].(string); n != "" {
+		o.Service = n
+	}
+	return o
 }
 
 // Job has what the steps work with.
@@ -440,7 +457,7 @@ func watcherSecret(release string) string { return release + "-watcher-key" }
 // SecretNames lists all Secrets that stand beside a release.
 func SecretNames(release, hsmSecret string) []string {
 	out := []string{hsmSecret, CASecret(release), adminSecret(release), watcherSecret(release)}
-	for _, l := range Leaves(release, "", "") {
+	for _, l := range Leaves(release, "", "", "") {
 		out = append(out, l.Secret)
 	}
 	return out

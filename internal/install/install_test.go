@@ -152,9 +152,9 @@ func (w *world) job() install.Job {
 
 func options(t *testing.T) install.Options {
 	t.Helper()
-	return install.Options{Release: "kms", Namespace: "site", Domain: "cluster.local", HSMSecretName: "hsm-secret", SANs: []string{"kms.example"},
+	return install.Options{Release: "kms", Namespace: "site", HSMSecretName: "hsm-secret", SANs: []string{"kms.example"},
 		HSMSecret:    &cluster.Secret{Namespace: "site", Name: "hsm-secret", Data: map[string][]byte{"hsm-pass": []byte("canary-pin")}},
-		AdminKeyFile: filepath.Join(t.TempDir(), "admin.key"), Wait: true, Timeout: time.Minute}
+		AdminKeyFile: filepath.Join(t.TempDir(), "admin.key"), Wait: true, Timeout: time.Minute}.Named(nil)
 }
 
 func TestInstall(t *testing.T) {
@@ -314,7 +314,8 @@ func TestNames(t *testing.T) {
 		`"A.example" is in both`:                             {SANs: []string{"a.example"}, DropSANs: []string{"A.example"}},
 		`"kms-api.site.svc" is a name of the API's own Serv`: {DropSANs: []string{"kms-api.site.svc"}},
 	} {
-		o.Release, o.Namespace, o.Domain, w.applied = "kms", "site", "cluster.local", nil
+		o.Release, o.Namespace, w.applied = "kms", "site", nil
+		o = o.Named(nil)
 		_, err := w.job().Upgrade(t.Context(), o)
 		if fault.KindOf(err) != fault.Usage || !strings.Contains(err.Error(), want) || fault.HintOf(err) == "" || len(w.applied) > 0 {
 			t.Errorf("%v, hint %q, applied %q", err, fault.HintOf(err), w.applied)
@@ -327,6 +328,25 @@ func TestNames(t *testing.T) {
 	o.SANs, o.DropSANs = nil, nil
 	if got := names(); got != "" || !strings.Contains(strings.Join(w.lines, "\n"), "give them again") {
 		t.Errorf("%s, said %q", got, w.lines)
+	}
+}
+
+// TestNamesOfTheService: the certificate is for the Service and the domain that
+// the values name.
+func TestNamesOfTheService(t *testing.T) {
+	w, o := newWorld(), options(t)
+	w.values = map[string]any{"clusterDomain": "site.local", "service": map[string]any{"name": "keys"}}
+	if _, err := w.job().Run(t.Context(), o.Named(w.values)); err != nil {
+		t.Fatal(err)
+	}
+	hosts, err := pki.Hosts(w.secrets["site/kms-api-tls"].Data["tls.crt"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"keys", "keys.site.svc", "keys.site.svc.site.local", "kms-oss.site.svc"} {
+		if !slices.Contains(hosts, want) {
+			t.Errorf("%q is not among %q", want, hosts)
+		}
 	}
 }
 

@@ -196,7 +196,7 @@ func (w *Watcher) renew(ctx context.Context) {
 		}
 		return
 	}
-	for _, l := range install.Leaves(w.Release, w.Namespace, "") {
+	for _, l := range install.Leaves(w.Release, w.Namespace, "", "") {
 		if err := w.renewOne(ctx, pki.Pair{Cert: ca.Data["ca.crt"], Key: ca.Data["ca.key"]}, l); err != nil && ctx.Err() == nil {
 			w.Log.Error("renew certificate", "secret", l.Secret, "error", err)
 			w.tell(ctx, cluster.Event{Namespace: w.Namespace, Kind: "Secret", Name: l.Secret, Warning: true, Reason: "KMSCertificate", Message: err.Error()})

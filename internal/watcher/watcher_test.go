@@ -124,7 +124,7 @@ func newSite(t *testing.T) *site {
 		t.Fatal(err)
 	}
 	s.secrets["n/"+install.CASecret("kms")] = cluster.Secret{Data: map[string][]byte{"ca.crt": ca.Cert, "ca.key": ca.Key}}
-	for _, l := range install.Leaves("kms", "n", "cluster.local") {
+	for _, l := range install.Leaves("kms", "n", "cluster.local", "kms-api") {
 		if l.Use == pki.Server {
 			l.Hosts = append(l.Hosts, "extra.example")
 		}

@@ -314,8 +314,8 @@ func (j *job) install(ctx context.Context, a addon, c chart, loaded *push.Report
 		values = j.values[a.Name]
 	}
 	res, err := j.InstallJob(cl, helm, app.Change{Chart: ch, Values: values, Options: release.Options{Wait: j.wait, Timeout: j.timeout}}).
-		Apply(ctx, install.Options{Release: c.Name, Namespace: a.Namespace, Domain: "cluster.local", HSMSecretName: render.SecretName,
-			AdminKeyFile: j.adminKeyFile, Wait: j.wait, Timeout: j.timeout, Foreign: !c.ours()})
+		Apply(ctx, install.Options{Release: c.Name, Namespace: a.Namespace, HSMSecretName: render.SecretName,
+			AdminKeyFile: j.adminKeyFile, Wait: j.wait, Timeout: j.timeout, Foreign: !c.ours()}.Named(values))
 	if err != nil {
 		return err
 	}

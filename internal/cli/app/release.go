@@ -93,8 +93,6 @@ type ReleaseFlags struct {
 // KMS and nobody else.
 const TokenAudience = "kms-api"
 
-const defaultDomain = "cluster.local"
-
 // Add puts the flags into fs.
 func (f *ReleaseFlags) Add(fs *pflag.FlagSet) {
 	f.VolumeFlags.Add(fs)
@@ -106,7 +104,7 @@ func (f *ReleaseFlags) Add(fs *pflag.FlagSet) {
 	fs.StringVar(&f.SCC, "scc", "", "OpenShift's security context constraint for the pods; without it, what the settings say, or restricted-v2 (hostnetwork-v2 where the pods use the node's network)")
 	fs.StringSliceVar(&f.SANs, "san", nil, "further DNS names or addresses of the API, for its certificate, which keeps those that it has; repeatable")
 	fs.StringSliceVar(&f.DropSANs, "drop-san", nil, "names that --san gave once, and that the API's certificate is to lose; repeatable")
-	fs.StringVar(&f.Domain, "cluster-domain", "", "domain of the cluster's DNS; without it, what the settings say, or "+defaultDomain)
+	fs.StringVar(&f.Domain, "cluster-domain", "", "domain of the cluster's DNS; without it, what the settings say, or "+install.DefaultDomain)
 	fs.StringVar(&f.AdminKeyFile, "admin-key-file", "", "where the first administrator's API key is written (mode 0600)")
 	fs.BoolVar(&f.Repair, "repair", false, "end a change that is pending although nobody works on it")
 	fs.DurationVar(&f.Timeout, "timeout", DefaultTimeout, "how long the change may take at most")
@@ -188,13 +186,10 @@ func put(values map[string]any, block, key string, v any) {
 // Job is the job's options for a release with these values; a secret of nil is
 // in the cluster.
 func (f *ReleaseFlags) Job(k KubeFlags, values map[string]any, s *render.Secret) install.Options {
-	o := install.Options{Release: k.Release, Namespace: k.Namespace, Domain: defaultDomain, HSMSecretName: render.SecretName, SANs: f.SANs, DropSANs: f.DropSANs,
+	o := install.Options{Release: k.Release, Namespace: k.Namespace, HSMSecretName: render.SecretName, SANs: f.SANs, DropSANs: f.DropSANs,
 		AdminKeyFile: f.AdminKeyFile, Repair: f.Repair, Wait: true, Timeout: f.Timeout}
-	if d, _ := values["clusterDomain"].(string); d != "" {
-		o.Domain = d
-	}
 	if s != nil {
 		o.HSMSecret = &cluster.Secret{Namespace: k.Namespace, Name: render.SecretName, Data: s.Data()}
 	}
-	return o
+	return o.Named(values)
 }
