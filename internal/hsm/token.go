@@ -19,14 +19,16 @@ type TokenInfo struct {
 	LoggedIn     bool   `json:"loggedIn"`     //
 }
 
-// MasterIDs are the CKA_ID values of an installation's master keys, chosen by
-// the KMS and kept in its store before the keys are made, so that a run that
-// is killed in between finds them again.
+// MasterIDs are the CKA_ID values of one version of an installation's master
+// keys, chosen by the KMS and kept in its store before the keys are made, so
+// that a run that is killed in between finds them again.
 type MasterIDs struct {
 	Install string `json:"install"` // goes into the labels: kms:<install>:mkek:v1 …
 	Wrap    []byte `json:"wrap"`    // AES-256, wraps root keys out of the token
 	Seal    []byte `json:"seal"`    // AES-256, encrypts the service's own secrets and standard keys
-	Sign    []byte `json:"sign"`    // EC P-256 or RSA, signs the audit log's heads
+	Sign    []byte `json:"sign"`    // EC P-256 or RSA, signs the audit log's heads; one for all versions
+	Version uint16 `json:"-"`       // goes into the labels, the blobs and what Seal makes
+	Spare   bool   `json:"-"`       // opens what this version made; another one makes what is new
 }
 
 // Master is what an installation's master keys are recognised by.

@@ -74,11 +74,11 @@ func (t *Token) Clear(install string, proof *hsm.Proof) (n int, err error) {
 		return n, err
 	}
 	t.mu.Lock()
-	if t.master != nil && t.master.ids.Install == install {
-		t.master = nil
-	}
+	ours := t.master != nil && t.master.ids.Install == install
 	t.mu.Unlock()
-	t.cache.empty(t.forget)
+	if ours {
+		t.leave()
+	}
 	return n, nil
 }
 
@@ -135,7 +135,7 @@ func (t *Token) clear(s pkcs11.SessionHandle, a *abilities, install string, proo
 // proven checks a proof under the sealing key of an installation. Where that
 // is not whole any more, what it sealed is lost and nothing is left to guard.
 func (t *Token) proven(s pkcs11.SessionHandle, a *abilities, install string, objects []named, p hsm.Proof) error {
-	c, err := parseSealed(p.Sealed)
+	_, c, err := parseSealed(p.Sealed)
 	if err != nil {
 		return err
 	}

@@ -110,6 +110,7 @@ func contract(t *testing.T, f fixture) {
 	})
 	t.Run("many at once", func(t *testing.T) { manyAtOnce(t, tok) })
 	t.Run("cleared", func(t *testing.T) { cleared(t, tok, ids, m) })
+	t.Run("master keys changed", func(t *testing.T) { masterChanged(t, tok, ids) })
 }
 
 // reported: the report says what is used. With -v it is printed.
@@ -269,6 +270,85 @@ func sealAndSign(t *testing.T, tok *token.Token, m hsm.Master) {
 	if !good {
 		t.Errorf("the signature does not verify by %T", pub)
 	}
+}
+
+// masterChanged: what an older version of the master keys made opens beside
+// the new one, is taken over to it, and outlives it.
+func masterChanged(t *testing.T, tok *token.Token, ids hsm.MasterIDs) {
+	t.Helper()
+	k, err := tok.CreateRootKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := tok.Wrap(k.Blob, []byte("dek"), []byte("aad"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sealed, err := tok.Seal([]byte("secret"), []byte("purpose"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := newIDs()
+	next.Install, next.Sign, next.Version, next.Spare = ids.Install, ids.Sign, 2, true
+	made, err := tok.OpenMaster(next, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if still, err := tok.CreateRootKey(); err != nil || versionOf(still.Blob) != 1 {
+		t.Errorf("a spare version makes keys: %d, %v", versionOf(still.Blob), err)
+	}
+	next.Spare = false
+	again, err := tok.OpenMaster(next, false)
+	if err != nil || !hsm.SameKey(made.WrapKCV, again.WrapKCV) {
+		t.Fatalf("%+v %v", again, err)
+	}
+	if err := tok.DestroyMaster(next); fault.KindOf(err) != fault.Conflict {
+		t.Errorf("destroyed what is in use: %v", err)
+	}
+	moved, err := tok.Rewrap(k.Blob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resealed, err := tok.Reseal(sealed, []byte("purpose"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v, _ := hsm.ParseSeal(resealed); v != 2 || versionOf(moved.Blob) != 2 || !hsm.SameKey(moved.KCV, k.KCV) {
+		t.Errorf("blob of version %d, seal of version %d", versionOf(moved.Blob), v)
+	}
+	opens := func(blob, sealed []byte) {
+		t.Helper()
+		if got, err := tok.Unwrap(blob, c, []byte("aad")); err != nil || string(got) != "dek" {
+			t.Errorf("blob of version %d: %q, %v", versionOf(blob), got, err)
+		}
+		if got, err := tok.Unseal(sealed, []byte("purpose")); err != nil || string(got) != "secret" {
+			t.Errorf("%q, %v", got, err)
+		}
+	}
+	opens(k.Blob, sealed)
+	opens(moved.Blob, resealed)
+	if _, err := tok.Reseal(sealed, []byte("another")); fault.KindOf(err) != fault.BadContent {
+		t.Errorf("resealed for another purpose: %v", err)
+	}
+	first := ids
+	first.Version = 1
+	for range 2 { // a second time there is nothing to do
+		if err := tok.DestroyMaster(first); err != nil {
+			t.Fatal(err)
+		}
+	}
+	opens(moved.Blob, resealed)
+	if _, err := tok.Unwrap(k.Blob, c, []byte("aad")); fault.KindOf(err) != fault.NotReady {
+		t.Errorf("a blob of destroyed master keys: %v", err)
+	}
+	if _, err := tok.OpenMaster(first, false); fault.KindOf(err) != fault.NotFound {
+		t.Errorf("destroyed master keys: %v", err)
+	}
+}
+
+func versionOf(blob []byte) uint16 {
+	_, v, _, _ := hsm.ParseBlob(blob)
+	return v
 }
 
 func manyAtOnce(t *testing.T, tok *token.Token) {

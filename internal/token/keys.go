@@ -112,20 +112,22 @@ func (t *Token) open() (*abilities, *masterKeys, error) {
 	return t.can, t.master, nil
 }
 
-// A wrapped root key: format 1, form, version of the master key (2 bytes),
-// then the AES key and, where there is one, its MAC key, each with its length
-// in 2 bytes.
-const (
-	blobFormat = 1
-	blobHead   = 4
-)
+// openOld is open with the master keys of a version. One that is not held may
+// have been made by another process: opening the master keys again finds it.
+func (t *Token) openOld(version uint16) (*abilities, *masterKeys, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	m := t.masters[version]
+	if t.master == nil || m == nil {
+		return nil, nil, ErrNotOpen
+	}
+	return t.can, m, nil
+}
 
-// masterVersion is the only one that there is. Whatever a master key made
-// names its version, so that no form changes when master keys can.
-const masterVersion = 1
-
-func makeBlob(f form, parts ...[]byte) []byte {
-	out := binary.BigEndian.AppendUint16([]byte{blobFormat, byte(f)}, masterVersion)
+// makeBlob puts a wrapped root key together: head, then the AES key and, where
+// there is one, its MAC key, each with its length in 2 bytes.
+func makeBlob(f form, version uint16, parts ...[]byte) []byte {
+	out := hsm.BlobHead(uint8(f), version)
 	for _, p := range parts {
 		out = append(binary.BigEndian.AppendUint16(out, uint16(len(p))), p...)
 	}
@@ -134,26 +136,33 @@ func makeBlob(f form, parts ...[]byte) []byte {
 
 var errBlob = fault.Newf(fault.BadContent, "open root key", "", "its form is unknown").WithHint("the store was changed, or was written by a newer version")
 
-func parseBlob(b []byte) (f form, enc, mac []byte, err error) {
-	if len(b) < blobHead || b[0] != blobFormat || binary.BigEndian.Uint16(b[2:]) != masterVersion {
-		return 0, nil, nil, errBlob
+// wrapped is a blob taken apart.
+type wrapped struct {
+	form     form
+	version  uint16
+	enc, mac []byte
+}
+
+func parseBlob(b []byte) (w wrapped, err error) {
+	f, version, b, ok := hsm.ParseBlob(b)
+	if !ok {
+		return w, errBlob
 	}
-	f, b = form(b[1]), b[blobHead:]
 	var parts [][]byte
 	for len(b) > 0 {
 		if len(b) < 2 || len(b) < 2+int(binary.BigEndian.Uint16(b)) {
-			return 0, nil, nil, errBlob
+			return w, errBlob
 		}
 		n := 2 + int(binary.BigEndian.Uint16(b))
 		parts, b = append(parts, b[2:n]), b[n:]
 	}
 	switch len(parts) {
 	case 1:
-		return f, parts[0], nil, nil
+		return wrapped{form(f), version, parts[0], nil}, nil
 	case 2:
-		return f, parts[0], parts[1], nil
+		return wrapped{form(f), version, parts[0], parts[1]}, nil
 	}
-	return 0, nil, nil, errBlob
+	return w, errBlob
 }
 
 // CreateRootKey makes an AES-256 key in the token and wraps it out under the
@@ -214,7 +223,7 @@ func (t *Token) newRoot(makeKey arriving, makeMAC standing) (out hsm.NewKey, err
 			parts = append(parts, mac)
 		}
 		kcv, err := t.checkValue(s, h)
-		out = hsm.NewKey{Blob: makeBlob(a.way.form, parts...), KCV: kcv}
+		out = hsm.NewKey{Blob: makeBlob(a.way.form, m.ids.Version, parts...), KCV: kcv}
 		return err
 	})
 	return out, err
@@ -225,33 +234,43 @@ func (t *Token) use(blob []byte, f func(s pkcs11.SessionHandle, a *abilities, k 
 	if hsm.InToken(blob) {
 		return t.usePlaced(blob, f)
 	}
-	a, m, err := t.open()
+	b, err := parseBlob(blob)
 	if err != nil {
 		return err
 	}
-	form, enc, mac, err := parseBlob(blob)
+	a, m, err := t.openOld(b.version)
 	if err != nil {
 		return err
 	}
-	w, ok := a.forms[form]
+	w, err := t.wayBack(a, b)
+	if err != nil {
+		return err
+	}
+	return t.cached(blob, a, func(s pkcs11.SessionHandle) (keyPair, error) { return t.bringBack(s, a, m, w, b, false) }, f)
+}
+
+// wayBack is the mechanism that unwraps a blob here.
+func (t *Token) wayBack(a *abilities, b wrapped) (way, error) {
+	w, ok := a.forms[b.form]
 	if !ok {
-		return fault.Newf(fault.NotReady, "open root key on", t.module, "the token cannot unwrap form %d, by which the key was wrapped", form).
+		return w, fault.Newf(fault.NotReady, "open root key on", t.module, "the token cannot unwrap form %d, by which the key was wrapped", b.form).
 			WithHint("see what it can do with `kmsctl hsm probe`")
 	}
-	return t.cached(blob, a, func(s pkcs11.SessionHandle) (keyPair, error) { return t.bringBack(s, a, m, w, enc, mac) }, f)
+	return w, nil
 }
 
 // bringBack makes the session objects in the session that holds the login,
 // which lives as long as the cache does and does nothing else: a session
-// bears one operation at a time.
-func (t *Token) bringBack(s pkcs11.SessionHandle, a *abilities, m *masterKeys, w way, enc, mac []byte) (k keyPair, err error) {
-	if k.enc, err = t.bringOne(s, a, m, w, enc, pkcs11.CKK_AES, t.sessionTemplate(false)); err != nil {
+// bears one operation at a time. They may leave the token again, wrapped, only
+// where a master key takes the place of another.
+func (t *Token) bringBack(s pkcs11.SessionHandle, a *abilities, m *masterKeys, w way, b wrapped, leaves bool) (k keyPair, err error) {
+	if k.enc, err = t.bringOne(s, a, m, w, b.enc, pkcs11.CKK_AES, t.sessionTemplate(leaves)); err != nil {
 		return keyPair{}, err
 	}
-	if mac == nil {
+	if b.mac == nil {
 		return k, nil
 	}
-	if k.mac, err = t.bringOne(s, a, m, w, mac, a.mac.typ, macTemplate(t.sessionTemplate(false))); err != nil {
+	if k.mac, err = t.bringOne(s, a, m, w, b.mac, a.mac.typ, macTemplate(t.sessionTemplate(leaves))); err != nil {
 		t.destroy(t.login, k.enc)
 		return keyPair{}, err
 	}
@@ -260,7 +279,12 @@ func (t *Token) bringBack(s pkcs11.SessionHandle, a *abilities, m *masterKeys, w
 
 func (t *Token) bringOne(s pkcs11.SessionHandle, a *abilities, m *masterKeys, w way, wrapped []byte, typ uint, tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
 	h, err := sized(a, unwrapTemplate(tpl, typ), keyLens(w.form, wrapped), func(tpl []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
-		return t.unwrapKey(s, t.login, w, a.mac, m.wrap, wrapped, tpl)
+		h, err := t.unwrapKey(s, t.login, w, a.mac, m.wrap, wrapped, tpl)
+		if leaves(tpl) && is(err, pkcs11.CKR_ATTRIBUTE_READ_ONLY) { // openCryptoki: what is unwrapped may leave, unless it is asked not to
+			unsaid := slices.DeleteFunc(slices.Clone(tpl), func(a *pkcs11.Attribute) bool { return a.Type == pkcs11.CKA_EXTRACTABLE })
+			h, err = t.unwrapKey(s, t.login, w, a.mac, m.wrap, wrapped, unsaid)
+		}
+		return h, err
 	})
 	if errors.Is(err, errForeign) {
 		return 0, fault.New(fault.BadContent, "open root key on", t.module, err).WithHint("the store was changed, or belongs to another master key")
@@ -268,7 +292,7 @@ func (t *Token) bringOne(s pkcs11.SessionHandle, a *abilities, m *masterKeys, w 
 	if err != nil {
 		return 0, err
 	}
-	if err := t.tighten(s, h, false); err != nil {
+	if err := t.tighten(s, h, leaves(tpl)); err != nil {
 		t.destroy(t.login, h)
 		return 0, err
 	}
@@ -335,15 +359,51 @@ func (t *Token) Unwrap(blob []byte, c hsm.Sealed, aad []byte) (out []byte, err e
 // Evict forgets a root key that was brought back.
 func (t *Token) Evict(blob []byte) { t.cache.evict(sha256.Sum256(blob), t.forget) }
 
-// What Seal makes: a format that is no suite, version of the master key (2
-// bytes), suite, length of the IV, IV, ciphertext. The first installations' has
-// no head; it begins with the suite.
-const (
-	sealFormat = 0x81
-	sealHead   = 3
-)
+// Rewrap takes the root key of a blob over to the master keys of today. The
+// key does not leave the token but wrapped.
+func (t *Token) Rewrap(blob []byte) (out hsm.NewKey, err error) {
+	b, err := parseBlob(blob)
+	if err != nil {
+		return out, err
+	}
+	a, old, err := t.openOld(b.version)
+	if err != nil {
+		return out, err
+	}
+	_, m, err := t.open()
+	if err != nil {
+		return out, err
+	}
+	w, err := t.wayBack(a, b)
+	if err != nil {
+		return out, err
+	}
+	err = t.with(func(s pkcs11.SessionHandle) error {
+		k, err := t.bringBack(s, a, old, w, b, true)
+		if err != nil {
+			return err
+		}
+		defer t.forget(k)
+		var parts [][]byte
+		for _, h := range []pkcs11.ObjectHandle{k.enc, k.mac} {
+			if h == 0 {
+				continue
+			}
+			p, err := t.wrapKey(s, a.way, a.mac, m.wrap, h)
+			if err != nil {
+				return err
+			}
+			parts = append(parts, p)
+		}
+		kcv, err := t.checkValue(s, k.enc)
+		out = hsm.NewKey{Blob: makeBlob(a.way.form, m.ids.Version, parts...), KCV: kcv}
+		return err
+	})
+	return out, err
+}
 
-// Seal encrypts under the sealing key.
+// Seal encrypts under the sealing key: head, suite, length of the IV, IV,
+// ciphertext.
 func (t *Token) Seal(plain, aad []byte) (out []byte, err error) {
 	a, m, err := t.open()
 	if err != nil {
@@ -351,8 +411,7 @@ func (t *Token) Seal(plain, aad []byte) (out []byte, err error) {
 	}
 	err = t.with(func(s pkcs11.SessionHandle) error {
 		c, err := t.encrypt(s, a, m.seal, plain, aad)
-		head := binary.BigEndian.AppendUint16([]byte{sealFormat}, masterVersion)
-		out = slices.Concat(head, []byte{c.Suite, byte(len(c.IV))}, c.IV, c.Ciphertext)
+		out = slices.Concat(hsm.SealHead(m.ids.Version), []byte{c.Suite, byte(len(c.IV))}, c.IV, c.Ciphertext)
 		return err
 	})
 	return out, err
@@ -360,11 +419,11 @@ func (t *Token) Seal(plain, aad []byte) (out []byte, err error) {
 
 // Unseal opens what Seal made.
 func (t *Token) Unseal(b, aad []byte) (out []byte, err error) {
-	a, m, err := t.open()
+	version, c, err := parseSealed(b)
 	if err != nil {
 		return nil, err
 	}
-	c, err := parseSealed(b)
+	a, m, err := t.openOld(version)
 	if err != nil {
 		return nil, err
 	}
@@ -375,20 +434,23 @@ func (t *Token) Unseal(b, aad []byte) (out []byte, err error) {
 	return out, err
 }
 
-// parseSealed reads the form that Seal writes.
-func parseSealed(b []byte) (hsm.Sealed, error) {
-	if len(b) >= sealHead && b[0] == sealFormat {
-		if binary.BigEndian.Uint16(b[1:]) != masterVersion {
-			return hsm.Sealed{}, errSealVersion
-		}
-		b = b[sealHead:]
+// Reseal is Unseal and Seal in one, so that the text does not leave the
+// connector.
+func (t *Token) Reseal(b, aad []byte) ([]byte, error) {
+	plain, err := t.Unseal(b, aad)
+	if err != nil {
+		return nil, err
 	}
-	if len(b) < 2 || len(b) < 2+int(b[1])+tagLen {
-		return hsm.Sealed{}, errBad
-	}
-	n := 2 + int(b[1])
-	return hsm.Sealed{Suite: b[0], IV: bytes.Clone(b[2:n]), Ciphertext: b[n:]}, nil
+	defer clear(plain)
+	return t.Seal(plain, aad)
 }
 
-var errSealVersion = fault.Newf(fault.BadContent, "open what was sealed", "", "it names a version of the master keys that is unknown").
-	WithHint("the store was changed, or was written by a newer version")
+// parseSealed reads the form that Seal writes.
+func parseSealed(b []byte) (version uint16, c hsm.Sealed, err error) {
+	version, b = hsm.ParseSeal(b)
+	if len(b) < 2 || len(b) < 2+int(b[1])+tagLen {
+		return 0, c, errBad
+	}
+	n := 2 + int(b[1])
+	return version, hsm.Sealed{Suite: b[0], IV: bytes.Clone(b[2:n]), Ciphertext: b[n:]}, nil
+}

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/hex"
+	"fmt"
 	"math/big"
 	"slices"
 
@@ -24,35 +25,96 @@ type masterKeys struct {
 }
 
 // label is the name of a master key: clear looks for this prefix and no other.
-func label(install, what string) string { return labelRoot + install + ":" + what + ":v1" }
+func label(install, what string, version uint16) string {
+	return fmt.Sprintf("%s%s:%s:v%d", labelRoot, install, what, version)
+}
 
-// OpenMaster finds out what the token can do, then finds the master keys by
-// their ids, or makes those that are missing when create is set. Their
-// attributes are read back: a token that made a key readable is refused.
+// OpenMaster finds out what the token can do, then finds the master keys of a
+// version by their ids, or makes those that are missing when create is set.
+// Their attributes are read back: a token that made a key readable is refused.
+// The version opened last that is no spare one makes what is new.
 func (t *Token) OpenMaster(ids hsm.MasterIDs, create bool) (hsm.Master, error) {
 	t.opening.Lock()
 	defer t.opening.Unlock()
-	t.mu.Lock()
-	m := t.master
-	t.mu.Unlock()
+	if ids.Version == 0 {
+		ids.Version = hsm.FirstMaster
+	}
 	a, err := t.abilities()
 	if err != nil {
 		return hsm.Master{}, err
 	}
-	if m != nil && bytes.Equal(m.ids.Wrap, ids.Wrap) {
-		return m.info, nil
+	t.mu.Lock()
+	held := t.masters[ids.Version]
+	t.mu.Unlock()
+	m := held
+	if held == nil || !bytes.Equal(held.ids.Wrap, ids.Wrap) {
+		m = &masterKeys{ids: ids}
+		if err := t.with(func(s pkcs11.SessionHandle) error { return t.findMaster(s, a, m, create) }); err != nil {
+			return hsm.Master{}, err
+		}
 	}
-	if m != nil && m.ids.Install != ids.Install { // that one was cleared by another process
-		t.cache.empty(t.forget)
-	}
-	m = &masterKeys{ids: ids}
-	if err := t.with(func(s pkcs11.SessionHandle) error { return t.findMaster(s, a, m, create) }); err != nil {
-		return hsm.Master{}, err
+	if held != nil && m != held { // that installation was cleared by another process
+		t.leave()
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.master = m
+	t.masters[ids.Version] = m
+	if !ids.Spare {
+		t.master = m
+	}
 	return m.info, nil
+}
+
+// leave forgets an installation.
+func (t *Token) leave() {
+	t.mu.Lock()
+	t.master, t.masters = nil, map[uint16]*masterKeys{}
+	t.mu.Unlock()
+	t.cache.empty(t.forget)
+}
+
+// DestroyMaster destroys the master keys of a version that makes nothing any
+// more: what they made is lost. The key that signs the audit log stays.
+func (t *Token) DestroyMaster(ids hsm.MasterIDs) error {
+	t.opening.Lock()
+	defer t.opening.Unlock()
+	t.mu.Lock()
+	m, now := t.masters[ids.Version], t.master
+	t.mu.Unlock()
+	if now == nil {
+		return ErrNotOpen
+	}
+	if now.ids.Version == ids.Version || bytes.Equal(now.ids.Wrap, ids.Wrap) || bytes.Equal(now.ids.Seal, ids.Seal) {
+		return fault.Newf(fault.Conflict, "destroy master keys, version", fmt.Sprint(ids.Version), "they are in use")
+	}
+	if m != nil && !bytes.Equal(m.ids.Wrap, ids.Wrap) {
+		return fault.Newf(fault.Conflict, "destroy master keys, version", fmt.Sprint(ids.Version), "the token holds others under this version")
+	}
+	err := t.with(func(s pkcs11.SessionHandle) error {
+		for _, id := range [][]byte{ids.Wrap, beside(ids.Wrap), ids.Seal, beside(ids.Seal)} {
+			hs, err := t.findAll(s, pkcs11.CKO_SECRET_KEY, id)
+			if err != nil {
+				return err
+			}
+			for _, h := range hs {
+				t.objects.Lock()
+				err := t.ctx.DestroyObject(s, h)
+				t.objects.Unlock()
+				if err != nil && !is(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) { // named twice
+					return t.device("destroy a key on", err)
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	t.mu.Lock()
+	delete(t.masters, ids.Version)
+	t.mu.Unlock()
+	t.cache.empty(t.forget)
+	return nil
 }
 
 // abilities are what the token can do, found out once. The caller holds
@@ -81,26 +143,27 @@ func (t *Token) abilities() (*abilities, error) {
 }
 
 func (t *Token) findMaster(s pkcs11.SessionHandle, a *abilities, m *masterKeys, create bool) (err error) {
-	if m.wrap.enc, err = t.secretKey(s, a, m.ids.Wrap, label(m.ids.Install, "mkek"), create, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP); err != nil {
+	name := func(what string) string { return label(m.ids.Install, what, m.ids.Version) }
+	if m.wrap.enc, err = t.secretKey(s, a, m.ids.Wrap, name("mkek"), create, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP); err != nil {
 		return err
 	}
-	if m.seal.enc, err = t.secretKey(s, a, m.ids.Seal, label(m.ids.Install, "mseal"), create, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT); err != nil {
+	if m.seal.enc, err = t.secretKey(s, a, m.ids.Seal, name("mseal"), create, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT); err != nil {
 		return err
 	}
 	// The MAC keys are there where this token needs them, and their ids follow
 	// from those of the keys that they stand beside.
 	if a.way.form == formCBC {
-		if m.wrap.mac, err = t.secretKey(s, a, beside(m.ids.Wrap), label(m.ids.Install, "mmac"), create, pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY); err != nil {
+		if m.wrap.mac, err = t.secretKey(s, a, beside(m.ids.Wrap), name("mmac"), create, pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY); err != nil {
 			return err
 		}
 	}
 	if a.suite == hsm.SuiteCBCHMAC {
-		if m.seal.mac, err = t.secretKey(s, a, beside(m.ids.Seal), label(m.ids.Install, "smac"), create, pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY); err != nil {
+		if m.seal.mac, err = t.secretKey(s, a, beside(m.ids.Seal), name("smac"), create, pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY); err != nil {
 			return err
 		}
 	}
 	m.info = hsm.Master{Suite: a.suite, WrapWay: a.way.name, Notes: a.report.Notes}
-	if m.sign, err = t.signKey(s, a, m.ids.Sign, label(m.ids.Install, "msign"), create); err != nil {
+	if m.sign, err = t.signKey(s, a, m.ids.Sign, label(m.ids.Install, "msign", hsm.FirstMaster), create); err != nil {
 		return err
 	}
 	if m.info.PublicKey = m.sign.public; m.sign.signer.keyType != pkcs11.CKK_EC {

@@ -220,7 +220,7 @@ func (t *Token) NewImportPair(id, aad []byte) (p hsm.ImportPair, err error) {
 		return p, err
 	}
 	err = t.with(func(s pkcs11.SessionHandle) error {
-		pub, priv, key, err := t.rsaPair(s, pairBits, way, []*pkcs11.Attribute{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_ID, id), attr(pkcs11.CKA_LABEL, label(m.ids.Install, pairName))})
+		pub, priv, key, err := t.rsaPair(s, pairBits, way, []*pkcs11.Attribute{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_ID, id), attr(pkcs11.CKA_LABEL, label(m.ids.Install, pairName, hsm.FirstMaster))})
 		if err != nil {
 			return placedError(t.device("make an import pair on", err))
 		}

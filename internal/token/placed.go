@@ -45,7 +45,7 @@ func (t *Token) place(id []byte, makeKey arriving, makeMAC standing) (out hsm.Ne
 	}
 	err = t.with(func(s pkcs11.SessionHandle) error {
 		tpl := func(id []byte) []*pkcs11.Attribute {
-			return append(append(t.guarded(true, false), attr(pkcs11.CKA_MODIFIABLE, false), attr(pkcs11.CKA_ID, id), attr(pkcs11.CKA_LABEL, label(m.ids.Install, placedName))),
+			return append(append(t.guarded(true, false), attr(pkcs11.CKA_MODIFIABLE, false), attr(pkcs11.CKA_ID, id), attr(pkcs11.CKA_LABEL, label(m.ids.Install, placedName, hsm.FirstMaster))),
 				purpose(pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT)...)
 		}
 		h, err := t.placeOne(s, a, m, id, false, func() (pkcs11.ObjectHandle, error) { return makeKey(s, tpl(id)) })
@@ -123,7 +123,7 @@ func (t *Token) checkHeld(s pkcs11.SessionHandle, m *masterKeys, h pkcs11.Object
 	if err != nil {
 		return t.device("read attributes on", err)
 	}
-	if string(v[0].Value) != label(m.ids.Install, name) {
+	if string(v[0].Value) != label(m.ids.Install, name, hsm.FirstMaster) {
 		return fault.Newf(fault.BadContent, "open "+name+" key on", t.module, "the object that is named is none of them").WithHint("the store was changed")
 	}
 	for _, c := range []struct {

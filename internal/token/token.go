@@ -52,7 +52,8 @@ type Token struct {
 	refused map[[32]byte]error // PINs, by a keyed hash, that the token did not take
 	logged  bool
 	can     *abilities
-	master  *masterKeys
+	master  *masterKeys // makes what is new
+	masters map[uint16]*masterKeys
 	cache   *cache
 }
 
@@ -75,7 +76,7 @@ func Open(c Config) (*Token, error) {
 		return nil, fault.New(fault.Unreachable, "initialise PKCS#11 library", c.Module, err).
 			WithHint("check the library's own configuration; for SoftHSM, SOFTHSM2_CONF and its token folder")
 	}
-	t := &Token{ctx: ctx, shim: newShim(c.Module), module: c.Module, cache: newCache(cacheSize, cacheTime), refused: map[[32]byte]error{}}
+	t := &Token{ctx: ctx, shim: newShim(c.Module), module: c.Module, cache: newCache(cacheSize, cacheTime), refused: map[[32]byte]error{}, masters: map[uint16]*masterKeys{}}
 	slot, err := t.find(c)
 	if err != nil {
 		t.Close()
