@@ -406,15 +406,45 @@ func (c *Client) Login(ctx context.Context) error {
 	return err
 }
 
-// OpenMaster finds the master keys, or makes them when create is set.
+// OpenMaster finds a version of the master keys, or makes it when create is
+// set.
 func (c *Client) OpenMaster(ctx context.Context, ids hsm.MasterIDs, create bool) (hsm.Master, error) {
 	m, err := call(Only(ctx), c, "open master keys", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.OpenMasterReply, error) {
-		return r.OpenMaster(ctx, &wire.OpenMasterRequest{Install: ids.Install, WrapId: ids.Wrap, SealId: ids.Seal, SignId: ids.Sign, Create: create})
+		q := masterRequest(ids)
+		q.Create = create
+		return r.OpenMaster(ctx, q)
 	})
 	if err != nil {
 		return hsm.Master{}, err
 	}
 	return hsm.Master{WrapKCV: m.WrapKcv, SealKCV: m.SealKcv, PublicKey: m.PublicKey, Suite: uint8(m.Suite), WrapWay: m.WrapWay, Notes: m.Notes}, nil
+}
+
+func masterRequest(ids hsm.MasterIDs) *wire.OpenMasterRequest {
+	return &wire.OpenMasterRequest{Install: ids.Install, WrapId: ids.Wrap, SealId: ids.Seal, SignId: ids.Sign, Version: uint32(ids.Version), Spare: ids.Spare}
+}
+
+// DestroyMaster destroys a version of the master keys in this member's token:
+// what they made is lost.
+func (c *Client) DestroyMaster(ctx context.Context, ids hsm.MasterIDs) error {
+	_, err := call(Only(ctx), c, "destroy master keys", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.DestroyMasterReply, error) {
+		return r.DestroyMaster(ctx, masterRequest(ids))
+	})
+	return err
+}
+
+// Rewrap takes the root key of a blob over to the master keys of today.
+func (c *Client) Rewrap(ctx context.Context, blob []byte) (hsm.NewKey, error) {
+	return newKey(call(ctx, c, "rewrap root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
+		return r.Rewrap(ctx, &wire.Bytes{Data: blob})
+	}))
+}
+
+// Reseal does the same with what Seal made.
+func (c *Client) Reseal(ctx context.Context, sealed, aad []byte) ([]byte, error) {
+	return data(call(ctx, c, "reseal", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
+		return r.Reseal(ctx, &wire.UnsealRequest{Sealed: sealed, Aad: aad})
+	}))
 }
 
 // CreateRootKey makes a root key in the token and wraps it out.

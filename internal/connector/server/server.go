@@ -230,9 +230,33 @@ func (s *Server) Login(ctx context.Context, _ *wire.LoginRequest) (*wire.LoginRe
 // OpenMaster finds or makes the master keys.
 func (s *Server) OpenMaster(ctx context.Context, q *wire.OpenMasterRequest) (*wire.OpenMasterReply, error) {
 	return use(ctx, s, func(t *token.Token) (*wire.OpenMasterReply, error) {
-		m, err := t.OpenMaster(hsm.MasterIDs{Install: q.Install, Wrap: q.WrapId, Seal: q.SealId, Sign: q.SignId}, q.Create)
+		m, err := t.OpenMaster(masterIDs(q), q.Create)
 		return &wire.OpenMasterReply{WrapKcv: m.WrapKCV, SealKcv: m.SealKCV, PublicKey: m.PublicKey, Suite: uint32(m.Suite), WrapWay: m.WrapWay, Notes: m.Notes}, err
 	})
+}
+
+func masterIDs(q *wire.OpenMasterRequest) hsm.MasterIDs {
+	return hsm.MasterIDs{Install: q.Install, Wrap: q.WrapId, Seal: q.SealId, Sign: q.SignId, Version: uint16(q.Version), Spare: q.Spare}
+}
+
+// DestroyMaster destroys a version of the master keys.
+func (s *Server) DestroyMaster(ctx context.Context, q *wire.OpenMasterRequest) (*wire.DestroyMasterReply, error) {
+	return use(ctx, s, func(t *token.Token) (*wire.DestroyMasterReply, error) {
+		return &wire.DestroyMasterReply{}, t.DestroyMaster(masterIDs(q))
+	})
+}
+
+// Rewrap takes a root key over to the master keys of today.
+func (s *Server) Rewrap(ctx context.Context, q *wire.Bytes) (*wire.NewKey, error) {
+	return use(ctx, s, func(t *token.Token) (*wire.NewKey, error) {
+		k, err := t.Rewrap(q.Data)
+		return &wire.NewKey{Blob: k.Blob, Kcv: k.KCV}, err
+	})
+}
+
+// Reseal does the same with what Seal made.
+func (s *Server) Reseal(ctx context.Context, q *wire.UnsealRequest) (*wire.Bytes, error) {
+	return use(ctx, s, func(t *token.Token) (*wire.Bytes, error) { return asBytes(t.Reseal(q.Sealed, q.Aad)) })
 }
 
 // CreateRootKey makes a root key.

@@ -359,6 +359,8 @@ type OpenMasterRequest struct {
 	SealId        []byte                 `protobuf:"bytes,3,opt,name=seal_id,json=sealId,proto3" json:"seal_id,omitempty"`
 	SignId        []byte                 `protobuf:"bytes,4,opt,name=sign_id,json=signId,proto3" json:"sign_id,omitempty"`
 	Create        bool                   `protobuf:"varint,5,opt,name=create,proto3" json:"create,omitempty"`
+	Version       uint32                 `protobuf:"varint,6,opt,name=version,proto3" json:"version,omitempty"` // 0: the first
+	Spare         bool                   `protobuf:"varint,7,opt,name=spare,proto3" json:"spare,omitempty"`     // another version makes what is new
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -428,6 +430,56 @@ func (x *OpenMasterRequest) GetCreate() bool {
 	return false
 }
 
+func (x *OpenMasterRequest) GetVersion() uint32 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *OpenMasterRequest) GetSpare() bool {
+	if x != nil {
+		return x.Spare
+	}
+	return false
+}
+
+type DestroyMasterReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DestroyMasterReply) Reset() {
+	*x = DestroyMasterReply{}
+	mi := &file_connector_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DestroyMasterReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DestroyMasterReply) ProtoMessage() {}
+
+func (x *DestroyMasterReply) ProtoReflect() protoreflect.Message {
+	mi := &file_connector_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DestroyMasterReply.ProtoReflect.Descriptor instead.
+func (*DestroyMasterReply) Descriptor() ([]byte, []int) {
+	return file_connector_proto_rawDescGZIP(), []int{7}
+}
+
 type OpenMasterReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	WrapKcv       []byte                 `protobuf:"bytes,1,opt,name=wrap_kcv,json=wrapKcv,proto3" json:"wrap_kcv,omitempty"`
@@ -442,7 +494,7 @@ type OpenMasterReply struct {
 
 func (x *OpenMasterReply) Reset() {
 	*x = OpenMasterReply{}
-	mi := &file_connector_proto_msgTypes[7]
+	mi := &file_connector_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -454,7 +506,7 @@ func (x *OpenMasterReply) String() string {
 func (*OpenMasterReply) ProtoMessage() {}
 
 func (x *OpenMasterReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[7]
+	mi := &file_connector_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -467,7 +519,7 @@ func (x *OpenMasterReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenMasterReply.ProtoReflect.Descriptor instead.
 func (*OpenMasterReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{7}
+	return file_connector_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *OpenMasterReply) GetWrapKcv() []byte {
@@ -520,7 +572,7 @@ type CreateRootKeyRequest struct {
 
 func (x *CreateRootKeyRequest) Reset() {
 	*x = CreateRootKeyRequest{}
-	mi := &file_connector_proto_msgTypes[8]
+	mi := &file_connector_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -532,7 +584,7 @@ func (x *CreateRootKeyRequest) String() string {
 func (*CreateRootKeyRequest) ProtoMessage() {}
 
 func (x *CreateRootKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[8]
+	mi := &file_connector_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -545,7 +597,7 @@ func (x *CreateRootKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRootKeyRequest.ProtoReflect.Descriptor instead.
 func (*CreateRootKeyRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{8}
+	return file_connector_proto_rawDescGZIP(), []int{9}
 }
 
 // The id is chosen by the caller, so that the call can be repeated. Material
@@ -560,7 +612,7 @@ type PlaceRootKeyRequest struct {
 
 func (x *PlaceRootKeyRequest) Reset() {
 	*x = PlaceRootKeyRequest{}
-	mi := &file_connector_proto_msgTypes[9]
+	mi := &file_connector_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -572,7 +624,7 @@ func (x *PlaceRootKeyRequest) String() string {
 func (*PlaceRootKeyRequest) ProtoMessage() {}
 
 func (x *PlaceRootKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[9]
+	mi := &file_connector_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -585,7 +637,7 @@ func (x *PlaceRootKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceRootKeyRequest.ProtoReflect.Descriptor instead.
 func (*PlaceRootKeyRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{9}
+	return file_connector_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *PlaceRootKeyRequest) GetId() []byte {
@@ -614,7 +666,7 @@ type NewImportPairRequest struct {
 
 func (x *NewImportPairRequest) Reset() {
 	*x = NewImportPairRequest{}
-	mi := &file_connector_proto_msgTypes[10]
+	mi := &file_connector_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -626,7 +678,7 @@ func (x *NewImportPairRequest) String() string {
 func (*NewImportPairRequest) ProtoMessage() {}
 
 func (x *NewImportPairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[10]
+	mi := &file_connector_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -639,7 +691,7 @@ func (x *NewImportPairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewImportPairRequest.ProtoReflect.Descriptor instead.
 func (*NewImportPairRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{10}
+	return file_connector_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *NewImportPairRequest) GetId() []byte {
@@ -667,7 +719,7 @@ type ImportPair struct {
 
 func (x *ImportPair) Reset() {
 	*x = ImportPair{}
-	mi := &file_connector_proto_msgTypes[11]
+	mi := &file_connector_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -679,7 +731,7 @@ func (x *ImportPair) String() string {
 func (*ImportPair) ProtoMessage() {}
 
 func (x *ImportPair) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[11]
+	mi := &file_connector_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -692,7 +744,7 @@ func (x *ImportPair) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportPair.ProtoReflect.Descriptor instead.
 func (*ImportPair) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{11}
+	return file_connector_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ImportPair) GetHeld() []byte {
@@ -733,7 +785,7 @@ type ImportSentRequest struct {
 
 func (x *ImportSentRequest) Reset() {
 	*x = ImportSentRequest{}
-	mi := &file_connector_proto_msgTypes[12]
+	mi := &file_connector_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -745,7 +797,7 @@ func (x *ImportSentRequest) String() string {
 func (*ImportSentRequest) ProtoMessage() {}
 
 func (x *ImportSentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[12]
+	mi := &file_connector_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -758,7 +810,7 @@ func (x *ImportSentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportSentRequest.ProtoReflect.Descriptor instead.
 func (*ImportSentRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{12}
+	return file_connector_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ImportSentRequest) GetPair() *ImportPair {
@@ -829,7 +881,7 @@ type ImportSentReply struct {
 
 func (x *ImportSentReply) Reset() {
 	*x = ImportSentReply{}
-	mi := &file_connector_proto_msgTypes[13]
+	mi := &file_connector_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -841,7 +893,7 @@ func (x *ImportSentReply) String() string {
 func (*ImportSentReply) ProtoMessage() {}
 
 func (x *ImportSentReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[13]
+	mi := &file_connector_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -854,7 +906,7 @@ func (x *ImportSentReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportSentReply.ProtoReflect.Descriptor instead.
 func (*ImportSentReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{13}
+	return file_connector_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ImportSentReply) GetKey() *NewKey {
@@ -888,7 +940,7 @@ type NewKey struct {
 
 func (x *NewKey) Reset() {
 	*x = NewKey{}
-	mi := &file_connector_proto_msgTypes[14]
+	mi := &file_connector_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -900,7 +952,7 @@ func (x *NewKey) String() string {
 func (*NewKey) ProtoMessage() {}
 
 func (x *NewKey) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[14]
+	mi := &file_connector_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -913,7 +965,7 @@ func (x *NewKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewKey.ProtoReflect.Descriptor instead.
 func (*NewKey) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{14}
+	return file_connector_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *NewKey) GetBlob() []byte {
@@ -941,7 +993,7 @@ type Sealed struct {
 
 func (x *Sealed) Reset() {
 	*x = Sealed{}
-	mi := &file_connector_proto_msgTypes[15]
+	mi := &file_connector_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1005,7 @@ func (x *Sealed) String() string {
 func (*Sealed) ProtoMessage() {}
 
 func (x *Sealed) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[15]
+	mi := &file_connector_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1018,7 @@ func (x *Sealed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sealed.ProtoReflect.Descriptor instead.
 func (*Sealed) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{15}
+	return file_connector_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Sealed) GetSuite() uint32 {
@@ -1004,7 +1056,7 @@ type WrapRequest struct {
 
 func (x *WrapRequest) Reset() {
 	*x = WrapRequest{}
-	mi := &file_connector_proto_msgTypes[16]
+	mi := &file_connector_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1016,7 +1068,7 @@ func (x *WrapRequest) String() string {
 func (*WrapRequest) ProtoMessage() {}
 
 func (x *WrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[16]
+	mi := &file_connector_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1029,7 +1081,7 @@ func (x *WrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrapRequest.ProtoReflect.Descriptor instead.
 func (*WrapRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{16}
+	return file_connector_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WrapRequest) GetBlob() []byte {
@@ -1070,7 +1122,7 @@ type WrapReply struct {
 
 func (x *WrapReply) Reset() {
 	*x = WrapReply{}
-	mi := &file_connector_proto_msgTypes[17]
+	mi := &file_connector_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1134,7 @@ func (x *WrapReply) String() string {
 func (*WrapReply) ProtoMessage() {}
 
 func (x *WrapReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[17]
+	mi := &file_connector_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1147,7 @@ func (x *WrapReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrapReply.ProtoReflect.Descriptor instead.
 func (*WrapReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{17}
+	return file_connector_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *WrapReply) GetSealed() *Sealed {
@@ -1123,7 +1175,7 @@ type UnwrapRequest struct {
 
 func (x *UnwrapRequest) Reset() {
 	*x = UnwrapRequest{}
-	mi := &file_connector_proto_msgTypes[18]
+	mi := &file_connector_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1135,7 +1187,7 @@ func (x *UnwrapRequest) String() string {
 func (*UnwrapRequest) ProtoMessage() {}
 
 func (x *UnwrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[18]
+	mi := &file_connector_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1148,7 +1200,7 @@ func (x *UnwrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnwrapRequest.ProtoReflect.Descriptor instead.
 func (*UnwrapRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{18}
+	return file_connector_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *UnwrapRequest) GetBlob() []byte {
@@ -1180,7 +1232,7 @@ type EvictReply struct {
 
 func (x *EvictReply) Reset() {
 	*x = EvictReply{}
-	mi := &file_connector_proto_msgTypes[19]
+	mi := &file_connector_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1192,7 +1244,7 @@ func (x *EvictReply) String() string {
 func (*EvictReply) ProtoMessage() {}
 
 func (x *EvictReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[19]
+	mi := &file_connector_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1205,7 +1257,7 @@ func (x *EvictReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReply.ProtoReflect.Descriptor instead.
 func (*EvictReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{19}
+	return file_connector_proto_rawDescGZIP(), []int{20}
 }
 
 // random > 0: seal that many random bytes of the token, which do not leave
@@ -1221,7 +1273,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_connector_proto_msgTypes[20]
+	mi := &file_connector_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +1285,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[20]
+	mi := &file_connector_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +1298,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{20}
+	return file_connector_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SealRequest) GetPlaintext() []byte {
@@ -1280,7 +1332,7 @@ type UnsealRequest struct {
 
 func (x *UnsealRequest) Reset() {
 	*x = UnsealRequest{}
-	mi := &file_connector_proto_msgTypes[21]
+	mi := &file_connector_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1292,7 +1344,7 @@ func (x *UnsealRequest) String() string {
 func (*UnsealRequest) ProtoMessage() {}
 
 func (x *UnsealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[21]
+	mi := &file_connector_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1305,7 +1357,7 @@ func (x *UnsealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnsealRequest.ProtoReflect.Descriptor instead.
 func (*UnsealRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{21}
+	return file_connector_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UnsealRequest) GetSealed() []byte {
@@ -1331,7 +1383,7 @@ type RandomRequest struct {
 
 func (x *RandomRequest) Reset() {
 	*x = RandomRequest{}
-	mi := &file_connector_proto_msgTypes[22]
+	mi := &file_connector_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1343,7 +1395,7 @@ func (x *RandomRequest) String() string {
 func (*RandomRequest) ProtoMessage() {}
 
 func (x *RandomRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[22]
+	mi := &file_connector_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1356,7 +1408,7 @@ func (x *RandomRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RandomRequest.ProtoReflect.Descriptor instead.
 func (*RandomRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{22}
+	return file_connector_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RandomRequest) GetN() uint32 {
@@ -1374,7 +1426,7 @@ type InstallationsRequest struct {
 
 func (x *InstallationsRequest) Reset() {
 	*x = InstallationsRequest{}
-	mi := &file_connector_proto_msgTypes[23]
+	mi := &file_connector_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1386,7 +1438,7 @@ func (x *InstallationsRequest) String() string {
 func (*InstallationsRequest) ProtoMessage() {}
 
 func (x *InstallationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[23]
+	mi := &file_connector_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1399,7 +1451,7 @@ func (x *InstallationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallationsRequest.ProtoReflect.Descriptor instead.
 func (*InstallationsRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{23}
+	return file_connector_proto_rawDescGZIP(), []int{24}
 }
 
 type InstallationsReply struct {
@@ -1411,7 +1463,7 @@ type InstallationsReply struct {
 
 func (x *InstallationsReply) Reset() {
 	*x = InstallationsReply{}
-	mi := &file_connector_proto_msgTypes[24]
+	mi := &file_connector_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1423,7 +1475,7 @@ func (x *InstallationsReply) String() string {
 func (*InstallationsReply) ProtoMessage() {}
 
 func (x *InstallationsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[24]
+	mi := &file_connector_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1436,7 +1488,7 @@ func (x *InstallationsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallationsReply.ProtoReflect.Descriptor instead.
 func (*InstallationsReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{24}
+	return file_connector_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *InstallationsReply) GetInstallations() []*Installation {
@@ -1456,7 +1508,7 @@ type Installation struct {
 
 func (x *Installation) Reset() {
 	*x = Installation{}
-	mi := &file_connector_proto_msgTypes[25]
+	mi := &file_connector_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1468,7 +1520,7 @@ func (x *Installation) String() string {
 func (*Installation) ProtoMessage() {}
 
 func (x *Installation) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[25]
+	mi := &file_connector_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1481,7 +1533,7 @@ func (x *Installation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Installation.ProtoReflect.Descriptor instead.
 func (*Installation) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{25}
+	return file_connector_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Installation) GetId() string {
@@ -1510,7 +1562,7 @@ type ClearRequest struct {
 
 func (x *ClearRequest) Reset() {
 	*x = ClearRequest{}
-	mi := &file_connector_proto_msgTypes[26]
+	mi := &file_connector_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1522,7 +1574,7 @@ func (x *ClearRequest) String() string {
 func (*ClearRequest) ProtoMessage() {}
 
 func (x *ClearRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[26]
+	mi := &file_connector_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1535,7 +1587,7 @@ func (x *ClearRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClearRequest.ProtoReflect.Descriptor instead.
 func (*ClearRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{26}
+	return file_connector_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ClearRequest) GetInstall() string {
@@ -1568,7 +1620,7 @@ type ClearReply struct {
 
 func (x *ClearReply) Reset() {
 	*x = ClearReply{}
-	mi := &file_connector_proto_msgTypes[27]
+	mi := &file_connector_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +1632,7 @@ func (x *ClearReply) String() string {
 func (*ClearReply) ProtoMessage() {}
 
 func (x *ClearReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[27]
+	mi := &file_connector_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +1645,7 @@ func (x *ClearReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClearReply.ProtoReflect.Descriptor instead.
 func (*ClearReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{27}
+	return file_connector_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ClearReply) GetObjects() uint32 {
@@ -1618,7 +1670,7 @@ type Fault struct {
 
 func (x *Fault) Reset() {
 	*x = Fault{}
-	mi := &file_connector_proto_msgTypes[28]
+	mi := &file_connector_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1630,7 +1682,7 @@ func (x *Fault) String() string {
 func (*Fault) ProtoMessage() {}
 
 func (x *Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[28]
+	mi := &file_connector_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1643,7 +1695,7 @@ func (x *Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fault.ProtoReflect.Descriptor instead.
 func (*Fault) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{28}
+	return file_connector_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Fault) GetKind() string {
@@ -1707,7 +1759,7 @@ type Op struct {
 
 func (x *Op) Reset() {
 	*x = Op{}
-	mi := &file_connector_proto_msgTypes[29]
+	mi := &file_connector_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1719,7 +1771,7 @@ func (x *Op) String() string {
 func (*Op) ProtoMessage() {}
 
 func (x *Op) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[29]
+	mi := &file_connector_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1732,7 +1784,7 @@ func (x *Op) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Op.ProtoReflect.Descriptor instead.
 func (*Op) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{29}
+	return file_connector_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Op) GetWithinMs() uint32 {
@@ -1862,13 +1914,16 @@ const file_connector_proto_rawDesc = "" +
 	"\x04salt\x18\x01 \x01(\fR\x04salt\"\x0e\n" +
 	"\fLoginRequest\"\f\n" +
 	"\n" +
-	"LoginReply\"\x90\x01\n" +
+	"LoginReply\"\xc0\x01\n" +
 	"\x11OpenMasterRequest\x12\x18\n" +
 	"\ainstall\x18\x01 \x01(\tR\ainstall\x12\x17\n" +
 	"\awrap_id\x18\x02 \x01(\fR\x06wrapId\x12\x17\n" +
 	"\aseal_id\x18\x03 \x01(\fR\x06sealId\x12\x17\n" +
 	"\asign_id\x18\x04 \x01(\fR\x06signId\x12\x16\n" +
-	"\x06create\x18\x05 \x01(\bR\x06create\"\xad\x01\n" +
+	"\x06create\x18\x05 \x01(\bR\x06create\x12\x18\n" +
+	"\aversion\x18\x06 \x01(\rR\aversion\x12\x14\n" +
+	"\x05spare\x18\a \x01(\bR\x05spare\"\x14\n" +
+	"\x12DestroyMasterReply\"\xad\x01\n" +
 	"\x0fOpenMasterReply\x12\x19\n" +
 	"\bwrap_kcv\x18\x01 \x01(\fR\awrapKcv\x12\x19\n" +
 	"\bseal_kcv\x18\x02 \x01(\fR\asealKcv\x12\x1d\n" +
@@ -1962,8 +2017,7 @@ const file_connector_proto_rawDesc = "" +
 	"\tunwrapped\x18\x06 \x01(\v2\x1a.kmsctl.connector.v1.BytesH\x00R\tunwrapped\x122\n" +
 	"\x05fault\x18\a \x01(\v2\x1a.kmsctl.connector.v1.FaultH\x00R\x05fault\x12\x12\n" +
 	"\x04code\x18\b \x01(\rR\x04codeB\x06\n" +
-	"\x04body2\xf2\n" +
-	"\n" +
+	"\x04body2\xe1\f\n" +
 	"\tConnector\x12T\n" +
 	"\bDescribe\x12$.kmsctl.connector.v1.DescribeRequest\x1a\".kmsctl.connector.v1.DescribeReply\x12R\n" +
 	"\vFingerprint\x12'.kmsctl.connector.v1.FingerprintRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12K\n" +
@@ -1979,7 +2033,10 @@ const file_connector_proto_rawDesc = "" +
 	"\x05Evict\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1f.kmsctl.connector.v1.EvictReply\x12M\n" +
 	"\x0eDestroyRootKey\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1f.kmsctl.connector.v1.EvictReply\x12D\n" +
 	"\x04Seal\x12 .kmsctl.connector.v1.SealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
-	"\x06Unseal\x12\".kmsctl.connector.v1.UnsealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12>\n" +
+	"\x06Unseal\x12\".kmsctl.connector.v1.UnsealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12A\n" +
+	"\x06Rewrap\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1b.kmsctl.connector.v1.NewKey\x12H\n" +
+	"\x06Reseal\x12\".kmsctl.connector.v1.UnsealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12`\n" +
+	"\rDestroyMaster\x12&.kmsctl.connector.v1.OpenMasterRequest\x1a'.kmsctl.connector.v1.DestroyMasterReply\x12>\n" +
 	"\x04Sign\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
 	"\x06Random\x12\".kmsctl.connector.v1.RandomRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12c\n" +
 	"\rInstallations\x12).kmsctl.connector.v1.InstallationsRequest\x1a'.kmsctl.connector.v1.InstallationsReply\x12K\n" +
@@ -1997,7 +2054,7 @@ func file_connector_proto_rawDescGZIP() []byte {
 	return file_connector_proto_rawDescData
 }
 
-var file_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_connector_proto_goTypes = []any{
 	(*Bytes)(nil),                // 0: kmsctl.connector.v1.Bytes
 	(*DescribeRequest)(nil),      // 1: kmsctl.connector.v1.DescribeRequest
@@ -2006,77 +2063,84 @@ var file_connector_proto_goTypes = []any{
 	(*LoginRequest)(nil),         // 4: kmsctl.connector.v1.LoginRequest
 	(*LoginReply)(nil),           // 5: kmsctl.connector.v1.LoginReply
 	(*OpenMasterRequest)(nil),    // 6: kmsctl.connector.v1.OpenMasterRequest
-	(*OpenMasterReply)(nil),      // 7: kmsctl.connector.v1.OpenMasterReply
-	(*CreateRootKeyRequest)(nil), // 8: kmsctl.connector.v1.CreateRootKeyRequest
-	(*PlaceRootKeyRequest)(nil),  // 9: kmsctl.connector.v1.PlaceRootKeyRequest
-	(*NewImportPairRequest)(nil), // 10: kmsctl.connector.v1.NewImportPairRequest
-	(*ImportPair)(nil),           // 11: kmsctl.connector.v1.ImportPair
-	(*ImportSentRequest)(nil),    // 12: kmsctl.connector.v1.ImportSentRequest
-	(*ImportSentReply)(nil),      // 13: kmsctl.connector.v1.ImportSentReply
-	(*NewKey)(nil),               // 14: kmsctl.connector.v1.NewKey
-	(*Sealed)(nil),               // 15: kmsctl.connector.v1.Sealed
-	(*WrapRequest)(nil),          // 16: kmsctl.connector.v1.WrapRequest
-	(*WrapReply)(nil),            // 17: kmsctl.connector.v1.WrapReply
-	(*UnwrapRequest)(nil),        // 18: kmsctl.connector.v1.UnwrapRequest
-	(*EvictReply)(nil),           // 19: kmsctl.connector.v1.EvictReply
-	(*SealRequest)(nil),          // 20: kmsctl.connector.v1.SealRequest
-	(*UnsealRequest)(nil),        // 21: kmsctl.connector.v1.UnsealRequest
-	(*RandomRequest)(nil),        // 22: kmsctl.connector.v1.RandomRequest
-	(*InstallationsRequest)(nil), // 23: kmsctl.connector.v1.InstallationsRequest
-	(*InstallationsReply)(nil),   // 24: kmsctl.connector.v1.InstallationsReply
-	(*Installation)(nil),         // 25: kmsctl.connector.v1.Installation
-	(*ClearRequest)(nil),         // 26: kmsctl.connector.v1.ClearRequest
-	(*ClearReply)(nil),           // 27: kmsctl.connector.v1.ClearReply
-	(*Fault)(nil),                // 28: kmsctl.connector.v1.Fault
-	(*Op)(nil),                   // 29: kmsctl.connector.v1.Op
+	(*DestroyMasterReply)(nil),   // 7: kmsctl.connector.v1.DestroyMasterReply
+	(*OpenMasterReply)(nil),      // 8: kmsctl.connector.v1.OpenMasterReply
+	(*CreateRootKeyRequest)(nil), // 9: kmsctl.connector.v1.CreateRootKeyRequest
+	(*PlaceRootKeyRequest)(nil),  // 10: kmsctl.connector.v1.PlaceRootKeyRequest
+	(*NewImportPairRequest)(nil), // 11: kmsctl.connector.v1.NewImportPairRequest
+	(*ImportPair)(nil),           // 12: kmsctl.connector.v1.ImportPair
+	(*ImportSentRequest)(nil),    // 13: kmsctl.connector.v1.ImportSentRequest
+	(*ImportSentReply)(nil),      // 14: kmsctl.connector.v1.ImportSentReply
+	(*NewKey)(nil),               // 15: kmsctl.connector.v1.NewKey
+	(*Sealed)(nil),               // 16: kmsctl.connector.v1.Sealed
+	(*WrapRequest)(nil),          // 17: kmsctl.connector.v1.WrapRequest
+	(*WrapReply)(nil),            // 18: kmsctl.connector.v1.WrapReply
+	(*UnwrapRequest)(nil),        // 19: kmsctl.connector.v1.UnwrapRequest
+	(*EvictReply)(nil),           // 20: kmsctl.connector.v1.EvictReply
+	(*SealRequest)(nil),          // 21: kmsctl.connector.v1.SealRequest
+	(*UnsealRequest)(nil),        // 22: kmsctl.connector.v1.UnsealRequest
+	(*RandomRequest)(nil),        // 23: kmsctl.connector.v1.RandomRequest
+	(*InstallationsRequest)(nil), // 24: kmsctl.connector.v1.InstallationsRequest
+	(*InstallationsReply)(nil),   // 25: kmsctl.connector.v1.InstallationsReply
+	(*Installation)(nil),         // 26: kmsctl.connector.v1.Installation
+	(*ClearRequest)(nil),         // 27: kmsctl.connector.v1.ClearRequest
+	(*ClearReply)(nil),           // 28: kmsctl.connector.v1.ClearReply
+	(*Fault)(nil),                // 29: kmsctl.connector.v1.Fault
+	(*Op)(nil),                   // 30: kmsctl.connector.v1.Op
 }
 var file_connector_proto_depIdxs = []int32{
-	11, // 0: kmsctl.connector.v1.ImportSentRequest.pair:type_name -> kmsctl.connector.v1.ImportPair
-	14, // 1: kmsctl.connector.v1.ImportSentReply.key:type_name -> kmsctl.connector.v1.NewKey
-	15, // 2: kmsctl.connector.v1.WrapReply.sealed:type_name -> kmsctl.connector.v1.Sealed
-	15, // 3: kmsctl.connector.v1.UnwrapRequest.sealed:type_name -> kmsctl.connector.v1.Sealed
-	25, // 4: kmsctl.connector.v1.InstallationsReply.installations:type_name -> kmsctl.connector.v1.Installation
-	16, // 5: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
-	18, // 6: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
-	17, // 7: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
+	12, // 0: kmsctl.connector.v1.ImportSentRequest.pair:type_name -> kmsctl.connector.v1.ImportPair
+	15, // 1: kmsctl.connector.v1.ImportSentReply.key:type_name -> kmsctl.connector.v1.NewKey
+	16, // 2: kmsctl.connector.v1.WrapReply.sealed:type_name -> kmsctl.connector.v1.Sealed
+	16, // 3: kmsctl.connector.v1.UnwrapRequest.sealed:type_name -> kmsctl.connector.v1.Sealed
+	26, // 4: kmsctl.connector.v1.InstallationsReply.installations:type_name -> kmsctl.connector.v1.Installation
+	17, // 5: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
+	19, // 6: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
+	18, // 7: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
 	0,  // 8: kmsctl.connector.v1.Op.unwrapped:type_name -> kmsctl.connector.v1.Bytes
-	28, // 9: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
+	29, // 9: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
 	1,  // 10: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
 	3,  // 11: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
 	4,  // 12: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
 	6,  // 13: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
-	8,  // 14: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
+	9,  // 14: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
 	0,  // 15: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
-	9,  // 16: kmsctl.connector.v1.Connector.PlaceRootKey:input_type -> kmsctl.connector.v1.PlaceRootKeyRequest
-	10, // 17: kmsctl.connector.v1.Connector.NewImportPair:input_type -> kmsctl.connector.v1.NewImportPairRequest
-	12, // 18: kmsctl.connector.v1.Connector.ImportSent:input_type -> kmsctl.connector.v1.ImportSentRequest
+	10, // 16: kmsctl.connector.v1.Connector.PlaceRootKey:input_type -> kmsctl.connector.v1.PlaceRootKeyRequest
+	11, // 17: kmsctl.connector.v1.Connector.NewImportPair:input_type -> kmsctl.connector.v1.NewImportPairRequest
+	13, // 18: kmsctl.connector.v1.Connector.ImportSent:input_type -> kmsctl.connector.v1.ImportSentRequest
 	0,  // 19: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
 	0,  // 20: kmsctl.connector.v1.Connector.DestroyRootKey:input_type -> kmsctl.connector.v1.Bytes
-	20, // 21: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
-	21, // 22: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
-	0,  // 23: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
-	22, // 24: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
-	23, // 25: kmsctl.connector.v1.Connector.Installations:input_type -> kmsctl.connector.v1.InstallationsRequest
-	26, // 26: kmsctl.connector.v1.Connector.Clear:input_type -> kmsctl.connector.v1.ClearRequest
-	2,  // 27: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
-	0,  // 28: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
-	5,  // 29: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
-	7,  // 30: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
-	14, // 31: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
-	14, // 32: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
-	14, // 33: kmsctl.connector.v1.Connector.PlaceRootKey:output_type -> kmsctl.connector.v1.NewKey
-	11, // 34: kmsctl.connector.v1.Connector.NewImportPair:output_type -> kmsctl.connector.v1.ImportPair
-	13, // 35: kmsctl.connector.v1.Connector.ImportSent:output_type -> kmsctl.connector.v1.ImportSentReply
-	19, // 36: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
-	19, // 37: kmsctl.connector.v1.Connector.DestroyRootKey:output_type -> kmsctl.connector.v1.EvictReply
-	0,  // 38: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 39: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 40: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 41: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
-	24, // 42: kmsctl.connector.v1.Connector.Installations:output_type -> kmsctl.connector.v1.InstallationsReply
-	27, // 43: kmsctl.connector.v1.Connector.Clear:output_type -> kmsctl.connector.v1.ClearReply
-	27, // [27:44] is the sub-list for method output_type
-	10, // [10:27] is the sub-list for method input_type
+	21, // 21: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
+	22, // 22: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
+	0,  // 23: kmsctl.connector.v1.Connector.Rewrap:input_type -> kmsctl.connector.v1.Bytes
+	22, // 24: kmsctl.connector.v1.Connector.Reseal:input_type -> kmsctl.connector.v1.UnsealRequest
+	6,  // 25: kmsctl.connector.v1.Connector.DestroyMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
+	0,  // 26: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
+	23, // 27: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
+	24, // 28: kmsctl.connector.v1.Connector.Installations:input_type -> kmsctl.connector.v1.InstallationsRequest
+	27, // 29: kmsctl.connector.v1.Connector.Clear:input_type -> kmsctl.connector.v1.ClearRequest
+	2,  // 30: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
+	0,  // 31: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
+	5,  // 32: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
+	8,  // 33: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
+	15, // 34: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
+	15, // 35: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
+	15, // 36: kmsctl.connector.v1.Connector.PlaceRootKey:output_type -> kmsctl.connector.v1.NewKey
+	12, // 37: kmsctl.connector.v1.Connector.NewImportPair:output_type -> kmsctl.connector.v1.ImportPair
+	14, // 38: kmsctl.connector.v1.Connector.ImportSent:output_type -> kmsctl.connector.v1.ImportSentReply
+	20, // 39: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
+	20, // 40: kmsctl.connector.v1.Connector.DestroyRootKey:output_type -> kmsctl.connector.v1.EvictReply
+	0,  // 41: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 42: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
+	15, // 43: kmsctl.connector.v1.Connector.Rewrap:output_type -> kmsctl.connector.v1.NewKey
+	0,  // 44: kmsctl.connector.v1.Connector.Reseal:output_type -> kmsctl.connector.v1.Bytes
+	7,  // 45: kmsctl.connector.v1.Connector.DestroyMaster:output_type -> kmsctl.connector.v1.DestroyMasterReply
+	0,  // 46: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 47: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
+	25, // 48: kmsctl.connector.v1.Connector.Installations:output_type -> kmsctl.connector.v1.InstallationsReply
+	28, // 49: kmsctl.connector.v1.Connector.Clear:output_type -> kmsctl.connector.v1.ClearReply
+	30, // [30:50] is the sub-list for method output_type
+	10, // [10:30] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
 	10, // [10:10] is the sub-list for extension extendee
 	0,  // [0:10] is the sub-list for field type_name
@@ -2087,7 +2151,7 @@ func file_connector_proto_init() {
 	if File_connector_proto != nil {
 		return
 	}
-	file_connector_proto_msgTypes[29].OneofWrappers = []any{
+	file_connector_proto_msgTypes[30].OneofWrappers = []any{
 		(*Op_Wrap)(nil),
 		(*Op_Unwrap)(nil),
 		(*Op_Wrapped)(nil),
@@ -2100,7 +2164,7 @@ func file_connector_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connector_proto_rawDesc), len(file_connector_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -35,6 +35,9 @@ const (
 	Connector_DestroyRootKey_FullMethodName = "/kmsctl.connector.v1.Connector/DestroyRootKey"
 	Connector_Seal_FullMethodName           = "/kmsctl.connector.v1.Connector/Seal"
 	Connector_Unseal_FullMethodName         = "/kmsctl.connector.v1.Connector/Unseal"
+	Connector_Rewrap_FullMethodName         = "/kmsctl.connector.v1.Connector/Rewrap"
+	Connector_Reseal_FullMethodName         = "/kmsctl.connector.v1.Connector/Reseal"
+	Connector_DestroyMaster_FullMethodName  = "/kmsctl.connector.v1.Connector/DestroyMaster"
 	Connector_Sign_FullMethodName           = "/kmsctl.connector.v1.Connector/Sign"
 	Connector_Random_FullMethodName         = "/kmsctl.connector.v1.Connector/Random"
 	Connector_Installations_FullMethodName  = "/kmsctl.connector.v1.Connector/Installations"
@@ -69,6 +72,12 @@ type ConnectorClient interface {
 	DestroyRootKey(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*EvictReply, error)
 	Seal(ctx context.Context, in *SealRequest, opts ...grpc.CallOption) (*Bytes, error)
 	Unseal(ctx context.Context, in *UnsealRequest, opts ...grpc.CallOption) (*Bytes, error)
+	// Rewrap takes a root key, and Reseal what Seal made, over to the master
+	// keys that make what is new.
+	Rewrap(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*NewKey, error)
+	Reseal(ctx context.Context, in *UnsealRequest, opts ...grpc.CallOption) (*Bytes, error)
+	// DestroyMaster destroys the master keys of a version that is a spare one.
+	DestroyMaster(ctx context.Context, in *OpenMasterRequest, opts ...grpc.CallOption) (*DestroyMasterReply, error)
 	Sign(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*Bytes, error)
 	Random(ctx context.Context, in *RandomRequest, opts ...grpc.CallOption) (*Bytes, error)
 	// Installations lists what installations of this product left in the token.
@@ -215,6 +224,36 @@ func (c *connectorClient) Unseal(ctx context.Context, in *UnsealRequest, opts ..
 	return out, nil
 }
 
+func (c *connectorClient) Rewrap(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*NewKey, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(NewKey)
+	err := c.cc.Invoke(ctx, Connector_Rewrap_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *connectorClient) Reseal(ctx context.Context, in *UnsealRequest, opts ...grpc.CallOption) (*Bytes, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Bytes)
+	err := c.cc.Invoke(ctx, Connector_Reseal_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *connectorClient) DestroyMaster(ctx context.Context, in *OpenMasterRequest, opts ...grpc.CallOption) (*DestroyMasterReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DestroyMasterReply)
+	err := c.cc.Invoke(ctx, Connector_DestroyMaster_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *connectorClient) Sign(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*Bytes, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(Bytes)
@@ -283,6 +322,12 @@ type ConnectorServer interface {
 	DestroyRootKey(context.Context, *Bytes) (*EvictReply, error)
 	Seal(context.Context, *SealRequest) (*Bytes, error)
 	Unseal(context.Context, *UnsealRequest) (*Bytes, error)
+	// Rewrap takes a root key, and Reseal what Seal made, over to the master
+	// keys that make what is new.
+	Rewrap(context.Context, *Bytes) (*NewKey, error)
+	Reseal(context.Context, *UnsealRequest) (*Bytes, error)
+	// DestroyMaster destroys the master keys of a version that is a spare one.
+	DestroyMaster(context.Context, *OpenMasterRequest) (*DestroyMasterReply, error)
 	Sign(context.Context, *Bytes) (*Bytes, error)
 	Random(context.Context, *RandomRequest) (*Bytes, error)
 	// Installations lists what installations of this product left in the token.
@@ -337,6 +382,15 @@ func (UnimplementedConnectorServer) Seal(context.Context, *SealRequest) (*Bytes,
 }
 func (UnimplementedConnectorServer) Unseal(context.Context, *UnsealRequest) (*Bytes, error) {
 	return nil, status.Error(codes.Unimplemented, "method Unseal not implemented")
+}
+func (UnimplementedConnectorServer) Rewrap(context.Context, *Bytes) (*NewKey, error) {
+	return nil, status.Error(codes.Unimplemented, "method Rewrap not implemented")
+}
+func (UnimplementedConnectorServer) Reseal(context.Context, *UnsealRequest) (*Bytes, error) {
+	return nil, status.Error(codes.Unimplemented, "method Reseal not implemented")
+}
+func (UnimplementedConnectorServer) DestroyMaster(context.Context, *OpenMasterRequest) (*DestroyMasterReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method DestroyMaster not implemented")
 }
 func (UnimplementedConnectorServer) Sign(context.Context, *Bytes) (*Bytes, error) {
 	return nil, status.Error(codes.Unimplemented, "method Sign not implemented")
@@ -605,6 +659,60 @@ func _Connector_Unseal_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Connector_Rewrap_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(Bytes)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).Rewrap(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_Rewrap_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).Rewrap(ctx, req.(*Bytes))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Connector_Reseal_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UnsealRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).Reseal(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_Reseal_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).Reseal(ctx, req.(*UnsealRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Connector_DestroyMaster_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(OpenMasterRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).DestroyMaster(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_DestroyMaster_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).DestroyMaster(ctx, req.(*OpenMasterRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Connector_Sign_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(Bytes)
 	if err := dec(in); err != nil {
@@ -735,6 +843,18 @@ var Connector_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Unseal",
 			Handler:    _Connector_Unseal_Handler,
+		},
+		{
+			MethodName: "Rewrap",
+			Handler:    _Connector_Rewrap_Handler,
+		},
+		{
+			MethodName: "Reseal",
+			Handler:    _Connector_Reseal_Handler,
+		},
+		{
+			MethodName: "DestroyMaster",
+			Handler:    _Connector_DestroyMaster_Handler,
 		},
 		{
 			MethodName: "Sign",
