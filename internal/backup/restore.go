@@ -5,11 +5,13 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
 	"github.com/kmsctl/kmsctl/internal/record"
 )
 
@@ -132,7 +134,37 @@ func (p *Plan) sameStore(install, begun json.RawMessage, records int) error {
 	if id, _, err := installOf(install); err != nil || id != want {
 		return fault.Newf(fault.Conflict, "restore into", "the store", "it belongs to another installation than the backup").WithHint("begin with an empty data folder")
 	}
+	return sameMasters(p.Header.Install, install)
+}
+
+// sameMasters refuses a backup whose records a version of the master keys made
+// that the store does not name any more.
+func sameMasters(backup, store json.RawMessage) error {
+	var b, s masters
+	if err := errors.Join(json.Unmarshal(backup, &b), json.Unmarshal(store, &s)); err != nil {
+		return broken("%v", err)
+	}
+	for _, v := range b.all() {
+		if !slices.Contains(s.all(), v) {
+			return fault.Newf(fault.Conflict, "restore into", "the store", "the backup was made under version %d of the master keys, which the store does not name", v).
+				WithHint("the master keys were rotated since; take a backup from after that, or restore into an empty data folder if the token still holds that version")
+		}
+	}
 	return nil
+}
+
+// masters are the versions of the master keys that an installation names.
+type masters struct {
+	Version uint16
+	Others  []struct{ Version uint16 }
+}
+
+func (m masters) all() []uint16 {
+	out := []uint16{max(m.Version, hsm.FirstMaster)}
+	for _, o := range m.Others {
+		out = append(out, o.Version)
+	}
+	return out
 }
 
 func (p *Plan) goOn(begun json.RawMessage) error {

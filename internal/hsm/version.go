@@ -42,3 +42,16 @@ func ParseSeal(b []byte) (version uint16, rest []byte) {
 	}
 	return binary.BigEndian.Uint16(b[1:]), b[sealHead:]
 }
+
+// VersionOf is the version of the master keys that made a blob or what Seal
+// gave; 0 for a blob that needs none to be opened, as that of a placed key.
+func VersionOf(blob, sealed []byte) uint16 {
+	if _, v, _, ok := ParseBlob(blob); ok {
+		return v
+	}
+	if len(sealed) == 0 {
+		return 0
+	}
+	v, _ := ParseSeal(sealed)
+	return v
+}

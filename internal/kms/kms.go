@@ -68,6 +68,8 @@ type Service struct {
 	now    func() time.Time
 	window Windows
 	index  index
+
+	masters *Masters
 }
 
 // New joins a store and an HSM whose master keys are open.
@@ -231,24 +233,28 @@ func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in 
 		return kmsapi.Key{}, err
 	}
 	defer payload.zero()
-	var made []record.Change
-	if k.Kind == kindStandard {
-		err = s.fillStandard(ctx, &k, &k.Version, payload)
-	} else {
-		made, err = s.fillRoot(ctx, &k, &k.Version, payload)
-	}
-	if err != nil {
-		return kmsapi.Key{}, err
-	}
-	changes := append([]record.Change{alive, {Path: k.path(), Value: k}}, made...)
+	changes := []record.Change{alive}
 	for _, a := range in.Aliases {
 		changes = append(changes, record.Change{Path: aliasPath(instance, a), Value: kmsapi.Alias{KeyID: k.ID, Alias: a, CreatedBy: who, CreationDate: &now}})
 	}
-	if err := s.store.Commit(ctx, changes...); err != nil {
-		if errors.Is(err, record.ErrConflict) { // a new key's path is free: an alias is taken
-			err = refusal(fault.Conflict, "", kmsapi.Conflict)
+	err = s.making(ctx, func(e Epoch) (err error) {
+		var more []record.Change
+		if k.Kind == kindStandard {
+			err = s.fillStandard(ctx, &k, &k.Version, payload)
+		} else {
+			more, err = s.fillRoot(ctx, &k, &k.Version, payload)
 		}
-		return kmsapi.Key{}, s.unmake(ctx, k.Version.Blob, err)
+		if err != nil {
+			return err
+		}
+		made, err := s.made(e, k.Version.Blob, k.Version.Sealed)
+		if err == nil {
+			err = s.store.Commit(ctx, slices.Concat(changes, made, more, []record.Change{{Path: k.path(), Value: k}})...)
+		}
+		return s.unmake(ctx, k.Version.Blob, conflict(err)) // a new key's path is free: an alias is taken
+	})
+	if err != nil {
+		return kmsapi.Key{}, err
 	}
 	if k.Kind == kindStandard {
 		return s.withPayload(ctx, &k)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -32,20 +33,25 @@ func (s *Service) Rotate(ctx context.Context, instance, id string, in kmsapi.Rot
 	}
 	defer payload.zero()
 	fresh := versionRecord{ID: uuid.NewString(), CreatedAt: s.stamp()}
-	made := keyRecord{Instance: instance}
-	more, err := s.fillRoot(ctx, &made, &fresh, payload)
-	if err != nil {
-		return err
-	}
-	_, err = s.change(ctx, instance, id, func(k *keyRecord, now time.Time) ([]record.Change, error) {
-		if err := s.mayRotate(k, in); err != nil {
-			return nil, err
+	filled := keyRecord{Instance: instance}
+	return s.making(ctx, func(e Epoch) error {
+		more, err := s.fillRoot(ctx, &filled, &fresh, payload)
+		if err != nil {
+			return err
 		}
-		old := k.Version
-		k.Version, k.RotatedAt, k.Bits = fresh, &now, made.Bits
-		return append([]record.Change{{Path: versionDir(instance, k.ID) + old.ID, Value: old}}, more...), nil
+		made, err := s.made(e, fresh.Blob, nil)
+		if err == nil {
+			_, err = s.change(ctx, instance, id, func(k *keyRecord, now time.Time) ([]record.Change, error) {
+				if err := s.mayRotate(k, in); err != nil {
+					return nil, err
+				}
+				old := k.Version
+				k.Version, k.RotatedAt, k.Bits = fresh, &now, filled.Bits
+				return slices.Concat(made, more, []record.Change{{Path: versionDir(instance, k.ID) + old.ID, Value: old}}), nil
+			})
+		}
+		return s.unmake(ctx, fresh.Blob, conflict(err))
 	})
-	return s.unmake(ctx, fresh.Blob, err)
 }
 
 func (s *Service) mayRotate(k *keyRecord, in kmsapi.RotateRequest) error {

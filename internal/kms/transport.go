@@ -73,22 +73,29 @@ func (s *Service) CreateImportToken(ctx context.Context, instance string, in kms
 	if _, err := rand.Read(t.Nonce); err != nil {
 		return kmsapi.ImportToken{}, err
 	}
-	pairID, made, err := s.announce(ctx, hsm.PairBlob)
-	if err != nil {
-		return kmsapi.ImportToken{}, err
-	}
-	pair, err := s.hsm.NewImportPair(ctx, pairID, tokenAAD(instance, t.ID))
-	if err != nil {
-		return kmsapi.ImportToken{}, err
-	}
-	t.Public, t.Private, t.Held = pair.Public, pair.Sealed, pair.Held
 	var old tokenRecord
-	rev, err := s.store.Get(ctx, importTokenDir+instance, &old)
-	if err == nil || errors.Is(err, record.ErrNotFound) {
-		err = conflict(s.store.Commit(ctx, alive, record.Change{Path: importTokenDir + instance, Value: t, Rev: rev}, made))
-	}
+	err = s.making(ctx, func(e Epoch) error {
+		pairID, end, err := s.announce(ctx, hsm.PairBlob)
+		if err != nil {
+			return err
+		}
+		pair, err := s.hsm.NewImportPair(ctx, pairID, tokenAAD(instance, t.ID))
+		if err != nil {
+			return err
+		}
+		t.Public, t.Private, t.Held = pair.Public, pair.Sealed, pair.Held
+		made, err := s.made(e, nil, t.Private)
+		if err != nil {
+			return s.unmake(ctx, t.Held, conflict(err))
+		}
+		rev, err := s.store.Get(ctx, importTokenDir+instance, &old)
+		if err == nil || errors.Is(err, record.ErrNotFound) {
+			err = conflict(s.store.Commit(ctx, append(made, alive, record.Change{Path: importTokenDir + instance, Value: t, Rev: rev}, end)...))
+		}
+		return s.unmake(ctx, t.Held, err)
+	})
 	if err != nil {
-		return kmsapi.ImportToken{}, s.unmake(ctx, t.Held, err)
+		return kmsapi.ImportToken{}, err
 	}
 	return t.show(), s.destroy(ctx, [][]byte{old.Held})
 }

@@ -34,6 +34,7 @@ type Opened struct {
 	Install   string
 	Token     hsm.TokenInfo
 	Master    hsm.Master
+	Epoch     Epoch
 	RecordKey []byte // 32 bytes, authenticates records
 	TokenKey  []byte // 32 bytes, seed of the keys that sign access tokens
 }
@@ -53,6 +54,57 @@ type install struct {
 	Master    *hsm.Master   `json:"master,omitempty"` // absent: the keys are being made
 	RecordKey []byte        `json:"recordKey,omitempty"`
 	TokenKey  []byte        `json:"tokenKey,omitempty"`
+	// Version is that of IDs and Master; absent in the first installations.
+	Version uint16 `json:"version,omitempty"`
+	// Others open what they made, and make nothing: older versions, and one
+	// that is about to follow.
+	Others []otherMaster `json:"others,omitempty"`
+}
+
+// otherMaster is a version of the master keys besides the one that makes what
+// is new.
+type otherMaster struct {
+	Version uint16        `json:"version"`
+	IDs     hsm.MasterIDs `json:"ids"`
+	Master  hsm.Master    `json:"master"`
+}
+
+// Epoch is a state of the installation whose master keys the HSM has open.
+type Epoch struct {
+	Rev     int64  // of the installation's record
+	Version uint16 // that makes what is new
+}
+
+func (in *install) version() uint16 { return max(in.Version, hsm.FirstMaster) }
+
+// open opens all versions in a token. The newest comes last, so that it makes
+// what is new. One that is not the store's is refused.
+func (in *install) open(ctx context.Context, t Token, label string) (hsm.Master, error) {
+	for _, o := range in.Others {
+		o.IDs.Version, o.IDs.Spare = o.Version, true
+		m, err := t.OpenMaster(ctx, o.IDs, false)
+		if err == nil {
+			err = sameMaster(o.Master, m, label)
+		}
+		if err != nil {
+			return m, err
+		}
+	}
+	ids := in.IDs
+	ids.Version = in.version()
+	m, err := t.OpenMaster(ctx, ids, in.Master == nil)
+	if err == nil && in.Master != nil {
+		err = sameMaster(*in.Master, m, label)
+	}
+	return m, err
+}
+
+func sameMaster(want, have hsm.Master, label string) error {
+	if hsm.SameKey(want.WrapKCV, have.WrapKCV) && hsm.SameKey(want.SealKCV, have.SealKCV) {
+		return nil
+	}
+	return fault.Newf(fault.BadContent, "open master keys on token", label, "their check values are not those of this store").
+		WithHint("this store belongs to another token or partition: check --token-label and the store")
 }
 
 // Unlock logs in and opens the master keys, or makes them in a store that has
@@ -68,28 +120,41 @@ func Unlock(ctx context.Context, p Plain, t Token, now func() time.Time) (Opened
 			return Opened{}, err
 		}
 	}
-	in, rev, err := loadInstall(ctx, p, info)
+	in, m, rev, err := openInstall(ctx, p, t, info)
 	if err != nil {
 		return Opened{}, err
 	}
-	m, err := t.OpenMaster(ctx, in.IDs, in.Master == nil)
-	if err != nil {
-		return Opened{}, err
-	}
-	if in.Master == nil {
-		if err := finishInstall(ctx, p, t, in, rev, m); err != nil {
-			return Opened{}, err
-		}
-	} else if !hsm.SameKey(in.Master.WrapKCV, m.WrapKCV) || !hsm.SameKey(in.Master.SealKCV, m.SealKCV) {
-		return Opened{}, fault.Newf(fault.BadContent, "open master keys on token", info.Label, "their check values are not those of this store").
-			WithHint("this store belongs to another token or partition: check --token-label and the store")
-	}
-	o := Opened{Install: in.ID, Token: info, Master: m}
+	o := Opened{Install: in.ID, Token: info, Master: m, Epoch: Epoch{Rev: rev, Version: in.version()}}
 	if o.RecordKey, err = t.Unseal(ctx, in.RecordKey, purpose(in.ID, "record")); err != nil {
 		return Opened{}, fault.New(fault.BadContent, "unseal the record key of", in.ID, err)
 	}
 	o.TokenKey, err = TokenKey(ctx, p, t)
 	return o, err
+}
+
+// openInstall opens the master keys that the installation names, and looks
+// again: another process may have changed them meanwhile.
+func openInstall(ctx context.Context, p Plain, t Token, info hsm.TokenInfo) (*install, hsm.Master, int64, error) {
+	for {
+		in, rev, err := loadInstall(ctx, p, info)
+		if err != nil {
+			return nil, hsm.Master{}, 0, err
+		}
+		m, err := in.open(ctx, t, info.Label)
+		if err != nil {
+			return nil, m, 0, err
+		}
+		if in.Master == nil {
+			if err := finishInstall(ctx, p, t, in, rev, m); err != nil {
+				return nil, m, 0, err
+			}
+			continue
+		}
+		var again install
+		if now, err := p.Get(ctx, "install", &again); err != nil || now == rev {
+			return in, m, rev, err
+		}
+	}
 }
 
 // TokenKey opens the seed of the keys that sign access tokens, once the HSM is

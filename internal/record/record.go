@@ -32,6 +32,10 @@ var (
 // it there stops working on the store.
 const EndPath = "clear/begun"
 
+// Installation is a path that stands for the plain record of the installation,
+// in a change that keeps it the Same and in no other.
+const Installation = "(installation)"
+
 // Change is one step of a transaction. Rev is the revision that the record
 // must have now: 0 means it must not exist. A nil Value deletes, unless the
 // record must only stay the Same while the others change.

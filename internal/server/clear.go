@@ -10,13 +10,13 @@ import (
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
-// Only administrators may clear: a service ID that manages others is one of
-// the things that go.
+// Only administrators may clear the data or change the master keys: a service
+// ID that manages others is one of the things that go.
 func (c *call) mustBeAdmin() error {
 	if c.who.Kind == iam.KindLocal || c.who.Kind == iam.KindAdmin {
 		return nil
 	}
-	return fault.Newf(fault.Denied, "", "", "only an administrator may clear the data").WithReason(kmsapi.Forbidden)
+	return fault.Newf(fault.Denied, "", "", "only an administrator may do this").WithReason(kmsapi.Forbidden)
 }
 
 func readClear(ctx context.Context, c *call) (any, error) {

@@ -50,6 +50,8 @@ var docs = map[string]doc{
 	"iam.signing-keys.list": {nil, kmsapi.SigningKeys{}, ""}, "iam.signing-keys.rotate": {kmsapi.RotateSigningKey{}, kmsapi.SigningKey{}, ""},
 	"kmsctl.clear.read": {nil, kmsapi.ClearPlan{}, ""}, "kmsctl.clear.plan": {kmsapi.ClearRequest{}, kmsapi.ClearPlan{}, ""},
 	"kmsctl.clear.settle": {nil, kmsapi.Cleared{}, ""}, "kmsctl.clear": {kmsapi.ClearRequest{}, kmsapi.Cleared{}, ""},
+	"kmsctl.master.read": {nil, kmsapi.MasterStatus{}, ""}, "kmsctl.master.rotate": {kmsapi.MasterRotationRequest{}, kmsapi.MasterStatus{}, ""},
+	"kmsctl.master.stop":     {nil, kmsapi.MasterStatus{}, ""},
 	"iam.service-ids.create": {kmsapi.CreateServiceID{}, kmsapi.ServiceID{}, ""}, "iam.service-ids.list": {nil, kmsapi.ServiceIDs{}, ""}, "iam.service-ids.delete": {},
 	"iam.api-keys.create": {kmsapi.CreateAPIKey{}, kmsapi.APIKey{}, ""}, "iam.api-keys.list": {nil, kmsapi.APIKeys{}, "serviceId"}, "iam.api-keys.delete": {},
 	"iam.policies.create": {kmsapi.CreatePolicy{}, kmsapi.PolicyID{}, ""}, "iam.policies.list": {nil, kmsapi.Policies{}, ""}, "iam.policies.delete": {},

@@ -58,6 +58,8 @@ type Config struct {
 	Backup func(ctx context.Context, w io.Writer) error
 	// Clearing plans and begins the clearing of the data.
 	Clearing *kms.Clearing
+	// Rotation changes the master keys.
+	Rotation *kms.Rotation
 	// Review asks Kubernetes whose a token is: a ServiceAccount as
 	// namespace:name, or "". Nil where there is no Kubernetes.
 	Review func(ctx context.Context, token string) (account string, err error)

@@ -418,6 +418,9 @@ func (s *Store) Commit(ctx context.Context, changes ...record.Change) error {
 	deletes := false
 	for _, ch := range changes {
 		key := rec + ch.Path
+		if ch.Path == record.Installation {
+			key = plain + installName
+		}
 		cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(key), "=", ch.Rev))
 		if ch.Same {
 			continue

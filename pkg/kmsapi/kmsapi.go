@@ -560,3 +560,43 @@ type Cleared struct {
 	Objects      int       `json:"objects"` // that went from the token
 	Nothing      bool      `json:"nothing,omitempty"`
 }
+
+// States of a change of the master keys.
+const (
+	RotationRunning = "running"
+	RotationStopped = "stopped"
+	RotationDone    = "done"
+)
+
+// MasterStatus is the answer of GET /kmsctl/v1/master, and of the POSTs to
+// /kmsctl/v1/master/rotate and /kmsctl/v1/master/stop: the versions of the
+// master keys, and the last change of them.
+type MasterStatus struct {
+	Installation string          `json:"installation"`
+	Version      uint16          `json:"version"` // that makes what is new
+	Older        []uint16        `json:"older"`   // that still open what they made
+	Rotation     *MasterRotation `json:"rotation,omitempty"`
+	Changed      bool            `json:"changed,omitempty"` // by this call
+}
+
+// MasterRotation is a change of the master keys. It runs in the background,
+// can be stopped and goes on after a crash; no client's ciphertext changes.
+type MasterRotation struct {
+	Version    uint16     `json:"version"` // that it brings
+	State      string     `json:"state"`
+	DestroyOld bool       `json:"destroyOld"`
+	Done       int        `json:"done"` // records that were taken over
+	Left       int        `json:"left"` // at the last look
+	By         string     `json:"by"`
+	Began      time.Time  `json:"began"`
+	Ended      *time.Time `json:"ended,omitempty"`
+	Worker     string     `json:"worker,omitempty"` // process that works on it
+	Fault      string     `json:"fault,omitempty"`  // why it does not go on; it is tried again
+}
+
+// MasterRotationRequest is the body of POST /kmsctl/v1/master/rotate.
+// DestroyOld destroys every older version at the end: a backup from before
+// can then not be restored any more.
+type MasterRotationRequest struct {
+	DestroyOld bool `json:"destroyOld,omitempty"`
+}

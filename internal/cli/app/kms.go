@@ -47,6 +47,8 @@ type KMS struct {
 	IAM    *iam.Service
 	Server *server.Server
 	kms    *kms.Service
+	master *kms.Rotation
+	rest   func() // ends the work on the master keys
 	store  *store.Store
 	plain  *store.Plain
 	codec  *record.Codec
@@ -95,9 +97,12 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		return nil, err
 	}
 	k.kms = kms.New(st, c.Token, c.Token, c.Now, c.Windows)
+	k.master = k.rotation()
+	k.kms.Follow(k.master.Masters)
 	k.Server = server.New(server.Config{KMS: k.kms, Review: c.Review, IAM: k.IAM, Audit: k.audit, Log: c.Log,
-		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Clearing: k.clearing(), Limits: c.Limits, Trace: c.Trace})
+		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Clearing: k.clearing(), Rotation: k.master, Limits: c.Limits, Trace: c.Trace})
 	k.gauges()
+	k.work(ctx)
 	if err := k.noteCleared(ctx, cleared); err != nil {
 		k.Close()
 		return nil, err
@@ -153,6 +158,7 @@ func (k *KMS) gauges() {
 
 // Close ends the audit log with a signature, then the view of the store.
 func (k *KMS) Close() {
+	k.rest()
 	if err := k.audit.Close(); err != nil {
 		k.Log.Error("close audit log", "error", err)
 	}

@@ -1,0 +1,72 @@
+package app
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/connector"
+	"github.com/kmsctl/kmsctl/internal/kms"
+)
+
+// rotationEvery is how often a process looks whether a change of the master
+// keys was left by another.
+const rotationEvery = 10 * time.Second
+
+func (k *KMS) rotation() *kms.Rotation {
+	r := kms.Rotation{Store: k.store, Plain: k.plain, HSM: k.Token, Name: k.Name, Now: k.Now, Masters: kms.NewMasters(k.plain, k.Opened.Epoch, k.openMasters)}
+	for _, m := range k.Token.Members() {
+		r.Tokens = append(r.Tokens, m)
+	}
+	r.Note = func(ctx context.Context, action, by, detail string) error {
+		return k.audit.Append(ctx, audit.Event{Action: action, Outcome: "success", Status: http.StatusNoContent, Principal: by, Detail: detail})
+	}
+	return kms.NewRotation(r)
+}
+
+// openMasters opens on every member what the installation names by now. A
+// member that is away opens it when it comes back.
+func (k *KMS) openMasters(ctx context.Context) (epoch kms.Epoch, err error) {
+	opened := false
+	for _, m := range k.Token.Members() {
+		o, merr := kms.Unlock(connector.Only(ctx), k.plain, m, k.Now)
+		o.Zero()
+		if merr != nil {
+			err = merr
+			continue
+		}
+		epoch, opened = o.Epoch, true
+	}
+	if opened {
+		err = nil
+	}
+	return epoch, err
+}
+
+// work begins to work on changes of the master keys.
+func (k *KMS) work(ctx context.Context) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		k.rotate(ctx)
+	}()
+	k.rest = func() { cancel(); <-done }
+}
+
+func (k *KMS) rotate(ctx context.Context) {
+	tick := time.NewTicker(rotationEvery)
+	defer tick.Stop()
+	for {
+		if err := k.master.Work(ctx); err != nil && ctx.Err() == nil {
+			k.Log.Error("rotate master keys", "error", err)
+		}
+		select {
+		case <-k.master.Kicked():
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}

@@ -1,0 +1,164 @@
+package hsmcmd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+)
+
+type rotateOptions struct {
+	*app.App
+	client  app.ClientFlags
+	confirm app.ConfirmFlags
+	in      kmsapi.MasterRotationRequest
+	verb    string
+	wait    bool
+	timeout time.Duration
+}
+
+// masterStatus is what the commands print.
+type masterStatus struct{ kmsapi.MasterStatus }
+
+// Table is one fact a line.
+func (s masterStatus) Table() ([]string, [][]string) {
+	rows := [][]string{{"installation", s.Installation}, {"version", fmt.Sprint(s.Version)}}
+	if len(s.Older) > 0 {
+		rows = append(rows, []string{"older", strings.Trim(fmt.Sprint(s.Older), "[]") + ", which still open what they made"})
+	}
+	r := s.Rotation
+	if r == nil {
+		return nil, append(rows, []string{"rotation", "none yet"})
+	}
+	rows = append(rows, []string{"rotation", fmt.Sprintf("to version %d, %s", r.Version, r.State)}, []string{"records", fmt.Sprintf("%d taken over, %d left", r.Done, r.Left)},
+		[]string{"began", r.Began.Format(time.RFC3339) + ", by " + r.By})
+	if r.Ended != nil {
+		rows = append(rows, []string{"ended", r.Ended.Format(time.RFC3339)})
+	}
+	if r.DestroyOld {
+		rows = append(rows, []string{"afterwards", "older versions are destroyed"})
+	}
+	if r.Fault != "" {
+		rows = append(rows, []string{"waits", r.Fault})
+	}
+	return nil, rows
+}
+
+func newRotateCmd(a *app.App) *cobra.Command {
+	cmd := &cobra.Command{Use: "rotate-master", Short: "Change the master keys in the HSM, while the KMS serves", Long: `Change the master keys in the HSM: new ones are made beside the old, in every token of a group,
+and everything that the old ones protect is taken over in the background, inside the token.
+No key changes, no client's ciphertext changes, and the KMS serves all the time. The job can be
+stopped and goes on after a crash, in whichever process of the KMS is there.
+
+The old master keys stay in the token, so that a backup from before can be restored, unless
+--destroy-old is given. Keys that stay in the token (placement token) need no master key and are
+left as they are.`}
+	cmd.AddCommand(
+		newRotateVerb(a, "start", "Begin, or go on with what was stopped", `  kmsctl hsm rotate-master start --data ./kms --wait
+  kmsctl hsm rotate-master start --in-cluster-service --api-key-file admin.key
+  kmsctl hsm rotate-master start --data ./kms --destroy-old --yes --wait`, nil),
+		newRotateVerb(a, "status", "Show the versions and how far it is", `  kmsctl hsm rotate-master status --data ./kms
+  kmsctl hsm rotate-master status --server https://kms:28674 --api-key-file admin.key -o json
+  kmsctl hsm rotate-master status --data ./kms --wait --timeout 10m`, nil),
+		newRotateVerb(a, "stop", "Let it rest; start goes on with it", `  kmsctl hsm rotate-master stop --data ./kms`, nil),
+	)
+	return cmd
+}
+
+func newRotateVerb(a *app.App, verb, short, example string, run func(context.Context, *rotateOptions) error) *cobra.Command {
+	o := &rotateOptions{App: a, verb: verb}
+	if run == nil {
+		run = runRotate
+	}
+	cmd := &cobra.Command{Use: verb, Short: short, Example: example, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) }}
+	fs := cmd.Flags()
+	o.client.Add(fs, a)
+	if verb == "start" {
+		fs.BoolVar(&o.in.DestroyOld, "destroy-old", false, "destroy all older master keys at the end: a backup from before can then not be restored any more")
+		o.confirm.Add(fs)
+	}
+	if verb != "stop" {
+		fs.BoolVar(&o.wait, "wait", false, "wait until what runs is done")
+		fs.DurationVar(&o.timeout, "timeout", time.Hour, "how long to wait; the rotation goes on by itself")
+	}
+	return cmd
+}
+
+// Check holds the rules of the flags.
+func (o *rotateOptions) Check() error {
+	errs := []error{o.client.Check(false)}
+	if o.verb != "stop" && o.timeout <= 0 {
+		errs = append(errs, fault.Usagef("--timeout: %s is not positive", o.timeout))
+	}
+	return errors.Join(errs...)
+}
+
+func runRotate(ctx context.Context, o *rotateOptions) error {
+	c, err := o.Client(ctx, &o.client)
+	if err != nil {
+		return err
+	}
+	do := func(method, path string, in any) (s masterStatus, err error) {
+		err = c.Do(ctx, method, "/kmsctl/v1/master"+path, in, &s.MasterStatus)
+		return s, o.ClientError(o.verb+" the rotation of", "the master keys", err)
+	}
+	var s masterStatus
+	switch o.verb {
+	case "status":
+		s, err = do(http.MethodGet, "", nil)
+	case "stop":
+		s, err = do(http.MethodPost, "/stop", nil)
+	default:
+		if s, err = do(http.MethodGet, "", nil); err == nil && o.in.DestroyOld {
+			err = o.Confirm(&o.confirm, s.Installation, []string{fmt.Sprintf("master keys of version %d and older, once all is taken over: a backup from before can then not be restored any more", s.Version)})
+		}
+		if err == nil {
+			s, err = do(http.MethodPost, "/rotate", o.in)
+		}
+	}
+	if err == nil && o.wait {
+		s, err = o.await(ctx, s, do)
+	}
+	if err != nil {
+		return err
+	}
+	return o.Print(s)
+}
+
+// await waits until a rotation is done, and tells how far it is.
+func (o *rotateOptions) await(ctx context.Context, s masterStatus, do func(method, path string, in any) (masterStatus, error)) (masterStatus, error) {
+	ctx, cancel := context.WithTimeout(ctx, o.timeout)
+	defer cancel()
+	changed := s.Changed
+	for {
+		switch r := s.Rotation; {
+		case r == nil || r.State == kmsapi.RotationDone:
+			s.Changed = changed
+			return s, nil
+		case r.State == kmsapi.RotationStopped:
+			return s, fault.Newf(fault.Stopped, "wait for the rotation of", "the master keys", "somebody stopped it").WithHint("go on with: kmsctl hsm rotate-master start")
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			f := fault.New(fault.NotReady, "wait for the rotation of", "the master keys", ctx.Err()).WithHint("it goes on by itself: see kmsctl hsm rotate-master status")
+			if s.Rotation.Fault != "" {
+				f = fault.Newf(fault.NotReady, "wait for the rotation of", "the master keys", "%s", s.Rotation.Fault).WithHint("it is tried again by itself: see kmsctl hsm rotate-master status")
+			}
+			return s, f
+		}
+		var err error
+		if s, err = do(http.MethodGet, "", nil); err != nil {
+			return s, err
+		}
+	}
+}
