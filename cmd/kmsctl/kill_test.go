@@ -39,6 +39,7 @@ func kills(t *testing.T) int {
 // on its way when the server was killed.
 type promised struct {
 	id        string
+	wrapped   *kmsapi.ActionAnswer // by the first version; nil when the server died
 	rotations int
 	deleted   bool
 	unsure    string // name of the call on its way
@@ -60,11 +61,19 @@ func (w *worker) step(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		w.keys = append(w.keys, &promised{id: k.ID})
+		p := &promised{id: k.ID}
+		w.keys = append(w.keys, p)
 		w.counts["create"]++
+		wrapped, err := w.c.Wrap(ctx, k.ID, kmsapi.WrapRequest{})
+		if err != nil {
+			return err
+		}
+		p.wrapped = &wrapped
 	case n < 7:
 		return w.onKey(ctx, "rotate", http.MethodPost, "/actions/rotate", func(p *promised) { p.rotations++ })
 	case n < 8:
+		return w.opens(ctx, w.keys[rand.IntN(len(w.keys))])
+	case n < 9:
 		return w.onKey(ctx, "delete", http.MethodDelete, "", func(p *promised) { p.deleted = true })
 	default:
 		name := fmt.Sprintf("svc-%d", rand.Uint64())
@@ -79,6 +88,19 @@ func (w *worker) step(ctx context.Context) error {
 		w.counts["policy"]++
 	}
 	return nil
+}
+
+// opens fails when what a key wrapped first does not unwrap.
+func (w *worker) opens(ctx context.Context, p *promised) error {
+	if p.deleted || p.unsure != "" || p.wrapped == nil {
+		return nil
+	}
+	got, err := w.c.Unwrap(ctx, p.id, kmsapi.UnwrapRequest{Ciphertext: p.wrapped.Ciphertext})
+	if err == nil && got.Plaintext != p.wrapped.Plaintext {
+		return &kmsclient.Error{Status: http.StatusOK, Message: "another plaintext"}
+	}
+	w.counts["unwrap"]++
+	return err
 }
 
 func (w *worker) onKey(ctx context.Context, name, method, path string, acknowledged func(*promised)) error {
@@ -120,6 +142,9 @@ func (w *worker) check(t *testing.T) {
 			t.Errorf("key %s: %d rotations, %d were acknowledged", p.id, got, p.rotations)
 		}
 		p.rotations, p.unsure = got, ""
+		if err := w.opens(ctx, p); err != nil {
+			t.Errorf("key %s does not unwrap: %v", p.id, err)
+		}
 	}
 	for _, name := range w.services {
 		var ps kmsapi.Policies
@@ -130,8 +155,9 @@ func (w *worker) check(t *testing.T) {
 }
 
 // TestKilledUnderLoad kills the KMS with SIGKILL again and again while it
-// works: whatever it acknowledged is there afterwards, and the audit log is
-// whole and has a line for each.
+// works and its master keys change, the old ones destroyed: no call is refused,
+// whatever was acknowledged is there afterwards and opens, and the audit log
+// is whole and has a line for each.
 func TestKilledUnderLoad(t *testing.T) {
 	dir := t.TempDir()
 	data := filepath.Join(dir, "d")
@@ -195,7 +221,10 @@ func TestKilledUnderLoad(t *testing.T) {
 		workers = append(workers, &worker{c: c, counts: map[string]int{}})
 	}
 	n := kills(t)
-	for range n {
+	for i := range n {
+		if err := admin.Do(t.Context(), http.MethodPost, "/kmsctl/v1/master/rotate", kmsapi.MasterRotationRequest{DestroyOld: i >= n/2}, nil); err != nil {
+			t.Error(err)
+		}
 		var wg sync.WaitGroup
 		for _, w := range workers {
 			wg.Go(func() {
@@ -224,13 +253,21 @@ func TestKilledUnderLoad(t *testing.T) {
 			break
 		}
 	}
+	out, err := exec.Command(program, "hsm", "rotate-master", "status", "--data", data, "--wait", "-o", "json").CombinedOutput()
+	var master kmsapi.MasterStatus
+	if err := errors.Join(err, json.Unmarshal(out, &master)); err != nil || master.Version < 2 || len(master.Older) > 0 || master.Rotation.State != kmsapi.RotationDone {
+		t.Errorf("master keys: %v\n%s", err, out)
+	}
+	for _, w := range workers {
+		w.check(t)
+	}
 	if err := cmd.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("stopped: %v", err)
 	}
-	out, err := exec.Command(program, "audit", "verify", "--log", filepath.Join(data, "audit", "audit.log"), "-o", "json").CombinedOutput()
+	out, err = exec.Command(program, "audit", "verify", "--log", filepath.Join(data, "audit", "audit.log"), "-o", "json").CombinedOutput()
 	if err != nil {
 		t.Errorf("audit verify: %v\n%s", err, out)
 	}
@@ -258,5 +295,5 @@ func TestKilledUnderLoad(t *testing.T) {
 			t.Errorf("%d acknowledged, %d lines of %s", total[name], logged[action], action)
 		}
 	}
-	t.Logf("%d kills; acknowledged and found again: %v", n, total)
+	t.Logf("%d kills, master keys of version %d; acknowledged and found again: %v", n, master.Version, total)
 }

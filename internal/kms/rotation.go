@@ -59,6 +59,10 @@ type Rotation struct {
 const (
 	rotationPath = "master/rotation"
 	leaseLife    = 30 * time.Second
+	// settle is how long an old version is kept after nothing names it: a view
+	// of the store that is older than a second serves nobody, and twice that
+	// is for the call itself.
+	settle = 3 * time.Second
 	glance       = 32 // records between two looks at whether to go on
 )
 
@@ -441,6 +445,11 @@ func (r *Rotation) destroyOld(ctx context.Context) error {
 		if _, err := r.Masters.renew(ctx, r.Masters.epoch()); err != nil {
 			return err
 		}
+	}
+	select { // a call under way may still have what an older view of the store named
+	case <-time.After(settle):
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 	for _, o := range doomed {
 		ids := o.IDs

@@ -33,6 +33,7 @@ type apiOptions struct {
 	audiences   []string
 	adminHashes []string
 	auditDir    string
+	name        string
 	windows     app.WindowFlags
 	audit       app.AuditFlags
 	limit       app.LimitFlags
@@ -66,6 +67,7 @@ refused is not tried again until the secret changes.`,
 	fs.StringSliceVar(&o.audiences, "token-audience", nil, "audience for which such a token must be made; repeatable; without it, "+app.TokenAudience+" or the cluster's own API server")
 	fs.StringArrayVar(&o.adminHashes, "admin-key-hash-file", nil, "JSON with id and hash of an administrator's API key; repeatable")
 	fs.StringVar(&o.auditDir, "audit-dir", "", "folder of the audit log")
+	fs.StringVar(&o.name, "name", "", "name of this replica, which no other has; without it, the host's")
 	o.windows.Add(fs)
 	o.audit.Add(cmd)
 	o.limit.Add(fs)
@@ -167,9 +169,11 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 		return err
 	}
 	defer token.Close()
-	name, err := os.Hostname()
-	if err != nil {
-		return err
+	name := o.name
+	if name == "" {
+		if name, err = os.Hostname(); err != nil {
+			return err
+		}
 	}
 	windows, err := o.windows.Windows()
 	if err != nil {
