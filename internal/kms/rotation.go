@@ -63,7 +63,7 @@ const (
 	// of the store that is older than a second serves nobody, and twice that
 	// is for the call itself.
 	settle = 3 * time.Second
-	glance       = 32 // records between two looks at whether to go on
+	glance = 32 // records between two looks at whether to go on
 )
 
 // rotationRecord is the job, the last one that there was.
