@@ -164,9 +164,10 @@ func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Conf
 		},
 		Clearing: &kms.Clearing{Store: st, Plain: store.NewPlain(c), Sealer: w.token, Tokens: []kms.Inventory{w.token}, Now: w.now,
 			Opened: kms.Opened{Install: "11111111", Token: hsm.TokenInfo{Label: "fake", Serial: w.token.Serial}}},
-		Lag:     func() time.Duration { return time.Duration(w.lag.Load()) },
-		Healthy: func(context.Context) []string { return *w.sick.Load() },
-		Limits:  limits, Now: w.now,
+		Rotation: kms.NewRotation(kms.Rotation{Store: st, Plain: installation{}, Name: "here", Now: w.now}), // nobody works on it
+		Lag:      func() time.Duration { return time.Duration(w.lag.Load()) },
+		Healthy:  func(context.Context) []string { return *w.sick.Load() },
+		Limits:   limits, Now: w.now,
 	}
 	for _, f := range more {
 		f(&cfg)

@@ -29,7 +29,7 @@ func BenchmarkMiss(b *testing.B) {
 	b.Run("hit", func(b *testing.B) { timed(b, func() { wrap(b) }, func() {}) })
 	b.Run("miss", func(b *testing.B) { timed(b, func() { tok.Evict(k.Blob); wrap(b) }, func() {}) })
 	b.Run("unwrap", func(b *testing.B) {
-		_, enc, _, err := parseBlob(k.Blob)
+		w, err := parseBlob(k.Blob)
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -37,7 +37,7 @@ func BenchmarkMiss(b *testing.B) {
 		m := []*pkcs11.Mechanism{pkcs11.NewMechanism(tok.can.way.mechanism, nil)}
 		var made []pkcs11.ObjectHandle
 		timed(b, func() {
-			h, err := tok.ctx.UnwrapKey(tok.login, m, tok.master.wrap.enc, enc, tpl)
+			h, err := tok.ctx.UnwrapKey(tok.login, m, tok.master.wrap.enc, w.enc, tpl)
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -145,7 +145,7 @@ func (o *rotateOptions) await(ctx context.Context, s masterStatus, do func(metho
 			s.Changed = changed
 			return s, nil
 		case r.State == kmsapi.RotationStopped:
-			return s, fault.Newf(fault.Stopped, "wait for the rotation of", "the master keys", "somebody stopped it").WithHint("go on with: kmsctl hsm rotate-master start")
+			return s, fault.Newf(fault.Conflict, "wait for the rotation of", "the master keys", "somebody stopped it").WithHint("go on with: kmsctl hsm rotate-master start")
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
