@@ -182,13 +182,13 @@ func (r *Rotation) Work(ctx context.Context) error {
 		return err
 	}
 	err = r.work(ctx)
-	if errors.Is(err, errHandedOver) || ctx.Err() != nil {
+	switch {
+	case errors.Is(err, errHandedOver):
 		return nil
+	case err != nil && ctx.Err() == nil: // it is tried again at the next turn
+		return errors.Join(err, r.update(ctx, func(j *rotationRecord) { j.Fault, j.Until = err.Error(), time.Time{} }))
 	}
-	if err != nil { // it is tried again at the next turn
-		return errors.Join(err, r.update(context.WithoutCancel(ctx), func(j *rotationRecord) { j.Fault, j.Until = err.Error(), time.Time{} }))
-	}
-	return nil
+	return err
 }
 
 func (r *Rotation) work(ctx context.Context) error {
