@@ -211,6 +211,36 @@ func TestForgedTokensAreRefused(t *testing.T) {
 	}
 }
 
+// TestATokenHasOneSpelling: whatever character of a token is changed, left out
+// or put in, it proves nobody.
+func TestATokenHasOneSpelling(t *testing.T) {
+	w := newWorld(t)
+	_, _, good := w.onboard(t, "orders", "Viewer")
+	refused := func(tok string) {
+		t.Helper()
+		if _, err := w.Authenticate(t.Context(), tok); fault.KindOf(err) != fault.Denied {
+			t.Errorf("%q: %v", tok, err)
+		}
+	}
+	for i := range good {
+		refused(good[:i] + good[i+1:])
+		for _, c := range "\n\r =." {
+			refused(good[:i] + string(c) + good[i:])
+		}
+	}
+	refused(good + "\n")
+	refused(good + "=")
+	last := len(good) - 1
+	for _, c := range "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_" {
+		if byte(c) != good[last] {
+			refused(good[:last] + string(c))
+		}
+	}
+	if _, err := w.Authenticate(t.Context(), good); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestRevocationBeatsTheToken(t *testing.T) {
 	w := newWorld(t)
 	for name, revoke := range map[string]func(iam.Onboarded, iam.Principal) error{
