@@ -4,6 +4,7 @@
 package iam
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/rand"
@@ -594,6 +595,20 @@ type Onboarded struct {
 	ServiceID ServiceID
 	APIKey    secret.Value
 	PolicyID  string
+}
+
+// MayOnboard says beforehand whether Onboard would refuse a name or a role, so
+// that nothing is made for it in vain. The instance may be one that is not
+// there yet.
+func (s *Service) MayOnboard(ctx context.Context, who Principal, name, instance, role string) error {
+	if err := checkName(name); err != nil {
+		return err
+	}
+	p, err := NewPolicy(cmp.Or(instance, uuid.NewString()), uuid.NewString(), "", role)
+	if err != nil {
+		return err
+	}
+	return s.MayGrant(ctx, who, p)
 }
 
 // Onboard makes a service ID, an API key and a policy on one key, all or none.

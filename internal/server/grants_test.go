@@ -276,3 +276,40 @@ func TestAdministratorsReadHeadsAndBackup(t *testing.T) {
 		t.Error(r)
 	}
 }
+
+// TestARefusedOnboardingLeavesNothing: what is wrong with it is found before
+// an instance or a key is made.
+func TestARefusedOnboardingLeavesNothing(t *testing.T) {
+	w := newWorld(t)
+	root := w.root(t, "shop")
+	manager := root.service(t, "boss", "Manager", "", "")
+	left := func() string {
+		return root.do(t, "GET", "/kmsctl/v1/instances", "").body + root.do(t, "GET", "/api/v2/keys", "").body
+	}
+	before := left()
+	for _, c := range []struct {
+		by     client
+		body   string
+		status int
+	}{
+		{root, `{"name":"orders","role":"Nonsense"}`, 400},
+		{root, `{"name":"orders","role":"Operator"}`, 400},
+		{root, `{"name":"ServiceId-orders"}`, 400},
+		{root, `{"name":"or/ders"}`, 400},
+		{root, `{"name":""}`, 400},
+		{root, `{"name":"orders","key":"an-alias"}`, 400},
+		{root, `{"name":"orders","role":"Nonsense","instance":"` + root.instance + `"}`, 400},
+		{manager, `{"name":"orders","role":"KeyPurge"}`, 403},
+	} {
+		r := c.by.do(t, "POST", "/kmsctl/v1/onboard", c.body)
+		if r.status != c.status {
+			t.Errorf("%s: %d %s", c.body, r.status, r.body)
+		}
+		if after := left(); after != before {
+			t.Errorf("%s left something:\n%s\n%s", c.body, before, after)
+		}
+	}
+	if r := root.do(t, "POST", "/kmsctl/v1/onboard", `{"name":"orders"}`); r.status != 201 {
+		t.Error(r)
+	}
+}

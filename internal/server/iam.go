@@ -96,6 +96,12 @@ func onboard(ctx context.Context, c *call) (any, error) {
 	} else if fault.KindOf(err) != fault.NotFound {
 		return nil, err
 	}
+	if in.Key != "" && in.Instance == "" {
+		return nil, fault.Newf(fault.Usage, "", "", "The field `instance` must be: present with a key").WithReason(kmsapi.InvalidField)
+	}
+	if err := c.IAM.MayOnboard(ctx, who, in.Name, in.Instance, in.Role); err != nil {
+		return nil, err
+	}
 	if in.Instance == "" {
 		inst, err := c.instanceNamed(ctx, in.Name)
 		if err != nil {
