@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmsctl/kmsctl/internal/audit"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 	"github.com/kmsctl/kmsctl/pkg/kmsclient"
 )
@@ -267,7 +268,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("stopped: %v", err)
 	}
-	out, err = exec.Command(program, "audit", "verify", "--log", filepath.Join(data, "audit", "audit.log"), "-o", "json").CombinedOutput()
+	out, err = exec.Command(program, "audit", "verify", "--log", filepath.Join(data, "audit"), "-o", "json").CombinedOutput()
 	if err != nil {
 		t.Errorf("audit verify: %v\n%s", err, out)
 	}
@@ -278,16 +279,22 @@ func TestKilledUnderLoad(t *testing.T) {
 		}
 	}
 	logged := map[string]int{}
-	b, err := os.ReadFile(filepath.Join(data, "audit", "audit.log"))
+	names, err := audit.Files(filepath.Join(data, "audit")) // the log is closed and begun anew when it is large
 	if err != nil {
 		t.Fatal(err)
 	}
-	for line := range strings.Lines(string(b)) {
-		var e struct {
-			Event *struct{ Action, Outcome string }
+	for _, name := range names {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
 		}
-		if json.Unmarshal([]byte(line), &e) == nil && e.Event != nil && e.Event.Outcome == "success" {
-			logged[e.Event.Action]++
+		for line := range strings.Lines(string(b)) {
+			var e struct {
+				Event *struct{ Action, Outcome string }
+			}
+			if json.Unmarshal([]byte(line), &e) == nil && e.Event != nil && e.Event.Outcome == "success" {
+				logged[e.Event.Action]++
+			}
 		}
 	}
 	for name, action := range map[string]string{"create": "kms.secrets.create", "rotate": "kms.secrets.rotate", "delete": "kms.secrets.delete", "policy": "iam.policies.create"} {
@@ -295,5 +302,5 @@ func TestKilledUnderLoad(t *testing.T) {
 			t.Errorf("%d acknowledged, %d lines of %s", total[name], logged[action], action)
 		}
 	}
-	t.Logf("%d kills, master keys of version %d; acknowledged and found again: %v", n, master.Version, total)
+	t.Logf("%d kills, master keys of version %d, %d files of the audit log; acknowledged and found again: %v", n, master.Version, len(names), total)
 }
