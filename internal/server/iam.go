@@ -17,21 +17,36 @@ import (
 // grantType is IBM Cloud's and ICP's way to exchange an API key.
 const grantType = "urn:ibm:params:oauth:grant-type:apikey"
 
+// codeBadGrant is what IBM Cloud answers to a grant that it does not know.
+const codeBadGrant = "BXNIM0137E"
+
 // token answers the token endpoints. Refusals are 400, as IBM's IAM gives.
 func (s *Server) token(w http.ResponseWriter, r *http.Request) {
+	corr := correlate(w, r)
+	ctx, span := s.Trace.Request(r, tokenIssue)
+	status, code, who := s.answerToken(ctx, w, r, corr)
+	span.Set([2]string{"kmsctl.correlation_id", corr}, [2]string{"kmsctl.principal", who})
+	span.Answered(status, code)
+}
+
+// tokenIssue is the audit action.
+const tokenIssue = "iam.token.issue"
+
+// answerToken gives what the trace says of the answer.
+func (s *Server) answerToken(ctx context.Context, w http.ResponseWriter, r *http.Request, corr string) (status int, code, who string) {
 	r.Body = http.MaxBytesReader(w, r.Body, 16<<10)
 	if err := r.ParseForm(); err != nil || r.PostForm.Get("grant_type") != grantType {
-		writeJSON(w, http.StatusBadRequest, kmsapi.TokenError{ErrorCode: "BXNIM0137E", ErrorMessage: "grant_type must be " + grantType})
-		return
+		writeJSON(w, http.StatusBadRequest, kmsapi.TokenError{ErrorCode: codeBadGrant, ErrorMessage: "grant_type must be " + grantType})
+		return http.StatusBadRequest, codeBadGrant, ""
 	}
 	key := secret.New([]byte(r.PostForm.Get("apikey")))
 	defer key.Zero()
 	if err := s.limits.take("token for " + remote(r)); err != nil {
 		s.tokenLimited(w, err)
-		return
+		return http.StatusTooManyRequests, kmsapi.TooManyRequests, ""
 	}
-	e := audit.Event{Action: "iam.token.issue", Outcome: "success", Status: http.StatusOK, Remote: remote(r)}
-	t, err := s.IAM.Issue(r.Context(), key)
+	e := audit.Event{Action: tokenIssue, Outcome: "success", Status: http.StatusOK, CorrelationID: corr, Remote: remote(r)}
+	t, err := s.IAM.Issue(ctx, key)
 	if err != nil {
 		e.Outcome, e.Status, e.Detail = "failure", http.StatusBadRequest, iam.CodeUnknownKey
 		if fault.KindOf(err) != fault.Denied {
@@ -39,9 +54,9 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	e.Principal = t.Principal.String()
-	if aerr := s.Audit.Append(context.WithoutCancel(r.Context()), e); aerr != nil {
+	if aerr := s.append(ctx, e); aerr != nil {
 		s.Log.Error("audit", "error", aerr)
-		e.Status = http.StatusServiceUnavailable
+		e.Status, e.Detail = http.StatusServiceUnavailable, kmsapi.Unavailable
 	}
 	switch e.Status {
 	case http.StatusOK:
@@ -52,6 +67,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Retry-After", "5")
 		writeError(w, kmsapi.Unavailable, "Token could not be issued", "")
 	}
+	return e.Status, e.Detail, e.Principal
 }
 
 func (s *Server) tokenLimited(w http.ResponseWriter, err error) {

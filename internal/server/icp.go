@@ -130,6 +130,6 @@ func icpDeletePolicy(ctx context.Context, c *call) (any, error) {
 // identityToken refuses ICP's way to log in by name and password: there are no
 // passwords here.
 func identityToken(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusBadRequest, kmsapi.TokenError{ErrorCode: "BXNIM0137E",
+	writeJSON(w, http.StatusBadRequest, kmsapi.TokenError{ErrorCode: codeBadGrant,
 		ErrorMessage: "users with passwords are not kept here: exchange an API key at /identity/token"})
 }

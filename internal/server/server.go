@@ -265,11 +265,7 @@ func (s *Server) handler(rt route) http.Handler {
 		start := time.Now()
 		s.metrics.running.Inc()
 		defer s.metrics.running.Dec()
-		corr := r.Header.Get(kmsapi.HeaderCorrelation)
-		if len(corr) > 128 || corr == "" {
-			corr = uuid.NewString()
-		}
-		w.Header().Set(kmsapi.HeaderCorrelation, corr)
+		corr := correlate(w, r)
 		c := &call{Server: s, rt: rt, r: r, id: r.PathValue("id"), status: rt.status, resHeader: w.Header()}
 		defer func() {
 			if c.expected { // it was broken off
@@ -322,6 +318,17 @@ func (s *Server) handler(rt route) http.Handler {
 		}
 		s.Log.LogAttrs(r.Context(), level, "request", attrs...)
 	})
+}
+
+// correlate gives the id by which a request is found again, the caller's where
+// there is one, and answers with it.
+func correlate(w http.ResponseWriter, r *http.Request) string {
+	corr := r.Header.Get(kmsapi.HeaderCorrelation)
+	if len(corr) > 128 || corr == "" {
+		corr = uuid.NewString()
+	}
+	w.Header().Set(kmsapi.HeaderCorrelation, corr)
+	return corr
 }
 
 // append writes e down, whatever becomes of the call.

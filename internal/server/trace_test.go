@@ -118,6 +118,68 @@ func TestTraces(t *testing.T) {
 	}
 }
 
+// TestTokenTraces: each form of the token endpoint has a span, joined with the
+// audit line by the correlation id, which holds neither key nor token.
+func TestTokenTraces(t *testing.T) {
+	got := &collected{}
+	c := httptest.NewServer(got)
+	defer c.Close()
+	tracer, err := trace.Open(t.Context(), c.URL, "1", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorldWith(t, server.Limits{}, func(c *server.Config) { c.Trace = tracer })
+	form := client{w: w}.with("Content-Type", "application/x-www-form-urlencoded")
+	const grant = "grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey="
+	var tok kmsapi.Token
+	want := map[string]map[string]string{}
+	for _, path := range []string{"/identity/token", "/oidc/token", "/iam-token/oidc/token"} {
+		for _, x := range []struct {
+			body, status, code string
+			line               bool
+		}{
+			{grant + w.admin, "int_value:200", "", true},
+			{grant + "kms_not-a-key", "int_value:400", "BXNIM0415E", true},
+			{"grant_type=password", "int_value:400", "BXNIM0137E", false},
+		} {
+			corr := path + " " + x.status + x.code
+			r := form.with(kmsapi.HeaderCorrelation, corr).do(t, "POST", path, x.body)
+			if x.code == "" {
+				r.into(t, &tok)
+			}
+			line := w.audit.last()
+			if (line.CorrelationID == corr) != x.line || r.header.Get(kmsapi.HeaderCorrelation) != corr {
+				t.Errorf("%s: answer %v, line %+v", corr, r.header, line)
+			}
+			at := map[string]string{"http.route": path, "http.response.status_code": x.status, "error.type": x.code}
+			if x.line {
+				at["kmsctl.principal"] = line.Principal
+			}
+			want[corr] = at
+		}
+	}
+	if err := tracer.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range got.spans {
+		at := attributes(s)
+		for name, v := range want[at["kmsctl.correlation_id"]] {
+			if at[name] != v {
+				t.Errorf("%s: %s is %q, want %q", at["kmsctl.correlation_id"], name, at[name], v)
+			}
+		}
+		delete(want, at["kmsctl.correlation_id"])
+	}
+	if len(want) != 0 {
+		t.Errorf("no span of %v", want)
+	}
+	for _, secret := range []string{w.admin, tok.AccessToken, "kms_not-a-key"} {
+		if strings.Contains(string(got.raw), secret) {
+			t.Errorf("the spans hold %q", secret)
+		}
+	}
+}
+
 // TestCollectorAway: without a collector the service works on.
 func TestCollectorAway(t *testing.T) {
 	c := httptest.NewServer(http.NotFoundHandler())
