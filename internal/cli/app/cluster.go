@@ -28,6 +28,16 @@ type KubeFlags struct {
 	Release    string
 }
 
+// ClearCommand is what clears the release: a value in a file alone never does.
+func (f *KubeFlags) ClearCommand() string {
+	return fmt.Sprintf("`kmsctl hsm clear --in-cluster-service --release %s --release-namespace %s`", f.Release, f.Namespace)
+}
+
+// WarnClearData says that clear_data in the settings of a release clears nothing.
+func (a *App) WarnClearData(f KubeFlags) {
+	a.Warn("clear_data is in the settings, and a change of the release clears nothing: see what would go, and confirm it, with %s", f.ClearCommand())
+}
+
 // Add puts the flags into fs, but for --namespace, which HSMFlags has where a
 // command takes both.
 func (f *KubeFlags) Add(fs *pflag.FlagSet) {

@@ -106,7 +106,7 @@ func (o *changeOptions) read(base map[string]any) (inputs, error) {
 	var err error
 	if o.hsm.ClearData {
 		return in, fault.Usagef("--clear-data: a change of the release clears nothing").
-			WithHint("clear the running release with %s, then change it without --clear-data", o.clearCommand())
+			WithHint("clear the running release with %s, then change it without --clear-data", o.kube.ClearCommand())
 	}
 	if in.hsm, err = o.overrides(base); err != nil {
 		return in, err
@@ -115,7 +115,7 @@ func (o *changeOptions) read(base map[string]any) (inputs, error) {
 		return in, err
 	}
 	if in.hsm.HSM.ClearData {
-		o.Warn("clear_data is in the settings, and a change of the release clears nothing: see what would go, and confirm it, with %s", o.clearCommand())
+		o.WarnClearData(o.kube)
 	}
 	in.values = in.hsm.Helm()
 	o.rel.Beat(in.values)
@@ -126,11 +126,6 @@ func (o *changeOptions) read(base map[string]any) (inputs, error) {
 		o.Warn("%s", w)
 	}
 	return in, nil
-}
-
-// clearCommand is what clears the release: a value in a file alone never does.
-func (o *changeOptions) clearCommand() string {
-	return fmt.Sprintf("`kmsctl hsm clear --in-cluster-service --release %s --release-namespace %s`", o.kube.Release, o.kube.Namespace)
 }
 
 // overrides reads --values and lets the flags beat it; afterwards the flags

@@ -74,6 +74,9 @@ func (o *options) prepare() (prepared, error) {
 	for _, w := range append(p.overrides.Warnings, p.secret.Warnings...) {
 		o.Warn("%s", w)
 	}
+	if p.overrides.HSM.ClearData {
+		o.WarnClearData(o.kube)
+	}
 	p.values = p.overrides.Helm()
 	o.rel.Beat(p.values)
 	p.job = o.rel.Job(o.kube, p.values, &p.secret)
