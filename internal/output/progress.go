@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/vbauerster/cupwriter"
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
 	"golang.org/x/term"
@@ -20,7 +21,8 @@ type Progress struct {
 	w     io.Writer
 	quiet bool
 	bars  *mpb.Progress // nil: no terminal, or nothing is on its way yet
-	moves bool          // w is a terminal that can move its cursor
+	below *cupwriter.Writer
+	moves bool // w is a terminal that can move its cursor
 }
 
 // NewProgress prints to w unless quiet.
@@ -53,7 +55,8 @@ func (p *Progress) Begin(name string, size int64) *Bar {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.bars == nil {
-		p.bars = mpb.New(mpb.WithOutput(p.w), mpb.WithWidth(30))
+		p.below = cupwriter.New(p.w, false)
+		p.bars = mpb.New(mpb.WithConsoleWriter(p.below), mpb.WithWidth(30))
 	}
 	const nameWidth = 44
 	bar := p.bars.AddBar(0, // a bar that is made with a size ends by itself, before its End
@@ -78,11 +81,13 @@ func (p *Progress) Close() {
 		return
 	}
 	p.mu.Lock()
-	bars := p.bars
+	bars, below := p.bars, p.below
 	p.bars = nil
 	p.mu.Unlock()
 	if bars != nil {
 		bars.Shutdown()
+		// Lines that came after the last drawing of the bars would be lost.
+		_ = below.Flush(0) // as each line: nobody is told when the terminal is gone
 	}
 }
 

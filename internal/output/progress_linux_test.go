@@ -25,6 +25,7 @@ func TestMain(m *testing.M) {
 	p.Line("pushed", "org/other:1.0")
 	_, _ = os.Stdin.Read(make([]byte, 1)) // until the test has seen it
 	b.End()
+	p.Line("pushed", "org/last:1.0")
 	p.Close()
 	p.Line("pushed", "org/image:1.0")
 	os.Exit(0)
@@ -40,6 +41,7 @@ func TestProgressOnATerminal(t *testing.T) {
 	p.Expect("1.0 MiB / 4.0 MiB")
 	p.Expect("25 %")
 	p.Type("\r")
+	p.Expect("pushed     org/last:1.0")
 	p.Expect("pushed     org/image:1.0")
 	if code := p.Wait(); code != 0 {
 		t.Errorf("exit %d\n%s", code, p.Screen())
@@ -49,7 +51,7 @@ func TestProgressOnATerminal(t *testing.T) {
 // TestProgressElsewhere writes lines alone into what is no terminal, and
 // nothing at all when quiet or on a terminal that cannot move.
 func TestProgressElsewhere(t *testing.T) {
-	const lines = "pushed     org/other:1.0\npushed     org/image:1.0\n"
+	const lines = "pushed     org/other:1.0\npushed     org/last:1.0\npushed     org/image:1.0\n"
 	for how, want := range map[string]string{"yes": lines, "quiet": ""} {
 		cmd := exec.Command(os.Args[0])
 		cmd.Env = append(os.Environ(), "OUTPUT_TEST_BAR="+how)
