@@ -8,11 +8,16 @@ import (
 	"github.com/kmsctl/kmsctl/internal/file"
 )
 
-func TestWrite(t *testing.T) {
+func TestWrite(t *testing.T) { testWrite(t, file.Write) }
+
+func TestWriteSoon(t *testing.T) { testWrite(t, file.WriteSoon) }
+
+func testWrite(t *testing.T, write func(string, []byte, os.FileMode) error) {
+	t.Helper()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "f")
 	for _, text := range []string{"first", "second, over the first"} {
-		if err := file.Write(path, []byte(text), 0o640); err != nil {
+		if err := write(path, []byte(text), 0o640); err != nil {
 			t.Fatal(err)
 		}
 		b, err := os.ReadFile(path)
@@ -27,14 +32,14 @@ func TestWrite(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "d"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := file.Write(filepath.Join(dir, "d"), nil, 0o600); err == nil {
+	if err := write(filepath.Join(dir, "d"), nil, 0o600); err == nil {
 		t.Error("wrote over a folder")
 	}
 	left, err := os.ReadDir(dir)
 	if err != nil || len(left) != 2 {
 		t.Errorf("%v, %v", left, err)
 	}
-	if err := file.Write(filepath.Join(dir, "absent", "f"), nil, 0o600); !os.IsNotExist(err) {
+	if err := write(filepath.Join(dir, "absent", "f"), nil, 0o600); !os.IsNotExist(err) {
 		t.Errorf("%v", err)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/kmsctl/kmsctl/internal/file"
 	"github.com/kmsctl/kmsctl/internal/push"
 )
 
@@ -32,7 +33,8 @@ func CacheDir(getenv func(string) string) string {
 }
 
 // kept is a small table in a file that is safe to lose: what cannot be read is
-// empty, what cannot be written is not kept. A table that grows over most is
+// empty, what cannot be written is not kept. It is written after every chunk of
+// every upload, so that nobody waits for the disk. A table that grows over most is
 // begun anew. Two programs at once lose lines, no more.
 type kept[T any] struct {
 	path string
@@ -43,8 +45,8 @@ type kept[T any] struct {
 
 func openKept[T any](dir, name string, most int) *kept[T] {
 	k := &kept[T]{path: filepath.Join(dir, name), most: most, all: map[string]T{}}
-	if b, err := os.ReadFile(k.path); err == nil {
-		_ = json.Unmarshal(b, &k.all) // safe to lose
+	if b, err := os.ReadFile(k.path); err == nil && (json.Unmarshal(b, &k.all) != nil || k.all == nil) {
+		k.all = map[string]T{} // torn by a power cut, or another's: no half of it is believed
 	}
 	return k
 }
@@ -83,7 +85,7 @@ func (k *kept[T]) write() {
 	if err != nil || os.MkdirAll(filepath.Dir(k.path), 0o700) != nil {
 		return
 	}
-	_ = WriteFile(k.path, b, 0o600) // safe to lose
+	_ = file.WriteSoon(k.path, b, 0o600) // safe to lose
 }
 
 // Uploads keeps unfinished uploads between runs.
