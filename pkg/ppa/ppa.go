@@ -105,7 +105,7 @@ func ParseJSON(b []byte) (Manifest, error) {
 	}
 	m := Manifest{Revision: in.Revision}
 	for _, c := range in.Charts {
-		m.Charts = append(m.Charts, Chart{Archive: cleanPath(c.Archive), RepositoryKeys: c.Images, RegistryKeys: c.Registry})
+		m.Charts = append(m.Charts, Chart{Archive: cleanPath(c.Archive), RepositoryKeys: keys(c.Images), RegistryKeys: keys(c.Registry)})
 	}
 	for _, i := range in.Images {
 		name, tag := SplitRef(i.Image)
@@ -161,7 +161,7 @@ func ParseYAML(b []byte) (Manifest, error) {
 		m.Revision = fmt.Sprint(in.Revision)
 	}
 	for _, c := range in.Charts {
-		m.Charts = append(m.Charts, Chart{Archive: cleanPath(c.Archive), RepositoryKeys: c.RepositoryKeys, RegistryKeys: c.RegistryKeys, RWXKeys: c.RWXKeys})
+		m.Charts = append(m.Charts, Chart{Archive: cleanPath(c.Archive), RepositoryKeys: keys(c.RepositoryKeys), RegistryKeys: keys(c.RegistryKeys), RWXKeys: keys(c.RWXKeys)})
 	}
 	for _, i := range in.Images {
 		out := Image{Archive: cleanPath(i.Archive)}
@@ -266,6 +266,9 @@ func cleanPath(p string) string {
 func local(p string) bool {
 	return !path.IsAbs(p) && p != ".." && !strings.HasPrefix(p, "../") && p != "."
 }
+
+// keys are nil when there are none: an empty list says no more than none does.
+func keys(all []string) []string { return append([]string(nil), all...) }
 
 func orLatest(tag string) string { return first(tag, "latest") }
 
