@@ -108,34 +108,93 @@ func (p *Repack) foreign(ctx context.Context, a *archive.Archive) (b archive.Bui
 func (p *Repack) assemble(b *archive.Build, m ppa.Manifest, tars map[string]*archive.Images, layers map[string]map[string]archive.Blob) error {
 	out := m
 	out.Images = nil
+	var lists []ppa.Image // last, as they are when the archive is read again
+	done := map[string]bool{}
+	add := func(e ppa.Image, img archive.Image, member string) error {
+		n, err := newImage(e, img, layers[member])
+		if err != nil {
+			return err
+		}
+		e.Archive = p.member(e)
+		out.Images, done[e.Ref()] = append(out.Images, e), true
+		b.Members = appendImage(b.Members, e.Archive, n)
+		return nil
+	}
 	for _, e := range m.Images {
+		if l, member, ok := findList(e, tars); ok {
+			var imgs []archive.Image
+			if e, imgs = split(e, l, tars[member]); len(imgs) == 0 {
+				return fault.Newf(fault.BadContent, "repack list", e.Ref(), "it names no image that is in member %q", member)
+			}
+			lists = append(lists, e)
+			for n, r := range e.References {
+				if done[r.Ref()] {
+					return fault.Newf(fault.BadContent, "repack list", e.Ref(), "its image for %s would be called %q, as another is", r.Platform, r.Ref())
+				}
+				if err := add(ppa.Image{Name: r.Name, Tag: r.Tag}, imgs[n], member); err != nil {
+					return err
+				}
+			}
+			continue
+		}
 		refs := []ppa.Image{e}
-		if len(e.References) > 0 {
-			out.Images = append(out.Images, e)
+		if e.IsList() {
+			lists = append(lists, e)
 			refs = nil
 			for _, r := range e.References {
-				refs = append(refs, ppa.Image{Name: r.Name, Tag: r.Tag, Archive: e.Archive})
+				refs = append(refs, ppa.Image{Name: r.Name, Tag: r.Tag})
 			}
 		}
 		for _, r := range refs {
-			if slices.ContainsFunc(out.Images, func(o ppa.Image) bool { return o.Ref() == r.Ref() && o.Archive != "" }) {
+			if done[r.Ref()] {
 				continue
 			}
 			img, member, err := p.find(r, tars)
 			if err != nil {
 				return err
 			}
-			n, err := newImage(r, img, layers[member])
-			if err != nil {
+			if err := add(r, img, member); err != nil {
 				return err
 			}
-			r.Archive = p.member(r)
-			out.Images = append(out.Images, r)
-			b.Members = appendImage(b.Members, r.Archive, n)
 		}
 	}
+	out.Images = append(out.Images, lists...)
 	b.Manifest = out
 	return nil
+}
+
+// findList looks for a list in an OCI layout that the manifest means.
+func findList(e ppa.Image, tars map[string]*archive.Images) (archive.List, string, bool) {
+	got := tars[e.Archive]
+	if got == nil {
+		return archive.List{}, "", false
+	}
+	for _, l := range got.Lists {
+		if named(l.Refs, e.Ref()) || (len(got.Lists) == 1 && !slices.ContainsFunc(got.Images, func(i archive.Image) bool { return len(i.Refs) > 0 })) {
+			return l, e.Archive, true
+		}
+	}
+	return archive.List{}, "", false
+}
+
+// split makes of a list in one member what an archive of ours has: the list by
+// name alone, and each of its images under a name and in a member of its own.
+func split(e ppa.Image, l archive.List, from *archive.Images) (ppa.Image, []archive.Image) {
+	var imgs []archive.Image
+	e.Archive, e.References = "", nil
+	for _, i := range from.Images {
+		if i.Manifest != nil && slices.Contains(l.Manifests, archive.DigestOf(i.Manifest)) {
+			imgs = append(imgs, i)
+			e.References = append(e.References, ppa.Reference{Name: e.Name + "-" + i.Platform.Architecture, Tag: e.Tag, Platform: i.Platform})
+		}
+	}
+	return e, imgs
+}
+
+// named says whether one of an image's names is ref, a registry's name in
+// front or not.
+func named(refs []string, ref string) bool {
+	return slices.ContainsFunc(refs, func(r string) bool { return r == ref || strings.HasSuffix(r, "/"+ref) })
 }
 
 // member is the name of an image's member in the new archive.
@@ -163,7 +222,7 @@ func (p *Repack) find(e ppa.Image, tars map[string]*archive.Images) (archive.Ima
 			continue
 		}
 		for _, i := range tars[member].Images {
-			if (e.Archive == member && len(tars[member].Images) == 1) || slices.ContainsFunc(i.Refs, func(r string) bool { return r == e.Ref() || strings.HasSuffix(r, "/"+e.Ref()) }) {
+			if (e.Archive == member && len(tars[member].Images) == 1) || named(i.Refs, e.Ref()) {
 				return i, member, nil
 			}
 		}

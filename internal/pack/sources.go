@@ -116,7 +116,7 @@ func (s *Sources) readSpec() error {
 			}
 			s.Images = append(s.Images, ImageSource{r.Ref(), registryScheme + os.Expand(from, s.Getenv), r.Platform})
 		}
-		if i.References = taken; len(taken) > 0 && (len(taken) > 1 || taken[0].Ref() != i.Ref()) {
+		if i.Archive, i.References = "", taken; i.IsList() {
 			s.lists = append(s.lists, i)
 		}
 	}

@@ -20,10 +20,10 @@ func damagedBlob(digest string) error {
 func (l *load) lists(ctx context.Context, m ppa.Manifest) {
 	own := map[string]bool{}
 	for _, i := range m.Images {
-		own[i.Ref()] = i.Archive != ""
+		own[i.Ref()] = own[i.Ref()] || i.Archive != ""
 	}
 	for _, i := range m.Images {
-		if len(i.References) == 0 || own[i.Ref()] || ctx.Err() != nil {
+		if !i.IsList() || own[i.Ref()] || ctx.Err() != nil {
 			continue
 		}
 		repo := l.Repository(i.Name)

@@ -217,7 +217,16 @@ images:
 	lying[bytes.Index(lying, img[1].Layers[1])+2000] ^= 1
 	batch := Entry{Name: "images/all.tar.gz", Data: Gzip(DockerSave(img...))}
 	intoBatch := Entry{Name: "manifest.json", Data: []byte(strings.NewReplacer("images/one.tar.gz", batch.Name, "images/two.tar.gz", batch.Name).Replace(string(manifest.Data)))}
+	intoOne := Entry{Name: "manifest.json", Data: []byte(`{"images": [{"image": "org/one", "tag": "1.0", "archive": "images/one.tar.gz"}]}`)}
 	arches := []Image{{Ref: "org/multi-amd64:1.0", Arch: "amd64", Layers: img[0].Layers}, {Ref: "org/multi-ppc64le:1.0", Arch: "ppc64le", Layers: [][]byte{LayerTar(9, 5000)}}}
+	multi := Entry{Name: "manifest.yaml", Data: []byte(`images:
+- image: org/multi:1.0
+  references:
+  - {repository: "org/multi-amd64:1.0", pull_repository: "x/org/multi-amd64:1.0", platform: {os: linux, architecture: amd64}}
+  - {repository: "org/multi-ppc64le:1.0", platform: {arch: ppc64le}}
+`)}
+	multiA, multiB := Entry{Name: "images/a.tar.gz", Data: DockerSave(arches[0])}, Entry{Name: "images/b.tar.gz", Data: Gzip(DockerSave(arches[1]))}
+	members := Entry{Name: "manifest.json", Data: []byte(`{"images": [{"image": "org/multi-amd64", "tag": "1.0", "archive": "images/a.tar.gz"}, {"image": "org/multi-ppc64le", "tag": "1.0", "archive": "images/b.tar.gz"}]}`)}
 	return map[string][]byte{
 		"good":          good,
 		"big":           Gzip(Tar(manifest, chart, one, Entry{Name: two.Name, Data: DockerSave(Image{Ref: "org/two:1.0", Layers: [][]byte{img[0].Layers[0], LayerTar(5, 14<<20)}})})),
@@ -228,14 +237,17 @@ images:
 		"plain-tar":     Tar(manifest, chart, one, two),
 		"oci": Gzip(Tar(manifest, chart, Entry{Name: one.Name, Data: Gzip(OCILayout("", img[0]))},
 			Entry{Name: two.Name, Data: OCILayout("", img[1])})),
-		"multi-arch": Gzip(Tar(Entry{Name: "manifest.yaml", Data: []byte(`images:
-- image: org/multi:1.0
-  references:
-  - {repository: "org/multi-amd64:1.0", pull_repository: "x/org/multi-amd64:1.0", platform: {os: linux, architecture: amd64}}
-  - {repository: "org/multi-ppc64le:1.0", platform: {arch: ppc64le}}
-`)}, Entry{Name: "images/a.tar.gz", Data: DockerSave(arches[0])}, Entry{Name: "images/b.tar.gz", Data: Gzip(DockerSave(arches[1]))})),
+		"multi-arch": Gzip(Tar(multi, multiA, multiB)),
+		"two-parts":  Gzip(Tar(intoOne, chart, one, two, Entry{Name: "manifest.yaml", Data: []byte("images: [{image: 'org/one:1.0'}, {image: 'org/two:1.0', archive: images/two.tar.gz}]")})),
+		"list-last":  Gzip(Tar(members, multiA, multiB, multi)),
 		"oci-list": Gzip(Tar(Entry{Name: "manifest.json", Data: []byte(`{"images": [{"image": "org/multi", "tag": "1.0", "archive": "images/m.tar"}]}`)},
 			Entry{Name: "images/m.tar", Data: OCILayout("org/multi:1.0", arches...)})),
+		// Images that are their own only reference, and are called by their tars alone.
+		"spec-self": Gzip(Tar(Entry{Name: "manifest.yaml", Data: []byte(`images:
+- image: org/one:1.0
+  references:
+  - {repository: "org/one:1.0", pull-repository: "x/org/one:1.0", platform: {os: linux, architecture: amd64}}
+`)}, one)),
 		"sample-images-first": sampleImagesFirst(img),
 		"sample-chart-only":   sampleChartOnly(),
 		"sample-by-spec":      sampleBySpec(arches),

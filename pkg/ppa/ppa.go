@@ -57,6 +57,12 @@ type Image struct {
 // Ref is name:tag.
 func (i Image) Ref() string { return i.Name + ":" + i.Tag }
 
+// IsList says whether the image is a list of others. Many specs name an image
+// as its own only reference; that is no list, and neither is what has a member.
+func (i Image) IsList() bool {
+	return i.Archive == "" && (len(i.References) > 1 || (len(i.References) == 1 && i.References[0].Ref() != i.Ref()))
+}
+
 // Reference is one platform's image of a list.
 type Reference struct {
 	Name, Tag string
@@ -255,11 +261,15 @@ func SplitRef(ref string) (name, tag string) {
 // cleanPath is a path in the archive without ./ and without the file: of a
 // spec.
 func cleanPath(p string) string {
-	p = strings.TrimPrefix(strings.TrimSpace(p), "file:")
-	if p == "" {
-		return ""
+	for { // what cleaning leaves may begin so again
+		was := p
+		if p = strings.TrimSpace(strings.TrimPrefix(strings.TrimSpace(p), "file:")); p == "" {
+			return ""
+		}
+		if p = path.Clean(p); p == was {
+			return p
+		}
 	}
-	return path.Clean(p)
 }
 
 // local says whether a clean path stays inside.
@@ -281,13 +291,18 @@ func first(all ...string) string {
 	return ""
 }
 
-// JSON is the manifest.json: indented, one key a line, archive last.
+// JSON is the manifest.json: indented, one key a line, archive last. Lists are
+// not in it: its readers open the member of whatever it names, and a list has
+// none. Who makes lists reads them from the manifest.yaml.
 func (m Manifest) JSON() []byte {
 	out := jsonManifest{Revision: m.Revision, Charts: []jsonChart{}, Images: []jsonImage{}}
 	for _, c := range m.Charts {
 		out.Charts = append(out.Charts, jsonChart{Archive: c.Archive, Images: c.RepositoryKeys, Registry: c.RegistryKeys})
 	}
 	for _, i := range m.Images {
+		if i.IsList() {
+			continue
+		}
 		out.Images = append(out.Images, jsonImage{Image: i.Name, Tag: i.Tag, Archive: i.Archive})
 	}
 	var b bytes.Buffer

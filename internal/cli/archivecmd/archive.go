@@ -117,7 +117,7 @@ func describe(a *archive.Archive, c *archive.Content, verified bool) contents {
 		out.Members = append(out.Members, memberLine{m.Name, m.Size, m.Digest})
 	}
 	for _, i := range c.Manifest.Images {
-		if len(i.References) == 0 {
+		if !i.IsList() {
 			continue
 		}
 		l := listLine{Name: i.Ref(), Platforms: []string{}}
