@@ -8,6 +8,7 @@ import (
 	"hash"
 	"io"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 
@@ -41,6 +42,7 @@ type stream struct {
 	again    bool                 // this is a later pass
 	waiting  []func()             // images whose repository is not known yet
 	pending  sync.WaitGroup
+	held     []archive.ContentImage // what the members were found to hold
 	loaded   []markedImage
 	tap      hash.Hash
 	manifest map[string][]byte // the manifests' own bytes
@@ -88,25 +90,21 @@ func (s *stream) head(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	plan := planOf(m)
-	if len(plan) == 0 && len(m.Images) > 0 {
+	if unplaced(m) {
 		c, err := s.Archive.Inspect(ctx, s.Limits)
 		if err != nil {
 			return err
 		}
-		if m = c.Manifest; len(planOf(m)) == 0 {
-			if m, err = assign(m, c); err != nil {
-				return err
-			}
+		if m, err = assign(c.Manifest, c.Images); err != nil {
+			return err
 		}
-		plan = planOf(m)
 	}
-	s.take(m, plan)
+	s.take(m)
 	return nil
 }
 
-func (s *stream) take(m ppa.Manifest, plan map[string][]ppa.Image) {
-	s.m, s.plan, s.planned = m, plan, true
+func (s *stream) take(m ppa.Manifest) {
+	s.m, s.plan, s.planned = m, planOf(m), true
 	var repos []string
 	for _, i := range m.Images {
 		s.names = append(s.names, i.Name)
@@ -126,19 +124,52 @@ func planOf(m ppa.Manifest) map[string][]ppa.Image {
 	return plan
 }
 
-// assign finds the members of images for which a manifest.yaml alone names
-// none: by the names in the members' own tars.
-func assign(m ppa.Manifest, c *archive.Content) (ppa.Manifest, error) {
+// placed are the images whose members the manifest names.
+func placed(m ppa.Manifest) map[string]bool {
+	out := map[string]bool{}
+	for _, i := range m.Images {
+		out[i.Ref()] = out[i.Ref()] || i.Archive != ""
+	}
+	return out
+}
+
+// unplaced says whether the manifest leaves open which member holds an image,
+// as a manifest.yaml alone does.
+func unplaced(m ppa.Manifest) bool {
+	has := placed(m)
+	return slices.ContainsFunc(m.Images, func(i ppa.Image) bool {
+		if i.IsList() {
+			return !slices.ContainsFunc(i.References, func(r ppa.Reference) bool { return has[r.Ref()] })
+		}
+		return !has[i.Ref()]
+	})
+}
+
+// assign finds the members of images for which the manifest names none, by the
+// names in the members' own tars.
+func assign(m ppa.Manifest, members []archive.ContentImage) (ppa.Manifest, error) {
+	if !unplaced(m) {
+		return m, nil
+	}
 	var images []ppa.Image
 	var errs []error
+	has := placed(m)
 	for _, i := range m.Images {
+		if i.Archive != "" {
+			images = append(images, i)
+			continue
+		}
 		refs := []ppa.Reference{{Name: i.Name, Tag: i.Tag}}
 		if len(i.References) > 0 {
 			refs = i.References
 		}
 		n := 0
 		for _, r := range refs {
-			for _, held := range c.Images {
+			if has[r.Ref()] {
+				n++
+				continue
+			}
+			for _, held := range members {
 				if names(held.Refs, r.Ref()) || (r.PullRepository != "" && names(held.Refs, r.PullRepository)) {
 					images = append(images, ppa.Image{Name: r.Name, Tag: r.Tag, Archive: held.Member})
 					n++
@@ -149,7 +180,7 @@ func assign(m ppa.Manifest, c *archive.Content) (ppa.Manifest, error) {
 		if n == 0 {
 			errs = append(errs, fmt.Errorf("image %q is in no member", i.Ref()))
 		}
-		if len(i.References) > 0 {
+		if i.IsList() {
 			images = append(images, i)
 		}
 	}
@@ -215,10 +246,16 @@ func (s *stream) imageMember(name string, size int64, r io.Reader, wanted map[st
 		if err != nil {
 			return err
 		}
-		s.take(m, planOf(m))
+		if !unplaced(m) {
+			s.take(m)
+		}
 	}
 	if !s.planned && s.Staging == "" {
-		return fault.Usagef("standard input has the images before the manifest, so that nobody knows yet where they go").
+		why := "standard input has the images before the manifest"
+		if s.found.Any() {
+			why = "standard input has a manifest that does not say which images stand in which members"
+		}
+		return fault.Usagef("%s, so that nobody knows yet where they go", why).
 			WithHint("give the archive as a file, or --spool-dir to keep it on disk for a while, or --staging-repository to send the layers there first")
 	}
 	entries := s.plan[name]
@@ -243,6 +280,9 @@ func (s *stream) imageMember(name string, size int64, r io.Reader, wanted map[st
 	if err != nil {
 		bar.End()
 		return err
+	}
+	for _, i := range got.Images {
+		s.held = append(s.held, archive.ContentImage{Image: i, Member: name})
 	}
 	s.pending.Go(func() {
 		run.wait()
@@ -276,11 +316,15 @@ func (s *stream) finish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if !s.planned {
-		s.take(m, planOf(m))
-	} else if d := disagree(s.m, m); d != nil {
-		return d
+	if m, err = assign(m, s.held); err != nil {
+		return err
 	}
+	if s.planned {
+		if err := disagree(s.m, m); err != nil {
+			return err
+		}
+	}
+	s.take(m) // the second manifest may stand behind the images: it has the lists, and more keys of the charts
 	s.ctx, s.cancel = context.WithCancelCause(ctx)
 	defer s.cancel(nil)
 	for _, f := range s.waiting {
@@ -309,7 +353,12 @@ func (s *stream) finish(ctx context.Context) error {
 // disagree compares the manifest that the load went by with what the whole
 // archive says.
 func disagree(was, is ppa.Manifest) error {
+	had := placed(was)
 	for _, i := range is.Images {
+		if i.Archive != "" && !had[i.Ref()] {
+			return fault.Newf(fault.BadContent, "read archive", "", "its manifests disagree: image %q stands in the one behind the images alone", i.Ref()).
+				WithHint("load what `kmsctl archive repack` makes of it, which has both in front")
+		}
 		for _, w := range was.Images {
 			if w.Ref() == i.Ref() && i.Archive != "" && w.Archive != "" && w.Archive != i.Archive {
 				return fault.Newf(fault.BadContent, "read archive", "", "its manifests disagree: image %q stands in %q and in %q", i.Ref(), w.Archive, i.Archive)

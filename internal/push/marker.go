@@ -108,7 +108,7 @@ func (s *stream) marked(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, nil //nolint:nilerr // then the archive is read
 	}
-	s.take(manifest, planOf(manifest))
+	s.take(manifest)
 	for _, o := range objects {
 		s.done(o, nil)
 	}
@@ -131,7 +131,7 @@ func (m *marker) manifest() (ppa.Manifest, error) {
 		}
 	}
 	out, err := found.Merged()
-	if err == nil && len(planOf(out)) == 0 {
+	if err == nil && unplaced(out) {
 		err = fmt.Errorf("the manifest names no members")
 	}
 	return out, err

@@ -286,22 +286,52 @@ func TestStandardInput(t *testing.T) {
 			s.holds(t, "org/two:1.0", want[1])
 		})
 	}
-	t.Run("manifest-last", func(t *testing.T) {
-		t.Parallel()
-		s := newSite(t)
-		_, err := s.load(t, testkit.Archives()["manifest-last"], true)
-		if fault.KindOf(err) != fault.Usage || !strings.Contains(fault.HintOf(err), "--staging-repository") {
-			t.Errorf("got %v, hint %q", err, fault.HintOf(err))
+	for _, name := range []string{"manifest-last", "spec-only", "sample-images-first"} { // nobody knows where the first image goes
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t)
+			_, err := s.load(t, testkit.Archives()[name], true)
+			if fault.KindOf(err) != fault.Usage || !strings.Contains(fault.HintOf(err), "--staging-repository") {
+				t.Errorf("got %v, hint %q", err, fault.HintOf(err))
+			}
+			if repos, err := remote.Catalog(t.Context(), s.ref(t, "x").Context().Registry); err != nil || len(repos) > 0 {
+				t.Errorf("something was sent: %q, %v", repos, err)
+			}
+			if _, err := s.load(t, testkit.Archives()[name], true, func(o *push.Options) { o.Staging = "site/staging" }); err != nil {
+				t.Fatal(err)
+			}
+			s.holds(t, "org/one:1.0", want[0])
+			s.holds(t, "org/two:1.0", want[1])
+		})
+	}
+}
+
+// TestTwoParts: what only the manifest behind the images names is said, not
+// left out; packed again, all is loaded.
+func TestTwoParts(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	_, err := s.load(t, testkit.Archives()["two-parts"], false)
+	if fault.KindOf(err) != fault.BadContent || !strings.Contains(err.Error(), `"org/two:1.0"`) || !strings.Contains(fault.HintOf(err), "archive repack") {
+		t.Errorf("got %v, hint %q", err, fault.HintOf(err))
+	}
+}
+
+// TestOwnReference: an image that a spec names as its own only reference is an
+// image, and no list of one.
+func TestOwnReference(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	for _, want := range []string{push.Pushed, push.Present} {
+		r, err := s.load(t, testkit.Archives()["spec-self"], false)
+		if err != nil || len(r.Objects) != 1 || r.Objects[0].Kind != "image" || r.Objects[0].Status != want {
+			t.Errorf("%+v, %v", r.Objects, err)
 		}
-		if repos, err := remote.Catalog(t.Context(), s.ref(t, "x").Context().Registry); err != nil || len(repos) > 0 {
-			t.Errorf("something was sent: %q, %v", repos, err)
-		}
-		if _, err := s.load(t, testkit.Archives()["manifest-last"], true, func(o *push.Options) { o.Staging = "site/staging" }); err != nil {
-			t.Fatal(err)
-		}
-		s.holds(t, "org/one:1.0", want[0])
-		s.holds(t, "org/two:1.0", want[1])
-	})
+	}
+	s.holds(t, "org/one:1.0", testkit.Images()[0])
+	if d, err := remote.Head(s.ref(t, "org/one:1.0")); err != nil || !d.MediaType.IsImage() {
+		t.Errorf("%+v, %v", d, err)
+	}
 }
 
 // TestOursIsTheSameBothWays: an archive of ours gives the same manifests by
@@ -320,9 +350,9 @@ func TestOursIsTheSameBothWays(t *testing.T) {
 
 func TestMultiArchitecture(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"multi-arch", "oci-list"} {
+	for name, stdin := range map[string]bool{"multi-arch": false, "oci-list": false, "list-last": true} {
 		s := newSite(t)
-		if _, err := s.load(t, testkit.Archives()[name], false); err != nil {
+		if _, err := s.load(t, testkit.Archives()[name], stdin); err != nil {
 			t.Fatal(name, err)
 		}
 		x, err := remote.Index(s.ref(t, "org/multi:1.0"))
