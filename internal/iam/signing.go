@@ -200,13 +200,15 @@ func (s *Service) RotateSigningKey(ctx context.Context, who Principal, now bool)
 		return SigningKey{}, err
 	}
 	for _, k := range all {
-		ch, err := s.retire(ctx, k, at, now)
-		if err != nil {
-			return SigningKey{}, err
+		var ch []record.Change
+		if ch, err = s.retire(ctx, k, at, now); err != nil {
+			break
 		}
 		changes = append(changes, ch...)
 	}
-	err = s.store.Commit(ctx, changes...)
+	if err == nil {
+		err = s.store.Commit(ctx, changes...)
+	}
 	if errors.Is(err, record.ErrConflict) {
 		return SigningKey{}, fault.Newf(fault.Conflict, "rotate", "the signing key", "somebody else did at this moment").WithHint("see: kmsctl iam signing-key list")
 	}
@@ -219,8 +221,13 @@ func (s *Service) RotateSigningKey(ctx context.Context, who Principal, now bool)
 func (s *Service) retire(ctx context.Context, k SigningKey, at time.Time, now bool) ([]record.Change, error) {
 	var have SigningKey
 	rev, err := s.store.Get(ctx, signingKeys+k.ID, &have)
-	if err != nil && (!errors.Is(err, record.ErrNotFound) || k.ID != s.keys.first.ID) {
+	absent := errors.Is(err, record.ErrNotFound)
+	if err != nil && !absent {
 		return nil, err
+	}
+	// Changed since the keys were listed: then there is a newer one too.
+	if absent && k.ID != s.keys.first.ID || (have.RetiredAt == nil) != (k.RetiredAt == nil) {
+		return nil, record.ErrConflict
 	}
 	long := k.RetiredAt != nil && !k.good(at.Add(-24*time.Hour))
 	switch {
