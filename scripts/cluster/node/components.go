@@ -190,9 +190,9 @@ func (c *cluster) startKubelet() {
 }
 
 // addVolumes makes folders of the work folder claimable, by a default storage
-// class: enough for several releases.
+// class: enough for all releases of a run, since none is claimed twice.
 func (c *cluster) addVolumes() {
-	for i := range 24 {
+	for i := range 96 {
 		c.vars["volume"] = strconv.Itoa(i + 1)
 		folder := filepath.Join(c.dir, "volumes", c.vars["volume"])
 		check(os.MkdirAll(folder, 0o755), "make %s", folder)
