@@ -245,23 +245,34 @@ func (s *Store) watch(ctx context.Context) {
 	}
 }
 
-// heartbeat is how often the watch is asked for a sign of life.
-const heartbeat = 250 * time.Millisecond
+const (
+	// heartbeat is how often the watch is asked for a sign of life.
+	heartbeat = 250 * time.Millisecond
+	// silence is when it is begun anew: etcd's client takes a broken one up
+	// at the next revision by itself, and that one says nothing until somebody
+	// writes, which a server with a stale view does not.
+	silence = 6 * heartbeat
+)
 
 func (s *Store) follow(ctx context.Context, ch clientv3.WatchChan) (compacted bool) {
 	tick := time.NewTicker(heartbeat)
 	defer tick.Stop()
+	heard := time.Now()
 	for {
 		select {
 		case <-ctx.Done():
 			return false
 		case <-tick.C:
+			if time.Since(heard) > silence {
+				return false
+			}
 			_ = s.c.RequestProgress(clientv3.WithRequireLeader(ctx)) // its failure shows as silence
 		case res, ok := <-ch:
 			if !ok || res.Err() != nil {
 				return ok && errors.Is(res.Err(), rpctypes.ErrCompacted)
 			}
 			s.apply(res)
+			heard = time.Now()
 		}
 	}
 }

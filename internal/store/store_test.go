@@ -345,3 +345,31 @@ func TestVersionGrowsWithAFolder(t *testing.T) {
 		t.Error("a fresh view does not know that the folder was used")
 	}
 }
+
+// TestTheViewIsFreshAgainWithoutAWrite: a store that went away and came back
+// serves by itself. Whoever waits for a fresh view writes nothing meanwhile.
+func TestTheViewIsFreshAgainWithoutAWrite(t *testing.T) {
+	file, dir := certs(t), t.TempDir()
+	at := "https://127.0.0.1:" + freePort(t)
+	config := store.ServerConfig{Name: "s0", Dir: dir, ListenClient: at, AdvertiseHost: "127.0.0.1", CertFile: file("server.crt"), KeyFile: file("server.key"), CAFile: file("ca.crt")}
+	m := begin(t, config)[0]
+	s := open(t, dial(t, []string{at}, file))
+	if err := s.Commit(t.Context(), record.Change{Path: "x", Value: thing{1}}); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		m.Close()
+		await(t, "a stale view", func() bool { return s.Lag() > time.Second })
+		m = begin(t, config)[0]
+		await(t, "a fresh view", func() bool { return s.Lag() < time.Second })
+	}
+}
+
+func await(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for until := time.Now().Add(time.Minute); !is(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatalf("not seen: %s", what)
+		}
+	}
+}
