@@ -54,17 +54,23 @@ func attributes(s *tracepb.Span) map[string]string {
 	return out
 }
 
-// TestTraces: a request's span says what the audit line says, is joined with
-// it by the correlation id and with the caller's trace, and holds no secret.
-func TestTraces(t *testing.T) {
+// tracedWorld is a world whose spans are collected once the tracer is closed.
+func tracedWorld(t *testing.T) (*world, *trace.Tracer, *collected) {
+	t.Helper()
 	got := &collected{}
 	c := httptest.NewServer(got)
-	defer c.Close()
+	t.Cleanup(c.Close)
 	tracer, err := trace.Open(t.Context(), c.URL, "1", slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := newWorldWith(t, server.Limits{}, func(c *server.Config) { c.Trace = tracer })
+	return newWorldWith(t, server.Limits{}, func(c *server.Config) { c.Trace = tracer }), tracer, got
+}
+
+// TestTraces: a request's span says what the audit line says, is joined with
+// it by the correlation id and with the caller's trace, and holds no secret.
+func TestTraces(t *testing.T) {
+	w, tracer, got := tracedWorld(t)
 	root := w.root(t, "shop")
 	const plain, aad = "a secret that nobody shall read!", "additional data, private too"
 	text := base64.StdEncoding.EncodeToString([]byte(plain))
@@ -121,14 +127,7 @@ func TestTraces(t *testing.T) {
 // TestTokenTraces: each form of the token endpoint has a span, joined with the
 // audit line by the correlation id, which holds neither key nor token.
 func TestTokenTraces(t *testing.T) {
-	got := &collected{}
-	c := httptest.NewServer(got)
-	defer c.Close()
-	tracer, err := trace.Open(t.Context(), c.URL, "1", slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	w := newWorldWith(t, server.Limits{}, func(c *server.Config) { c.Trace = tracer })
+	w, tracer, got := tracedWorld(t)
 	form := client{w: w}.with("Content-Type", "application/x-www-form-urlencoded")
 	const grant = "grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey="
 	var tok kmsapi.Token
