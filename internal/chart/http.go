@@ -57,6 +57,21 @@ func (h *HTTP) do(ctx context.Context, method, u, contentType string, body []byt
 	return status, nil, h.refused(method, status, answer)
 }
 
+// Get reads a file of the repository, or one that its index names elsewhere,
+// where nobody learns who asks.
+func (h *HTTP) Get(ctx context.Context, u string) ([]byte, error) {
+	at, err := url.Parse(u)
+	if err != nil {
+		return nil, fault.New(fault.BadContent, "read chart repository", h.URL, fmt.Errorf("its index names no URL: %w", err))
+	}
+	from := h
+	if own, err := url.Parse(h.URL); err != nil || own.Host != at.Host || own.Scheme != at.Scheme {
+		from = &HTTP{URL: u, Client: h.Client}
+	}
+	_, b, err := from.do(ctx, http.MethodGet, u, "", nil, 200)
+	return b, err
+}
+
 func (h *HTTP) once(ctx context.Context, method, u, contentType string, body []byte) (int, []byte, error) {
 	req, err := http.NewRequestWithContext(ctx, method, u, bytes.NewReader(body))
 	if err != nil {
@@ -94,7 +109,11 @@ func (h *HTTP) refused(method string, status int, answer []byte) error {
 	case status == http.StatusTooManyRequests, status >= 500:
 		kind, hint = fault.Unreachable, "the chart repository is not well; try again later"
 	}
-	return fault.New(kind, "put chart into", h.URL, errors.New(text)).WithHint("%s", hint)
+	op := "put chart into"
+	if method == http.MethodGet {
+		op = "read chart repository"
+	}
+	return fault.New(kind, op, h.URL, errors.New(text)).WithHint("%s", hint)
 }
 
 // has asks the repository's index for a package of that digest.

@@ -633,6 +633,34 @@ func (b reading) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Tags gives the tags of a repository, none when it is not there.
+func (r *Registry) Tags(ctx context.Context, repo string) ([]string, error) {
+	var all []string
+	const most = 1000 // pages: a registry that goes round in a circle ends too
+	next := "/v2/" + repo + "/tags/list?n=1000"
+	for range most {
+		resp, err := r.do(ctx, request{method: http.MethodGet, url: next, repo: repo, want: []int{200, 404}})
+		if err != nil {
+			return nil, err
+		}
+		var page struct{ Tags []string }
+		if resp.StatusCode == http.StatusOK {
+			err = json.NewDecoder(io.LimitReader(resp.Body, 8<<20)).Decode(&page)
+		}
+		drain(resp)
+		if err != nil {
+			return nil, fault.New(fault.BadContent, "read the tags of", r.opts.Host+"/"+repo, err)
+		}
+		all = append(all, page.Tags...)
+		link, rel, _ := strings.Cut(resp.Header.Get("Link"), ">")
+		if !strings.HasPrefix(link, "<") || !strings.Contains(rel, `rel="next"`) {
+			break
+		}
+		next = link[1:]
+	}
+	return all, nil
+}
+
 // HasTags says whether a repository is there and has a tag.
 func (r *Registry) HasTags(ctx context.Context, repo string) (bool, error) {
 	resp, err := r.do(ctx, request{method: http.MethodGet, path: "/v2/" + repo + "/tags/list", query: url.Values{"n": {"1"}}, repo: repo, want: []int{200, 404}})

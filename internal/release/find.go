@@ -2,37 +2,40 @@ package release
 
 import (
 	"bytes"
-	"crypto/tls"
-	"crypto/x509"
+	"context"
+	"encoding/json"
 	"errors"
-	"io"
 	"io/fs"
-	"net"
-	"net/http"
-	"net/netip"
 	"os"
 	"path"
 	"path/filepath"
 	"slices"
 	"strings"
 
+	"helm.sh/helm/v3/pkg/chart"
 	"helm.sh/helm/v3/pkg/chart/loader"
-	"helm.sh/helm/v3/pkg/cli"
-	"helm.sh/helm/v3/pkg/getter"
 	"helm.sh/helm/v3/pkg/registry"
 	"helm.sh/helm/v3/pkg/repo"
+	"sigs.k8s.io/yaml"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
 )
 
-// Source is a chart repository, and how to be let in.
+// Source is a chart repository, and how to reach it.
 type Source struct {
-	// Repo is a folder with index.yaml, oci://HOST/PATH, an http(s) URL, or a
-	// name in Helm's own repositories.yaml.
-	Repo                      string
-	CAFile, CertFile, KeyFile string
-	User, Password            string
-	Insecure                  bool // plain HTTP for oci://, no check of certificates for https://
+	// Repo is a folder with index.yaml, oci://HOST/PATH, or an http(s) URL.
+	Repo string
+	// Get reads a URL of a repository behind HTTP.
+	Get func(ctx context.Context, url string) ([]byte, error)
+	// Registry is the one of a repository behind oci://.
+	Registry Registry
+}
+
+// Registry is what reading a chart needs of an image registry.
+type Registry interface {
+	Tags(ctx context.Context, repo string) ([]string, error)
+	Manifest(ctx context.Context, repo, ref string) (mediaType string, body []byte, ok bool, err error)
+	ReadBlob(ctx context.Context, repo, digest string, limit int64) ([]byte, error)
 }
 
 // LoadFS loads a chart from a file system with Chart.yaml at its root.
@@ -77,18 +80,28 @@ func LoadBytes(name string, b []byte) (*Chart, error) {
 	return &Chart{c}, nil
 }
 
+// IsOCI says whether a repository stands in an image registry, and on which
+// host.
+func IsOCI(repo string) (host string, ok bool) {
+	ref, ok := strings.CutPrefix(repo, registry.OCIScheme+"://")
+	host, _, _ = strings.Cut(ref, "/")
+	return host, ok
+}
+
+// IsWeb says whether a repository stands behind HTTP.
+func IsWeb(repo string) bool {
+	return strings.HasPrefix(repo, "https://") || strings.HasPrefix(repo, "http://")
+}
+
 // Find gets a chart from a repository; version "" means the newest.
-func Find(s Source, name, version string) (*Chart, error) {
-	switch {
-	case registry.IsOCI(s.Repo):
-		return s.oci(name, version)
-	case strings.HasPrefix(s.Repo, "https://"), strings.HasPrefix(s.Repo, "http://"):
-		return s.web(name, version)
+func Find(ctx context.Context, s Source, name, version string) (*Chart, error) {
+	if _, ok := IsOCI(s.Repo); ok {
+		return s.oci(ctx, name, version)
 	}
-	if _, err := os.Stat(filepath.Join(s.Repo, "index.yaml")); err == nil {
-		return s.folder(name, version)
+	if IsWeb(s.Repo) {
+		return s.web(ctx, name, version)
 	}
-	return s.named(name, version)
+	return s.folder(name, version)
 }
 
 func (s Source) notFound(name, version string, err error) error {
@@ -96,162 +109,123 @@ func (s Source) notFound(name, version string, err error) error {
 		WithHint("load it with `kmsctl load ARCHIVE --repo %s`, or name another --version", s.Repo)
 }
 
+// pick finds the file of a version in an index.
+func (s Source) pick(index *repo.IndexFile, name, version string) (string, error) {
+	entry, err := index.Get(name, version)
+	if err != nil {
+		return "", s.notFound(name, version, err)
+	}
+	if len(entry.URLs) == 0 {
+		return "", s.notFound(name, version, errors.New("the index has no file for it"))
+	}
+	return entry.URLs[0], nil
+}
+
 func (s Source) folder(name, version string) (*Chart, error) {
 	index, err := repo.LoadIndexFile(filepath.Join(s.Repo, "index.yaml"))
 	if err != nil {
 		return nil, fault.New(fault.BadContent, "read", filepath.Join(s.Repo, "index.yaml"), err)
 	}
-	entry, err := index.Get(name, version)
+	file, err := s.pick(index, name, version)
 	if err != nil {
-		return nil, s.notFound(name, version, err)
+		return nil, err
 	}
-	if len(entry.URLs) == 0 {
-		return nil, s.notFound(name, version, errors.New("the index has no file for it"))
-	}
-	file := entry.URLs[0]
 	if strings.Contains(file, "://") {
 		file = path.Base(file) // the folder is served elsewhere by that URL; the file lies here
 	}
 	return LoadFile(filepath.Join(s.Repo, filepath.FromSlash(file)))
 }
 
-// named looks the repository up where `helm repo add` and `kmsctl repo add`
-// keep it.
-func (s Source) named(name, version string) (*Chart, error) {
-	settings := cli.New()
-	file, err := repo.LoadFile(settings.RepositoryConfig)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fault.New(fault.BadContent, "read", settings.RepositoryConfig, err)
-	}
-	var entry *repo.Entry
-	if file != nil {
-		entry = file.Get(s.Repo)
-	}
-	if entry == nil {
-		return nil, fault.Newf(fault.NotFound, "find chart repository", s.Repo, "it is neither a folder with index.yaml nor a name in %s", settings.RepositoryConfig).
-			WithHint("add it with `kmsctl repo add %s URL`", s.Repo)
-	}
-	t := Source{Repo: entry.URL, CAFile: first(s.CAFile, entry.CAFile), CertFile: first(s.CertFile, entry.CertFile), KeyFile: first(s.KeyFile, entry.KeyFile),
-		User: first(s.User, entry.Username), Password: first(s.Password, entry.Password), Insecure: s.Insecure || entry.InsecureSkipTLSverify}
-	if registry.IsOCI(t.Repo) {
-		return t.oci(name, version)
-	}
-	return t.web(name, version)
-}
-
-func first(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
-}
-
-func (s Source) web(name, version string) (*Chart, error) {
-	getters := getter.All(cli.New())
-	url, err := repo.FindChartInAuthAndTLSAndPassRepoURL(s.Repo, s.User, s.Password, name, version, s.CertFile, s.KeyFile, s.CAFile, s.Insecure, false, getters)
-	if err != nil {
-		if strings.Contains(err.Error(), "not found in") {
-			return nil, s.notFound(name, version, err)
-		}
-		return nil, s.webFault(err)
-	}
-	g, err := getters.ByScheme("https")
+func (s Source) web(ctx context.Context, name, version string) (*Chart, error) {
+	b, err := s.Get(ctx, strings.TrimSuffix(s.Repo, "/")+"/index.yaml")
 	if err != nil {
 		return nil, err
 	}
-	b, err := g.Get(url, getter.WithURL(s.Repo), getter.WithBasicAuth(s.User, s.Password), getter.WithTLSClientConfig(s.CertFile, s.KeyFile, s.CAFile),
-		getter.WithInsecureSkipVerifyTLS(s.Insecure))
-	if err != nil {
-		return nil, s.webFault(err)
+	index := &repo.IndexFile{}
+	if err := yaml.Unmarshal(b, index); err != nil || index.APIVersion == "" {
+		return nil, fault.New(fault.BadContent, "read chart repository", s.Repo, errors.Join(errors.New("its index.yaml is no index of charts"), err)).WithHint("check the URL of --repo")
 	}
-	return LoadBytes(url, b.Bytes())
-}
-
-func (s Source) webFault(err error) error {
-	kind := fault.Unreachable
-	if strings.Contains(err.Error(), "401") || strings.Contains(err.Error(), "403") {
-		kind = fault.Denied
+	for chart, all := range index.Entries { // as Helm does with what is half an entry
+		index.Entries[chart] = slices.DeleteFunc(all, func(v *repo.ChartVersion) bool { return v == nil || v.Metadata == nil })
 	}
-	return fault.New(kind, "read chart repository", s.Repo, err).WithHint("check --repo, --repo-ca-file and the client certificate or user")
-}
-
-func (s Source) oci(name, version string) (*Chart, error) {
-	ref := strings.TrimSuffix(strings.TrimPrefix(s.Repo, registry.OCIScheme+"://"), "/")
-	if path.Base(ref) != name {
-		ref += "/" + name
-	}
-	c, err := s.registryClient(ref)
+	index.SortEntries()
+	file, err := s.pick(index, name, version)
 	if err != nil {
 		return nil, err
+	}
+	u, err := repo.ResolveReferenceURL(s.Repo, file)
+	if err != nil {
+		return nil, fault.New(fault.BadContent, "read chart repository", s.Repo, err)
+	}
+	if b, err = s.Get(ctx, u); err != nil {
+		return nil, err
+	}
+	return LoadBytes(u, b)
+}
+
+// maxChart bounds a chart that is held in memory.
+const maxChart = 64 << 20
+
+func (s Source) oci(ctx context.Context, name, version string) (*Chart, error) {
+	host, _ := IsOCI(s.Repo)
+	at := strings.Trim(strings.TrimPrefix(s.Repo, registry.OCIScheme+"://"+host), "/")
+	if path.Base(at) != name {
+		at = strings.TrimPrefix(at+"/"+name, "/")
 	}
 	if version == "" {
-		tags, err := c.Tags(ref)
-		if err != nil {
-			return nil, s.ociFault(name, version, err)
+		var err error
+		if version, err = s.newest(ctx, at, name); err != nil {
+			return nil, err
 		}
-		if len(tags) == 0 {
-			return nil, s.notFound(name, version, errors.New("it has no version"))
-		}
-		version = tags[0] // sorted, newest first
 	}
-	res, err := c.Pull(ref + ":" + strings.ReplaceAll(version, "+", "_"))
+	_, body, ok, err := s.Registry.Manifest(ctx, at, strings.ReplaceAll(version, "+", "_"))
 	if err != nil {
-		return nil, s.ociFault(name, version, err)
+		return nil, s.about(err)
 	}
-	return LoadBytes(ref+":"+version, res.Chart.Data)
-}
-
-func (s Source) ociFault(name, version string, err error) error {
-	if strings.Contains(err.Error(), "not found") || strings.Contains(err.Error(), "404") {
-		return s.notFound(name, version, err)
+	if !ok {
+		return nil, s.notFound(name, version, errors.New("the registry does not have it"))
 	}
-	return s.webFault(err)
-}
-
-func (s Source) registryClient(ref string) (*registry.Client, error) {
-	host, _, _ := strings.Cut(ref, "/")
-	opts := []registry.ClientOption{registry.ClientOptWriter(io.Discard)}
-	if s.CAFile == "" && (s.Insecure || loopback(host)) {
-		opts = append(opts, registry.ClientOptPlainHTTP())
+	var m struct {
+		Layers []struct{ MediaType, Digest string }
 	}
-	if s.User != "" {
-		opts = append(opts, registry.ClientOptBasicAuth(s.User, s.Password))
-	}
-	t, err := s.tls()
-	if err != nil {
-		return nil, err
-	}
-	opts = append(opts, registry.ClientOptHTTPClient(&http.Client{Transport: &http.Transport{TLSClientConfig: t, Proxy: http.ProxyFromEnvironment}}))
-	return registry.NewClient(opts...)
-}
-
-func (s Source) tls() (*tls.Config, error) {
-	t := &tls.Config{MinVersion: tls.VersionTLS12}
-	if s.CAFile != "" {
-		b, err := os.ReadFile(s.CAFile)
+	err = json.Unmarshal(body, &m)
+	for _, l := range m.Layers {
+		if l.MediaType != registry.ChartLayerMediaType {
+			continue
+		}
+		b, err := s.Registry.ReadBlob(ctx, at, l.Digest, maxChart)
 		if err != nil {
-			return nil, fault.New(fault.NotFound, "read", s.CAFile, err).WithHint("check --repo-ca-file")
+			return nil, s.about(err)
 		}
-		t.RootCAs = x509.NewCertPool()
-		if !t.RootCAs.AppendCertsFromPEM(b) {
-			return nil, fault.Newf(fault.Usage, "read", s.CAFile, "there is no certificate in it").WithHint("check --repo-ca-file")
-		}
+		return LoadBytes(host+"/"+at+":"+version, b)
 	}
-	if s.CertFile != "" {
-		c, err := tls.LoadX509KeyPair(s.CertFile, s.KeyFile)
-		if err != nil {
-			return nil, fault.New(fault.Usage, "read", s.CertFile, err).WithHint("check --repo-cert-file and --repo-key-file")
-		}
-		t.Certificates = []tls.Certificate{c}
-	}
-	return t, nil
+	return nil, fault.New(fault.BadContent, "read chart", host+"/"+at+":"+version, errors.Join(errors.New("it is no chart"), err)).WithHint("check --repo: is it the place of images?")
 }
 
-func loopback(host string) bool {
-	h, _, err := net.SplitHostPort(host)
+// newest gives a chart's newest version by its tags, none that is for trial
+// when there is another.
+func (s Source) newest(ctx context.Context, at, name string) (string, error) {
+	tags, err := s.Registry.Tags(ctx, at)
 	if err != nil {
-		h = host
+		return "", s.about(err)
 	}
-	ip, err := netip.ParseAddr(strings.Trim(h, "[]"))
-	return slices.Contains([]string{"localhost", "ip6-localhost"}, h) || (err == nil && ip.IsLoopback())
+	index := repo.NewIndexFile()
+	for _, t := range tags {
+		index.Entries[name] = append(index.Entries[name], &repo.ChartVersion{Metadata: &chart.Metadata{Name: name, Version: strings.ReplaceAll(t, "_", "+")}})
+	}
+	index.SortEntries()
+	entry, err := index.Get(name, "")
+	if err != nil {
+		return "", s.notFound(name, "", err)
+	}
+	return entry.Version, nil
+}
+
+// about says that the registry spoke of a chart repository.
+func (s Source) about(err error) error {
+	hint := fault.HintOf(err)
+	if fault.KindOf(err) == fault.Denied {
+		hint = "give --repo-token-file, --repo-user with --repo-password-file, or a client certificate by --repo-cert-file and --repo-key-file"
+	}
+	return fault.New(fault.KindOf(err), "read chart repository", s.Repo, err).WithHint("%s", hint)
 }

@@ -62,18 +62,14 @@ func (a *App) Cluster(f *KubeFlags) (*kube.Cluster, error) {
 
 // ChartFlags say where the chart comes from.
 type ChartFlags struct {
-	Repo         string
-	Chart        string
-	Archive      string
-	Site         *DeliveryFlags // --archive: where its images went; nil: the chart is left as it is
-	Version      string
-	CAFile       string
-	CertFile     string
-	KeyFile      string
-	User         string
-	PasswordFile string
-	Insecure     bool
-	Name         string // of the chart; empty: ours
+	Repo     string
+	Chart    string
+	Archive  string
+	Site     *DeliveryFlags // --archive: where its images went; nil: the chart is left as it is
+	Version  string
+	Insecure bool
+	Name     string // of the chart; empty: ours
+	access   repoAccess
 }
 
 // Add puts the flags into fs.
@@ -82,11 +78,7 @@ func (f *ChartFlags) Add(fs *pflag.FlagSet) {
 	fs.StringVar(&f.Chart, "chart", "", "packed chart or its folder, instead of --repo")
 	fs.StringVar(&f.Archive, "archive", "", "archive with the chart in it, instead of --repo")
 	fs.StringVar(&f.Version, "version", "", "version of the chart; without it, the newest")
-	fs.StringVar(&f.CAFile, "repo-ca-file", "", "PEM file of the CA of the repository")
-	fs.StringVar(&f.CertFile, "repo-cert-file", "", "client certificate for the repository")
-	fs.StringVar(&f.KeyFile, "repo-key-file", "", "its key")
-	fs.StringVar(&f.User, "repo-user", "", "user of the repository")
-	fs.StringVar(&f.PasswordFile, "repo-password-file", "", "file with the user's password")
+	f.access.add(fs)
 	fs.BoolVar(&f.Insecure, "insecure", false, "allow a repository without TLS, or with a certificate of nobody known")
 }
 
@@ -95,7 +87,7 @@ func (f *ChartFlags) Check() error {
 	if f.given() != 1 {
 		return fault.Usagef("--repo, --chart, --archive: exactly one of them").WithHint("--repo is what `kmsctl load --repo` filled")
 	}
-	return nil
+	return f.access.check()
 }
 
 // CheckOptional is Check for who can do without a chart.
@@ -103,7 +95,7 @@ func (f *ChartFlags) CheckOptional() error {
 	if f.given() > 1 {
 		return f.Check()
 	}
-	return nil
+	return f.access.check()
 }
 
 func (f *ChartFlags) given() int {
@@ -121,9 +113,8 @@ func (f *ChartFlags) Given() bool { return f.given() > 0 }
 
 // ChartFlags is the same repository for who reads charts from it.
 func (f *DeliveryFlags) ChartFlags() ChartFlags {
-	t := f.repo.or(f.all)
-	repo := strings.TrimPrefix(strings.TrimPrefix(f.Repo, "icp+"), "cm+")
-	return ChartFlags{Repo: repo, CAFile: t.CA, CertFile: t.Cert, KeyFile: t.Key, User: f.repoUser, PasswordFile: f.repoPassword.File, Insecure: f.Insecure}
+	host, _ := release.IsOCI(f.Repo)
+	return ChartFlags{Repo: strings.TrimPrefix(strings.TrimPrefix(f.Repo, "icp+"), "cm+"), Insecure: f.Insecure, access: f.access(host)}
 }
 
 // FindChart gets the chart.
@@ -134,19 +125,15 @@ func (a *App) FindChart(ctx context.Context, f *ChartFlags) (*release.Chart, err
 	case f.Archive != "":
 		return a.chartInArchive(ctx, f)
 	}
-	s := release.Source{Repo: f.Repo, CAFile: f.CAFile, CertFile: f.CertFile, KeyFile: f.KeyFile, User: f.User, Insecure: f.Insecure}
-	if f.PasswordFile != "" {
-		b, err := readFile("--repo-password-file", f.PasswordFile)
-		if err != nil {
-			return nil, err
-		}
-		s.Password = strings.TrimSpace(string(b))
+	s, err := a.chartSource(ctx, f)
+	if err != nil {
+		return nil, err
 	}
 	name := f.Name
 	if name == "" {
 		name = templates.ChartName
 	}
-	return release.Find(s, name, f.Version)
+	return release.Find(ctx, s, name, f.Version)
 }
 
 // chartInArchive is the chart as a load of the archive would put it into a

@@ -3,7 +3,6 @@ package app
 import (
 	"context"
 	"errors"
-	"net/url"
 	"path"
 	"strings"
 
@@ -52,13 +51,11 @@ type DeliveryFlags struct {
 	User      string
 	ChunkSize int64
 
-	all, registry, repo TLSFlags
-	password            SecretInput
-	token, repoToken    SecretInput
-	repoPassword        SecretInput
-	repoUser            string
-	putPath, syncPath   string
-	putForm             bool
+	all, registry     TLSFlags
+	password, token   SecretInput
+	charts            repoAccess
+	putPath, syncPath string
+	putForm           bool
 }
 
 const defaultMap = "{prefix}/{namespace}/{path}"
@@ -72,33 +69,26 @@ func SiteAt(registry string) *DeliveryFlags {
 func (f *DeliveryFlags) Add(fs *pflag.FlagSet) {
 	f.password = SecretInput{Name: "registry-password", Title: "password of the registry's user"}
 	f.token = SecretInput{Name: "registry-token", Title: "bearer token for the registry or its token service"}
-	f.repoToken = SecretInput{Name: "repo-token", Title: "bearer token for the chart repository"}
-	f.repoPassword = SecretInput{Name: "repo-password", Title: "password of the chart repository's user"}
 	fs.StringVar(&f.Registry, "registry", "", "registry for the images, as HOST[:PORT][/PATH]")
 	fs.StringVar(&f.Repo, "repo", "", "chart repository: a folder, oci://HOST/PATH, icp+https://…, cm+https://…, or a name that repo add gave")
 	fs.StringVar(&f.Namespace, "namespace", "", "namespace (project) in the registry that the images go to")
 	fs.StringVar(&f.Map, "map", defaultMap, "repository of an image, from {prefix} (the path of --registry), {namespace}, {path} (as in the manifest), {name} (its last part), {flat} (its parts joined by -)")
 	fs.BoolVar(&f.Insecure, "insecure", false, "allow plain HTTP and certificates that nobody vouches for")
 	fs.StringVar(&f.User, "registry-user", "", "user at the registry; without it the Docker configuration counts")
-	fs.StringVar(&f.repoUser, "repo-user", "", "user at the chart repository")
 	fs.StringVar(&f.putPath, "repo-put-path", "{file}", "path of an upload behind an icp+https:// URL; {file} is the package's name")
 	fs.BoolVar(&f.putForm, "repo-put-form", false, "upload to an icp+https:// repository as a form with the field chart")
 	fs.StringVar(&f.syncPath, "repo-sync-path", "/helm-api/api/v2/synch", "path by which an icp+https:// repository's catalog is synchronised; empty: not at all")
 	fs.Int64Var(&f.ChunkSize, "chunk-size", 16<<20, "bytes that an upload sends at once")
-	for _, s := range []*SecretInput{&f.password, &f.token, &f.repoToken, &f.repoPassword} {
-		s.Add(fs)
-	}
+	f.password.Add(fs)
+	f.token.Add(fs)
 	f.all.add(fs, "", "registry and chart repository alike")
 	f.registry.add(fs, "registry-", "the registry")
-	f.repo.add(fs, "repo-", "the chart repository")
+	f.charts.add(fs)
 }
 
 // Check holds the rules of the flags.
 func (f *DeliveryFlags) Check(a *App) error {
-	errs := []error{f.all.check(""), f.registry.check("registry-"), f.repo.check("repo-")}
-	for _, s := range []*SecretInput{&f.password, &f.token, &f.repoToken, &f.repoPassword} {
-		errs = append(errs, s.Check())
-	}
+	errs := []error{f.all.check(""), f.registry.check("registry-"), f.charts.check(), f.password.Check(), f.token.Check()}
 	if f.Registry == "" {
 		errs = append(errs, fault.Usagef("--registry: missing").WithHint("give the site's registry, as in --registry registry.example:5000"))
 	} else if strings.Contains(f.Registry, "://") || strings.ContainsAny(f.Registry, " @?#") {
@@ -204,32 +194,6 @@ func (a *App) OpenRegistry(ctx context.Context, f *DeliveryFlags, sessions image
 		if o.Token, err = f.token.Read(a, false); err != nil {
 			return nil, err
 		}
-	}
-	r, err := image.Dial(ctx, o)
-	return target{r}, err
-}
-
-// ociRegistry reaches the registry of an oci:// chart repository, with the
-// flags of the chart repository.
-func (a *App) ociRegistry(ctx context.Context, f *DeliveryFlags, u *url.URL) (target, error) {
-	o := image.Options{Host: u.Host, Insecure: f.Insecure, User: f.repoUser, UserAgent: "kmsctl/" + a.Version}
-	t := f.repo.or(f.all)
-	o.CAFile, o.CertFile, o.KeyFile = t.CA, t.Cert, t.Key
-	var err error
-	switch {
-	case f.repoUser != "":
-		o.User = f.repoUser
-		o.Password, err = f.repoPassword.Read(a, false)
-	case f.repoToken.Given(a):
-		o.Token, err = f.repoToken.Read(a, false)
-	case u.Host == f.Host() && f.User != "":
-		o.User = f.User
-		o.Password, err = f.password.Read(a, false)
-	case u.Host == f.Host() && f.token.Given(a):
-		o.Token, err = f.token.Read(a, false)
-	}
-	if err != nil {
-		return target{}, err
 	}
 	r, err := image.Dial(ctx, o)
 	return target{r}, err
