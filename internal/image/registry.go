@@ -77,6 +77,7 @@ type Registry struct {
 	client *http.Client
 	auth   *authorizer
 	wait   func(ctx context.Context, d time.Duration) error
+	stall  time.Duration // no byte moved for so long: the connection is dead
 }
 
 // Dial finds out how the registry speaks (TLS or not, which login) and logs
@@ -92,7 +93,7 @@ func Dial(ctx context.Context, o Options) (*Registry, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Registry{opts: o, base: url.URL{Scheme: "https", Host: o.Host}, client: client, wait: sleep}
+	r := &Registry{opts: o, base: url.URL{Scheme: "https", Host: o.Host}, client: client, wait: sleep, stall: stallLimit}
 	r.auth = &authorizer{r: r}
 	return r, r.ping(ctx)
 }
@@ -608,29 +609,6 @@ func (r *Registry) ReadBlob(ctx context.Context, repo, digest string, limit int6
 		return nil, fault.Newf(fault.BadContent, "read blob", digest, "registry %q gives other bytes for it", r.opts.Host)
 	}
 	return b, nil
-}
-
-// OpenBlob opens a blob of any size. Who reads it checks its digest.
-func (r *Registry) OpenBlob(ctx context.Context, repo, digest string) (io.ReadCloser, error) {
-	resp, err := r.do(ctx, request{method: http.MethodGet, path: "/v2/" + repo + "/blobs/" + digest, repo: repo, want: []int{200}}) //nolint:bodyclose // who reads it closes it
-	if err != nil {
-		return nil, err
-	}
-	return reading{resp.Body, r}, nil
-}
-
-// reading says which registry broke off.
-type reading struct {
-	io.ReadCloser
-	r *Registry
-}
-
-func (b reading) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	if err != nil && !errors.Is(err, io.EOF) {
-		err = b.r.unreachable(err)
-	}
-	return n, err
 }
 
 // Tags gives the tags of a repository, none when it is not there.

@@ -56,7 +56,8 @@ func (a *App) LookAtImages(ctx context.Context, f *PullFlags, refs []string, ins
 		}
 		r := registries[host]
 		if r == nil {
-			if r, err = a.OpenPull(ctx, f, host, insecure); err != nil {
+			const tries = 2 // who only looks has somebody waiting
+			if r, err = a.OpenPull(ctx, f, host, insecure, tries); err != nil {
 				return nil, err
 			}
 			registries[host] = r
@@ -79,9 +80,9 @@ func about(ref string, err error) error {
 	return fault.New(fault.KindOf(err), "find image", ref, err)
 }
 
-// OpenPull reaches a registry to read from it.
-func (a *App) OpenPull(ctx context.Context, f *PullFlags, host string, insecure bool) (*image.Registry, error) {
-	o := image.Options{Host: host, Insecure: insecure, User: f.user, Tries: 2, UserAgent: "kmsctl/" + a.Version,
+// OpenPull reaches a registry to read from it; tries is as in image.Options.
+func (a *App) OpenPull(ctx context.Context, f *PullFlags, host string, insecure bool, tries int) (*image.Registry, error) {
+	o := image.Options{Host: host, Insecure: insecure, User: f.user, Tries: tries, UserAgent: "kmsctl/" + a.Version,
 		CAFile: f.tls.CA, CertFile: f.tls.Cert, KeyFile: f.tls.Key}
 	if f.user != "" {
 		var err error

@@ -128,7 +128,7 @@ func runBuildOther(ctx context.Context, o *buildOptions) error {
 	defer p.Close()
 	o.sources.Getenv = o.Getenv
 	o.sources.Open = func(ctx context.Context, host string) (pack.Registry, error) {
-		return o.OpenPull(ctx, &o.pull, host, o.insecure)
+		return o.OpenPull(ctx, &o.pull, host, o.insecure, 0)
 	}
 	b, err := o.sources.Build(ctx, p)
 	if err != nil {
