@@ -2,7 +2,10 @@ package main
 
 import (
 	"encoding/pem"
+	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
 
@@ -11,18 +14,36 @@ import (
 	"github.com/kmsctl/kmsctl/internal/testkit"
 )
 
-// registry starts a real image registry and sets a variable to its HOST:PORT:
-// registry VAR.
+// registry starts a real image registry and sets a variable to its HOST:PORT,
+// behind a login when one is given: registry VAR [USER:PASSWORD].
 func registry(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) != 1 {
-		ts.Fatalf("usage: registry VAR")
+	if neg || len(args) < 1 || len(args) > 2 {
+		ts.Fatalf("usage: registry VAR [USER:PASSWORD]")
 	}
 	dir, err := os.MkdirTemp(ts.Getenv("WORK"), "registry-")
 	ts.Check(err)
 	host, stop, err := testkit.StartRegistry(dir)
 	ts.Check(err)
 	ts.Defer(stop)
+	if len(args) == 2 {
+		front := httptest.NewServer(behindLogin(args[1], host))
+		ts.Defer(front.Close)
+		host = front.Listener.Addr().String()
+	}
 	ts.Setenv(args[0], host)
+}
+
+// behindLogin lets one user through to a registry.
+func behindLogin(login, host string) http.Handler {
+	next := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: host}); r.Out.Host = r.In.Host }}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if user, password, _ := r.BasicAuth(); user+":"+password != login {
+			w.Header().Set("WWW-Authenticate", `Basic realm="site"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // museum starts a chart repository over TLS, sets VAR to its HOST:PORT and

@@ -13,6 +13,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/archive"
 	"github.com/kmsctl/kmsctl/internal/chart"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/secret"
 	"github.com/kmsctl/kmsctl/pkg/ppa"
 )
 
@@ -27,10 +28,12 @@ type Sources struct {
 	Architectures []string
 	Fallback      string // registry of a reference that names none
 	Getenv        func(string) string
-	// Open reaches a registry.
-	Open func(ctx context.Context, host string) (Registry, error)
+	// Open reaches a registry. login is that of the spec, or nil; it is asked
+	// only when nothing else says as whom.
+	Open func(ctx context.Context, host string, login Login) (Registry, error)
 
-	registries map[string]Registry
+	registries map[registryAs]Registry
+	logins     map[string]ppa.Login // of the spec, by reference
 	chartKeys  map[string]ppa.Chart // of the spec, by file
 	lists      []ppa.Image
 }
@@ -43,13 +46,16 @@ type ImageSource struct {
 	platform  ppa.Platform
 }
 
+// Login gives a user and a password.
+type Login func() (user string, password secret.Value, err error)
+
 const registryScheme = "docker://"
 
 // Build makes an archive of ours of them. It writes them as an archive of the
 // old kind into a pipe and repacks that, so that both go one way and are
 // checked alike.
 func (s *Sources) Build(ctx context.Context, p *Repack) (archive.Build, error) {
-	s.registries, s.chartKeys = map[string]Registry{}, map[string]ppa.Chart{}
+	s.registries, s.chartKeys = map[registryAs]Registry{}, map[string]ppa.Chart{}
 	if s.Spec != "" {
 		if err := s.readSpec(); err != nil {
 			return archive.Build{}, err
@@ -86,6 +92,9 @@ func (s *Sources) readSpec() error {
 	m, err := ppa.ParseYAML(text)
 	if err != nil {
 		return fault.New(fault.BadContent, "read spec", s.Spec, err).WithHint("see the form in a chart's ibm_cloud_pak/manifest.yaml")
+	}
+	if s.logins, err = ppa.ParseLogins(text); err != nil {
+		return fault.New(fault.BadContent, "read spec", s.Spec, err).WithHint("write each value as a text in quotes, or as {env: NAME}")
 	}
 	for _, c := range m.Charts {
 		file := filepath.Join(filepath.Dir(s.Spec), filepath.FromSlash(c.Archive))
@@ -144,15 +153,51 @@ func (s *Sources) open(ctx context.Context, i ImageSource) (member, error) {
 	if err != nil {
 		return member{}, err
 	}
-	r := s.registries[host]
-	if r == nil {
-		if r, err = s.Open(ctx, host); err != nil {
-			return member{}, err
-		}
-		s.registries[host] = r
+	r, err := s.registry(ctx, host, i.Ref)
+	if err != nil {
+		return member{}, err
 	}
 	m, err := pulled(ctx, repository{r, repo, tag}, i.Ref, want)
 	return m, about(i.Ref, i.From, err)
+}
+
+// registryAs is a registry, and as whom it is reached.
+type registryAs struct {
+	host  string
+	login ppa.Login
+}
+
+// registry reaches the registry of an image, once for all that are pulled from
+// it by the same login.
+func (s *Sources) registry(ctx context.Context, host, ref string) (Registry, error) {
+	at := registryAs{host: host}
+	var ask Login
+	if l, ok := s.logins[ref]; ok {
+		at.login, ask = l, func() (string, secret.Value, error) { return s.login(l, ref) }
+	}
+	if r := s.registries[at]; r != nil {
+		return r, nil
+	}
+	r, err := s.Open(ctx, host, ask)
+	if err == nil {
+		s.registries[at] = r
+	}
+	return r, err
+}
+
+func (s *Sources) login(l ppa.Login, ref string) (string, secret.Value, error) {
+	user, err := l.Username.Value(s.Getenv)
+	what := "username"
+	var password string
+	if err == nil {
+		what = "password"
+		password, err = l.Password.Value(s.Getenv)
+	}
+	if err != nil {
+		return "", secret.Value{}, fault.Newf(fault.Usage, "read pull-authorization of", ref, "%s: %w", what, err).
+			WithHint("set it in the environment, or give --registry-user with --registry-password-file or --registry-token-file, which count instead, or take pull-authorization out of the spec")
+	}
+	return user, secret.New([]byte(password)), nil
 }
 
 // manifest says what the archive holds; where no spec does, the charts' values

@@ -12,6 +12,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/diagnose"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/image"
+	"github.com/kmsctl/kmsctl/internal/secret"
 )
 
 // PullFlags say how to read images from a registry, for commands that only
@@ -21,6 +22,7 @@ type PullFlags struct {
 	password SecretInput
 	token    SecretInput
 	tls      TLSFlags
+	known    secret.Value // password that comes from elsewhere
 }
 
 // Add puts the flags into fs.
@@ -37,6 +39,12 @@ func (f *PullFlags) Add(fs *pflag.FlagSet) {
 func (f *PullFlags) Check() error {
 	return errors.Join(f.password.Check(), f.token.Check(), f.tls.check("registry-"))
 }
+
+// Given says whether the flags or the environment say as whom.
+func (f *PullFlags) Given(a *App) bool { return f.user != "" || f.token.Given(a) }
+
+// As sets a user and a password that come from elsewhere than the flags.
+func (f *PullFlags) As(user string, password secret.Value) { f.user, f.known = user, password }
 
 // Pull is the same registry for who only looks.
 func (f *DeliveryFlags) Pull() *PullFlags {
@@ -84,7 +92,7 @@ func about(ref string, err error) error {
 func (a *App) OpenPull(ctx context.Context, f *PullFlags, host string, insecure bool, tries int) (*image.Registry, error) {
 	o := image.Options{Host: host, Insecure: insecure, User: f.user, Tries: tries, UserAgent: "kmsctl/" + a.Version,
 		CAFile: f.tls.CA, CertFile: f.tls.Cert, KeyFile: f.tls.Key}
-	if f.user != "" {
+	if o.Password = f.known; f.user != "" && f.known.Empty() {
 		var err error
 		if o.Password, err = f.password.Read(a, false); err != nil {
 			return nil, err

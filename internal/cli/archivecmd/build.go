@@ -52,7 +52,9 @@ have none, unless a tar of the installed client is given.
 
 With --spec, --chart and --image, an archive of those is built instead. --spec is a
 manifest.yaml as IBM's create-archive reads it: its images are pulled, unless --image gives
-them under the same name. Layers that are compressed are stored as they are.`,
+them under the same name. Its pull-authorization counts where --registry-user and
+--registry-token-file are not given: a text, or {env: NAME}; it does not come into the archive.
+Layers that are compressed are stored as they are.`,
 		Example: `  kmsctl archive build --output-file key-management-hsm-amd64.tar.gz
   tar -C / -czf luna.tar.gz usr/safenet && kmsctl archive build --luna-client luna.tar.gz --output-file key-management-hsm-amd64.tar.gz
   kmsctl archive build --chart ./app --image org/app:1.0=app.tar --output-file app.tar.gz
@@ -127,8 +129,16 @@ func runBuildOther(ctx context.Context, o *buildOptions) error {
 	p := &pack.Repack{Limits: archive.DefaultLimits, Batch: o.batch, Temp: filepath.Dir(o.outputFile), Level: 6}
 	defer p.Close()
 	o.sources.Getenv = o.Getenv
-	o.sources.Open = func(ctx context.Context, host string) (pack.Registry, error) {
-		return o.OpenPull(ctx, &o.pull, host, o.insecure, 0)
+	o.sources.Open = func(ctx context.Context, host string, login pack.Login) (pack.Registry, error) {
+		pull := o.pull
+		if login != nil && !pull.Given(o.App) {
+			user, password, err := login()
+			if err != nil {
+				return nil, err
+			}
+			pull.As(user, password)
+		}
+		return o.OpenPull(ctx, &pull, host, o.insecure, 0)
 	}
 	b, err := o.sources.Build(ctx, p)
 	if err != nil {
