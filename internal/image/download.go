@@ -43,7 +43,7 @@ func (d *download) open() error {
 	if d.at > 0 {
 		q.header, q.want = http.Header{"Range": {fmt.Sprintf("bytes=%d-", d.at)}}, []int{200, 206, 416}
 	}
-	resp, err := d.r.do(ctx, q) //nolint:bodyclose // Close does, or the next break
+	resp, err := d.r.do(ctx, q)
 	if err != nil {
 		stop()
 		return err
