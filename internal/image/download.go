@@ -31,28 +31,41 @@ type download struct {
 	repo, digest string
 	body         io.ReadCloser // nil when the connection broke
 	stop         context.CancelFunc
-	at           int64
-	breaks       int // since a byte last came
+	at, size     int64 // size is 0 while nobody has said it
+	noRange      bool  // the registry does not understand how a part is asked for
+	breaks       int   // since a byte last came
 	sum          hash.Hash
 }
 
 // open asks for what is missing.
 func (d *download) open() error {
 	ctx, stop := context.WithCancel(d.ctx)
+	if d.size > 0 && d.at == d.size { // it broke behind the last byte
+		d.body, d.stop = http.NoBody, stop
+		return nil
+	}
 	q := request{method: http.MethodGet, path: "/v2/" + d.repo + "/blobs/" + d.digest, repo: d.repo, want: []int{200}}
-	if d.at > 0 {
-		q.header, q.want = http.Header{"Range": {fmt.Sprintf("bytes=%d-", d.at)}}, []int{200, 206, 416}
+	if d.at > 0 && !d.noRange {
+		part := fmt.Sprintf("bytes=%d-", d.at)
+		if d.size > 0 {
+			part += fmt.Sprint(d.size - 1) // some know closed ranges alone
+		}
+		q.header, q.want = http.Header{"Range": {part}}, []int{200, 206, 416}
 	}
 	resp, err := d.r.do(ctx, q)
 	if err != nil {
 		stop()
 		return err
 	}
-	d.body, d.stop = resp.Body, stop
-	if resp.StatusCode == http.StatusRequestedRangeNotSatisfiable { // it broke behind the last byte
+	if resp.StatusCode == http.StatusRequestedRangeNotSatisfiable {
 		drain(resp)
-		d.body = http.NoBody
-		return nil
+		stop()
+		d.noRange = true
+		return d.open()
+	}
+	d.body, d.stop = resp.Body, stop
+	if d.at == 0 {
+		d.size = max(resp.ContentLength, 0)
 	}
 	if resp.StatusCode == http.StatusPartialContent {
 		if from := resp.Header.Get("Content-Range"); !strings.HasPrefix(from, fmt.Sprintf("bytes %d-", d.at)) {
