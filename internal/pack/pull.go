@@ -252,7 +252,7 @@ func splitSource(ref, fallback string) (host, repo, tag string, err error) {
 	}
 	repo, tag = ppa.SplitRef(rest)
 	if repo == "" || strings.ContainsAny(ref, "{}$ ") {
-		return "", "", "", fault.Usagef("%q is not HOST/REPOSITORY:TAG", ref)
+		return "", "", "", fault.Usagef("%q is not HOST/REPOSITORY:TAG", ref).WithHint("as in registry.example:5000/org/app:1.0; a variable in it must be in the environment, a placeholder be replaced")
 	}
 	if tag == "" {
 		tag = "latest"
