@@ -129,9 +129,17 @@ func (f *DeliveryFlags) Repository(name string) string {
 	return out
 }
 
-// RegistryValue is what keys of a registry alone get in a chart's values.
+// RegistryValue is what keys of a registry alone get in a chart's values: the
+// place before the part of the rule that names the image, which the chart puts
+// behind it.
 func (f *DeliveryFlags) RegistryValue() string {
-	return strings.Trim(path.Join(f.Host(), f.prefix(), f.Namespace), "/")
+	at := f.Map
+	for _, part := range []string{"{path}", "{name}", "{flat}"} {
+		at, _, _ = strings.Cut(at, part)
+	}
+	at = at[:strings.LastIndexByte(at, '/')+1] // a part of a name is no place
+	place := strings.NewReplacer("{prefix}", f.prefix(), "{namespace}", f.Namespace).Replace(at)
+	return strings.Trim(path.Join(f.Host(), place), "/")
 }
 
 // mapped fills the template. A registry in front of an image's name falls
