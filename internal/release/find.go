@@ -180,7 +180,7 @@ func (s Source) oci(ctx context.Context, name, version string) (*Chart, error) {
 	}
 	_, body, ok, err := s.Registry.Manifest(ctx, at, strings.ReplaceAll(version, "+", "_"))
 	if err != nil {
-		return nil, s.about(err)
+		return nil, s.About(err)
 	}
 	if !ok {
 		return nil, s.notFound(name, version, errors.New("the registry does not have it"))
@@ -195,7 +195,7 @@ func (s Source) oci(ctx context.Context, name, version string) (*Chart, error) {
 		}
 		b, err := s.Registry.ReadBlob(ctx, at, l.Digest, maxChart)
 		if err != nil {
-			return nil, s.about(err)
+			return nil, s.About(err)
 		}
 		return LoadBytes(host+"/"+at+":"+version, b)
 	}
@@ -207,7 +207,7 @@ func (s Source) oci(ctx context.Context, name, version string) (*Chart, error) {
 func (s Source) newest(ctx context.Context, at, name string) (string, error) {
 	tags, err := s.Registry.Tags(ctx, at)
 	if err != nil {
-		return "", s.about(err)
+		return "", s.About(err)
 	}
 	index := repo.NewIndexFile()
 	for _, t := range tags {
@@ -221,8 +221,8 @@ func (s Source) newest(ctx context.Context, at, name string) (string, error) {
 	return entry.Version, nil
 }
 
-// about says that the registry spoke of a chart repository.
-func (s Source) about(err error) error {
+// About says that the registry spoke of a chart repository.
+func (s Source) About(err error) error {
 	hint := fault.HintOf(err)
 	if fault.KindOf(err) == fault.Denied {
 		hint = "give --repo-token-file, --repo-user with --repo-password-file, or a client certificate by --repo-cert-file and --repo-key-file"

@@ -154,7 +154,10 @@ func (a *App) chartRegistry(ctx context.Context, r *repoAccess, host string) (ta
 		return target{}, err
 	}
 	reg, err := image.Dial(ctx, o)
-	return target{reg}, err
+	if err != nil {
+		return target{}, release.Source{Repo: "oci://" + host}.About(err)
+	}
+	return target{reg}, nil
 }
 
 // chartHTTP makes the client of a chart repository behind HTTP.

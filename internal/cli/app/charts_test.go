@@ -150,12 +150,14 @@ func TestCredentialsOfCharts(t *testing.T) {
 			if _, err := find(t, env(), append(append(at, c.login...), "--version", "9.9.9")...); fault.KindOf(err) != fault.NotFound || !strings.Contains(fault.HintOf(err), "kmsctl load") {
 				t.Errorf("a version that is not there: %v, hint %q", err, fault.HintOf(err))
 			}
-			_, err := find(t, env("DOCKER_CONFIG", t.TempDir()), append(at, "--repo-token-file", write(t, "wrong", "wr0ng"))...)
-			if fault.KindOf(err) != fault.Denied || !strings.Contains(fault.HintOf(err), "--repo-token-file") {
-				t.Errorf("wrong token: %v, hint %q", err, fault.HintOf(err))
-			}
-			if text := fmt.Sprint(err, fault.HintOf(err)); strings.Contains(text, "wr0ng") || strings.Contains(text, "s3cret") {
-				t.Errorf("a secret in %q", text)
+			for _, who := range [][]string{nil, {"--repo-token-file", write(t, "wrong", "wr0ng")}} {
+				_, err := find(t, env("DOCKER_CONFIG", t.TempDir()), append(at, who...)...)
+				if fault.KindOf(err) != fault.Denied || !strings.Contains(fault.HintOf(err), "--repo-token-file") {
+					t.Errorf("as %q: %v, hint %q", who, err, fault.HintOf(err))
+				}
+				if text := fmt.Sprint(err, fault.HintOf(err)); strings.Contains(text, "wr0ng") || strings.Contains(text, "s3cret") {
+					t.Errorf("a secret in %q", text)
+				}
 			}
 		})
 	}
