@@ -53,7 +53,7 @@ func TestE2E(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "pushimage": pushImage, "resolve": resolve, "field": field, "line": line, "eventually": eventually, "kms": kms, "freeport": freePort,
+			"exits": exits, "pushimage": pushImage, "resolve": resolve, "field": field, "line": line, "eventually": eventually, "kms": kms, "freeport": freePort, "registry": registry,
 		},
 	})
 }
