@@ -87,7 +87,7 @@ func (d Deb) Fetch(ctx context.Context, cache string) ([]byte, error) {
 }
 
 func (d Deb) download(ctx context.Context, dir string) error {
-	hint := fmt.Sprintf("the version may be gone from the mirrors: run `make lock` to renew the lock file; or put %s into the cache folder by hand (KMSCTL_CACHE)", d.file())
+	hint := fmt.Sprintf("the version may be gone from the mirrors: run `make lock` to renew the lock file; or put %s into the cache folder by hand (KMSCTL_CACHE), where there must be room", d.file())
 	if _, err := exec.LookPath("apt-get"); err != nil {
 		return fault.New(fault.NotFound, "download Debian package", d.Name+"="+d.Version, errors.New("there is no apt-get here, and the package is not in the cache")).WithHint("%s", hint)
 	}
