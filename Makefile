@@ -16,8 +16,9 @@ help: ## list the targets
 deps: ## install the Debian packages that building and testing need
 	@scripts/deps.sh
 
-build: deps ## bin/kmsctl (static) and bin/kms-connector (cgo)
+build: deps ## bin/kmsctl and bin/kms-server (static), and bin/kms-connector (cgo)
 	CGO_ENABLED=0 go build -trimpath $(TAGS) -ldflags '$(LDFLAGS)' -o bin/kmsctl ./cmd/kmsctl
+	CGO_ENABLED=0 go build -trimpath $(TAGS) -ldflags '$(LDFLAGS)' -o bin/kms-server ./cmd/kms-server
 	CGO_ENABLED=1 go build -trimpath $(TAGS) -ldflags '$(LDFLAGS)' -o bin/kms-connector ./cmd/kms-connector
 
 test: build ## all tests but e2e, with the race detector

@@ -35,7 +35,7 @@ build_archive() {
   archive=$state/key-management-hsm-amd64.tar.gz
   # The build is reproducible, so an archive of these very programs is as good as a new one.
   local made_by
-  made_by=$(sha256sum bin/kmsctl bin/kms-connector)
+  made_by=$(sha256sum bin/kmsctl bin/kms-server bin/kms-connector)
   if [[ ! -s $archive || $(cat "$archive.made-by" 2>/dev/null) != "$made_by" ]]; then
     quiet archive "$kmsctl" archive build --output-file "$archive"
     echo "$made_by" >"$archive.made-by"
@@ -166,7 +166,7 @@ audited() {
     refusal="; the last refusal: $(sed -n 's/.*"action":"\([^"]*\)".*"status":403,"principal":"\([^"]*\)".*/\1 by \2/p' "$log" | tail -n 1)"
   else
     local pod=key-management-hsm-oss-0
-    keep "$site/audit.json" kubectl -n $ns exec $pod -c oss -- /kmsctl audit verify --log /audit/$pod/audit.log -o json
+    keep "$site/audit.json" kubectl -n $ns exec $pod -c oss -- /kms-server audit verify --log /audit/$pod/audit.log -o json
   fi
   say audit "$(sed -n 's/.*"events": *\([0-9]*\).*/\1/p' "$site/audit.json") events, the chain is whole$refusal"
 }

@@ -22,7 +22,7 @@ func TestScripts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"kmsctl", "kms-connector"} {
+	for _, name := range []string{"kmsctl", "kms-server", "kms-connector"} {
 		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
 			t.Fatalf("run `make build` first: %v", err)
 		}

@@ -1,5 +1,5 @@
-// Package cli is the root command, and the one place where an error becomes
-// text on stderr and an exit code.
+// Package cli is the root command of the programs, and the one place where an
+// error becomes text on stderr and an exit code.
 package cli
 
 import (
@@ -9,8 +9,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
+	"os/signal"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -20,10 +23,30 @@ import (
 	"github.com/kmsctl/kmsctl/internal/output"
 )
 
-// Main runs kmsctl with args (without the program's name) and gives the exit
-// code. ctx ends when the person stops the program.
-func Main(ctx context.Context, a *app.App, args []string) int {
-	root := newRootCmd(a)
+// Program is one of our programs: what it is for, and its commands.
+type Program struct {
+	Name  string
+	Short string
+	Long  string
+	Verbs Verbs
+}
+
+// Verbs give the commands of a program, each those of one package.
+type Verbs []func(*app.App) []*cobra.Command
+
+// Run is a program's main: it ends with the exit code.
+func Run(p Program, version string) {
+	os.Exit(func() int {
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		return Main(ctx, p, app.New(Version(version)), os.Args[1:])
+	}())
+}
+
+// Main runs a program with args (without its name) and gives the exit code.
+// ctx ends when the person stops the program.
+func Main(ctx context.Context, p Program, a *app.App, args []string) int {
+	root := NewRoot(p, a)
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
 	a.Close()
@@ -33,7 +56,7 @@ func Main(ctx context.Context, a *app.App, args []string) int {
 	if ctx.Err() != nil && fault.KindOf(err) != fault.Stopped {
 		err = fault.New(fault.Stopped, "", "", fmt.Errorf("stopped: %w", err)).WithHint("run the same command again to go on")
 	}
-	printError(a.Err, a.Format, err)
+	printError(a.Err, p.Name, a.Format, err)
 	return ExitCode(fault.KindOf(err))
 }
 
@@ -72,7 +95,7 @@ type errorJSON struct {
 	Hint    string `json:"hint,omitempty"`
 }
 
-func printError(w io.Writer, format string, err error) {
+func printError(w io.Writer, program, format string, err error) {
 	k := fault.KindOf(err)
 	if format == "json" {
 		b, jerr := json.Marshal(errorJSON{ExitCode(k), k.String(), err.Error(), fault.ObjectOf(err), fault.HintOf(err)})
@@ -82,20 +105,20 @@ func printError(w io.Writer, format string, err error) {
 		}
 	}
 	for _, line := range strings.Split(strings.TrimSpace(err.Error()), "\n") {
-		fmt.Fprintf(w, "kmsctl: error: %s\n", line)
+		fmt.Fprintf(w, "%s: error: %s\n", program, line)
 	}
 	if h := fault.HintOf(err); h != "" {
-		fmt.Fprintf(w, "kmsctl: hint: %s\n", h)
+		fmt.Fprintf(w, "%s: hint: %s\n", program, h)
 	}
 }
 
-func newRootCmd(a *app.App) *cobra.Command {
+// NewRoot is a program's root command.
+func NewRoot(p Program, a *app.App) *cobra.Command {
 	var debug bool
 	cmd := &cobra.Command{
-		Use:   "kmsctl",
-		Short: "Put an HSM-backed key management service into an air-gapped Kubernetes site, and run it",
-		Long: `kmsctl delivers a Key Management Service (KMS) that is backed by a hardware security
-module (HSM) to a Kubernetes site that has no way out, and runs it.
+		Use:   p.Name,
+		Short: p.Short,
+		Long: p.Long + `
 
 Every flag can also be given in the environment as KMSCTL_<FLAG>, upper case with
 underscores (--token-label is KMSCTL_TOKEN_LABEL). A flag beats the environment.`,
@@ -131,9 +154,9 @@ underscores (--token-label is KMSCTL_TOKEN_LABEL). A flag beats the environment.
 		return fault.New(fault.Usage, "", "", err).WithHint("see: %s --help", c.CommandPath())
 	})
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(output.Formats, cobra.ShellCompDirectiveNoFileComp))
-	cmd.AddCommand(newVersionCmd(a))
-	for _, c := range verbs(a) {
-		cmd.AddCommand(c)
+	cmd.AddCommand(newVersionCmd(p.Name, a))
+	for _, verbs := range p.Verbs {
+		cmd.AddCommand(verbs(a)...)
 	}
 	usageFaults(cmd)
 	return cmd

@@ -8,9 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
-
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
 )
@@ -21,7 +18,7 @@ func run(t *testing.T, env map[string]string, args ...string) (code int, out, er
 	a := app.New("1.2.3")
 	a.In, a.Out, a.Err = strings.NewReader(""), &o, &e
 	a.Getenv = func(k string) string { return env[k] }
-	return Main(context.Background(), a, args), o.String(), e.String()
+	return Main(context.Background(), Program{Name: "kmsctl"}, a, args), o.String(), e.String()
 }
 
 func TestEveryKindHasItsOwnExitCode(t *testing.T) {
@@ -38,12 +35,12 @@ func TestEveryKindHasItsOwnExitCode(t *testing.T) {
 func TestErrorText(t *testing.T) {
 	var b bytes.Buffer
 	err := errors.Join(fault.Usagef("--model: missing").WithHint("give --model"), fault.Usagef("--slot-id: missing"))
-	printError(&b, "table", err)
+	printError(&b, "kmsctl", "table", err)
 	if want := "kmsctl: error: --model: missing\nkmsctl: error: --slot-id: missing\nkmsctl: hint: give --model\n"; b.String() != want {
 		t.Errorf("%s", b.String())
 	}
 	b.Reset()
-	printError(&b, "json", fault.Newf(fault.Denied, "push", "r/i:1", "401").WithHint("log in"))
+	printError(&b, "kmsctl", "json", fault.Newf(fault.Denied, "push", "r/i:1", "401").WithHint("log in"))
 	var got errorJSON
 	if err := json.Unmarshal(b.Bytes(), &got); err != nil || got != (errorJSON{4, "denied", `push "r/i:1": 401`, "r/i:1", "log in"}) {
 		t.Errorf("%s %v", b.String(), err)
@@ -73,21 +70,4 @@ func TestRoot(t *testing.T) {
 			t.Errorf("%s: code %d\nout %s\nerr %s", c.name, code, out, errs)
 		}
 	}
-}
-
-// TestHelpNamesNoWordAsValue guards against backquotes in a flag's text: pflag
-// takes the first quoted words for the name of the value.
-func TestHelpNamesNoWordAsValue(t *testing.T) {
-	var walk func(c *cobra.Command)
-	walk = func(c *cobra.Command) {
-		c.Flags().VisitAll(func(f *pflag.Flag) {
-			if strings.Contains(f.Usage, "`") {
-				t.Errorf("%s --%s: %s", c.CommandPath(), f.Name, f.Usage)
-			}
-		})
-		for _, sub := range c.Commands() {
-			walk(sub)
-		}
-	}
-	walk(newRootCmd(app.New("test")))
 }

@@ -10,6 +10,7 @@ import (
 )
 
 type versionResult struct {
+	Program  string `json:"program"`
 	Version  string `json:"version"`
 	Go       string `json:"go"`
 	Platform string `json:"platform"`
@@ -17,15 +18,15 @@ type versionResult struct {
 
 // Table is one line.
 func (v versionResult) Table() ([]string, [][]string) {
-	return nil, [][]string{{"kmsctl " + v.Version, v.Go, v.Platform}}
+	return nil, [][]string{{v.Program + " " + v.Version, v.Go, v.Platform}}
 }
 
-func newVersionCmd(a *app.App) *cobra.Command {
+func newVersionCmd(program string, a *app.App) *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
-		Example: "  kmsctl version -o json",
+		Example: "  " + program + " version -o json",
 		RunE: func(*cobra.Command, []string) error {
-			return a.Print(versionResult{a.Version, runtime.Version(), runtime.GOOS + "/" + runtime.GOARCH})
+			return a.Print(versionResult{program, a.Version, runtime.Version(), runtime.GOOS + "/" + runtime.GOARCH})
 		},
 	}
 }

@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,6 +21,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/connector/wire"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/file"
 	"github.com/kmsctl/kmsctl/internal/secret"
 )
 
@@ -44,22 +44,10 @@ type Options struct {
 // Find says where kms-connector is: KMSCTL_CONNECTOR, else beside this
 // program, else in PATH.
 func Find(getenv func(string) string) (string, error) {
-	if p := getenv("KMSCTL_CONNECTOR"); p != "" {
-		if _, err := os.Stat(p); err != nil {
-			return "", fault.New(fault.NotFound, "find HSM connector", p, err).WithHint("KMSCTL_CONNECTOR must name the program kms-connector")
-		}
-		return p, nil
-	}
-	if self, err := os.Executable(); err == nil {
-		p := filepath.Join(filepath.Dir(self), "kms-connector")
-		if _, err := os.Stat(p); err == nil {
-			return p, nil
-		}
-	}
-	p, err := exec.LookPath("kms-connector")
+	p, err := file.Program(getenv, "KMSCTL_CONNECTOR", "kms-connector")
 	if err != nil {
-		return "", fault.New(fault.NotFound, "find HSM connector", "kms-connector", err).
-			WithHint("put kms-connector beside kmsctl, or name it by KMSCTL_CONNECTOR")
+		return "", fault.New(fault.NotFound, "find HSM connector", cmp.Or(p, "kms-connector"), err).
+			WithHint("put kms-connector beside this program, or name it by KMSCTL_CONNECTOR")
 	}
 	return p, nil
 }

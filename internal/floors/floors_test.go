@@ -36,7 +36,7 @@ var floor = map[string]int{
 	"internal/cli/setupcmd": 5, "internal/cli/archivecmd": 5, "internal/cli/loadcmd": 5, "internal/cli/rendercmd": 5,
 	"internal/cli/addoncmd": 5, "internal/cli/releasecmd": 5, "internal/cli/hsmcmd": 5, "internal/cli/servecmd": 5, "internal/cli/keyscmd": 5, "internal/cli/auditcmd": 5, "internal/cli/backupcmd": 5,
 	"internal/cli": 6,
-	"cmd/kmsctl":   7, "cmd/kms-connector": 7,
+	"cmd/kmsctl":   7, "cmd/kms-server": 7, "cmd/kms-connector": 7,
 
 	"internal/testkit": testsOnly, "internal/floors": testsOnly,
 }
@@ -56,7 +56,7 @@ var home = map[string][]string{
 	"github.com/AlecAivazis/survey":          {"internal/ask"},
 	"filippo.io/age":                         {"internal/seal"},
 	"github.com/miekg/pkcs11":                {"internal/token"},
-	"github.com/spf13/cobra":                 {"internal/cli"},
+	"github.com/spf13/cobra":                 {"internal/cli", "cmd/kmsctl"},
 	"google.golang.org/grpc":                 {"internal/connector", "internal/plugin", "internal/store"}, // etcd answers its clients by it
 	"github.com/golang-jwt/jwt":              {"internal/iam"},
 	"github.com/prometheus":                  {"internal/server"},

@@ -30,7 +30,7 @@ import (
 type Product struct {
 	Chart          *chart.Chart
 	RepositoryKeys []string // in the chart's values
-	Kmsctl         string   // path of the static program
+	Server         string   // path of kms-server, static
 	Connector      string   // path of kms-connector
 	LunaClient     string   // tar of the vendor's client, or ""
 	NShieldClient  string
@@ -48,9 +48,9 @@ type imageSpec struct {
 const connectorPath = "usr/bin/kms-connector"
 
 var productImages = []imageSpec{
-	{"kms-oss", []string{"/kmsctl", "run", "api"}, []string{"base", "kmsctl"}},
-	{"kms-onboarding", []string{"/kmsctl", "run", "storage"}, []string{"base", "kmsctl"}},
-	{"kms-oss-watcher", []string{"/kmsctl", "run", "watcher"}, []string{"base", "kmsctl"}},
+	{"kms-oss", []string{"/kms-server", "run", "api"}, []string{"base", "server"}},
+	{"kms-onboarding", []string{"/kms-server", "run", "storage"}, []string{"base", "server"}},
+	{"kms-oss-watcher", []string{"/kms-server", "run", "watcher"}, []string{"base", "server"}},
 	{"kms-softhsm", []string{"/" + connectorPath}, []string{"base", "libc", "softhsm", "connector"}},
 	{"kms-gemaltov6", []string{"/" + connectorPath}, []string{"base", "libc", "luna", "connector"}},
 	{"kms-thalesv12", []string{"/" + connectorPath}, []string{"base", "libc", "nshield", "connector"}},
@@ -114,7 +114,7 @@ func (p *Product) parts(m ppa.Manifest, layers map[string]*image.Layer) (parts, 
 		return nil, err
 	}
 	of := map[string][]cdx.Component{"libc": libc, "softhsm": softHSM}
-	for layer, program := range map[string]string{"kmsctl": "kmsctl", "connector": connectorPath} {
+	for layer, program := range map[string]string{"server": "kms-server", "connector": connectorPath} {
 		for _, e := range layers[layer].Entries {
 			if e.Name == program { // and not a folder above it
 				of[layer] = programComponents(e)
@@ -148,24 +148,23 @@ func (p *Product) repositories() (map[string]string, error) {
 
 // layers makes every layer that the images share, side by side.
 func (p *Product) layers(ctx context.Context) (map[string]*image.Layer, string, error) {
-	kmsctl, prog, err := readProgram(p.Kmsctl, "usr/bin/kmsctl")
+	server, prog, err := readProgram(p.Server, "kms-server")
 	if err != nil {
 		return nil, "", err
 	}
 	if !prog.Static {
-		return nil, "", fault.Newf(fault.BadContent, "read program", p.Kmsctl, "it is not static, so it does not run in an empty image").WithHint("build it with CGO_ENABLED=0 (`make build` does), or name another by --kmsctl")
+		return nil, "", fault.Newf(fault.BadContent, "read program", p.Server, "it is not static, so it does not run in an empty image").WithHint("build it with CGO_ENABLED=0 (`make build` does), or name another by --kms-server")
 	}
-	kmsctl.Name = "kmsctl"
 	connector, cprog, err := readProgram(p.Connector, connectorPath)
 	if err != nil {
 		return nil, "", err
 	}
 	if cprog.Arch != prog.Arch {
-		return nil, "", fault.Newf(fault.BadContent, "read program", p.Connector, "it is for %s, kmsctl for %s", cprog.Arch, prog.Arch)
+		return nil, "", fault.Newf(fault.BadContent, "read program", p.Connector, "it is for %s, kms-server for %s", cprog.Arch, prog.Arch)
 	}
 	work := map[string]func() ([]image.Entry, error){
 		"base":      func() ([]image.Entry, error) { return image.BaseEntries(), nil },
-		"kmsctl":    func() ([]image.Entry, error) { return []image.Entry{kmsctl}, nil },
+		"server":    func() ([]image.Entry, error) { return []image.Entry{server}, nil },
 		"connector": func() ([]image.Entry, error) { return []image.Entry{connector}, nil },
 		"libc":      func() ([]image.Entry, error) { return p.debs(ctx, prog.Arch, false) },
 		"softhsm":   func() ([]image.Entry, error) { return p.debs(ctx, prog.Arch, true) },
@@ -195,7 +194,7 @@ func (p *Product) layers(ctx context.Context) (map[string]*image.Layer, string, 
 func readProgram(file, as string) (image.Entry, image.Program, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {
-		return image.Entry{}, image.Program{}, fault.New(fault.NotFound, "read program", file, reason(err)).WithHint("check --kmsctl and --connector")
+		return image.Entry{}, image.Program{}, fault.New(fault.NotFound, "read program", file, reason(err)).WithHint("check --kms-server and --connector")
 	}
 	prog, err := image.ReadProgram(file, b)
 	return image.Entry{Name: as, Mode: 0o755, Data: b}, prog, err

@@ -178,13 +178,13 @@ func forms(b []byte) map[string][]byte {
 }
 
 type program struct {
-	bin, dir, connector string
-	env                 []string
+	bin, dir, connector, server string
+	env                         []string
 }
 
 func newProgram(t *testing.T, dir string) program {
 	t.Helper()
-	p := program{bin: filepath.Join(dir, "kmsctl"), dir: dir, connector: testkit.Connector(t)}
+	p := program{bin: filepath.Join(dir, "kmsctl"), dir: dir, connector: testkit.Connector(t), server: testkit.Server(t)}
 	cmd := exec.Command("go", "build", "-o", p.bin, "github.com/kmsctl/kmsctl/cmd/kmsctl")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -196,7 +196,7 @@ func newProgram(t *testing.T, dir string) program {
 func (p program) cmd(args ...string) *exec.Cmd {
 	cmd := exec.Command(p.bin, args...)
 	cmd.Dir = p.dir
-	cmd.Env = append(os.Environ(), "KMSCTL_CONNECTOR="+p.connector, "KMSCTL_NO_INPUT=1", "KMSCTL_HSM_PASSWORD="+secrecyPIN)
+	cmd.Env = append(os.Environ(), "KMSCTL_CONNECTOR="+p.connector, "KMSCTL_KMS_SERVER="+p.server, "KMSCTL_NO_INPUT=1", "KMSCTL_HSM_PASSWORD="+secrecyPIN)
 	cmd.Env = append(cmd.Env, p.env...)
 	return cmd
 }

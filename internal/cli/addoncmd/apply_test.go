@@ -20,6 +20,7 @@ import (
 	"k8s.io/client-go/kubernetes/fake"
 
 	"github.com/kmsctl/kmsctl/internal/cli"
+	"github.com/kmsctl/kmsctl/internal/cli/addoncmd"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/kube"
 	"github.com/kmsctl/kmsctl/internal/release"
@@ -84,7 +85,7 @@ func (s *site) apply(t *testing.T, config string) (int, result, string) {
 	a.Getenv = func(k string) string { return env[k] }
 	a.OpenCluster = func(*app.KubeFlags) (*kube.Cluster, error) { return kube.NewFor(s.client), nil }
 	a.OpenHelm = func(f *app.KubeFlags) (*release.Helm, error) { return release.NewFor(s.helm, f.Namespace), nil }
-	code := cli.Main(t.Context(), a, []string{"addon", "apply", "-f", s.write(t, "config.yaml", config), "--registry", s.registry,
+	code := cli.Main(t.Context(), cli.Program{Name: "kmsctl", Verbs: cli.Verbs{addoncmd.New}}, a, []string{"addon", "apply", "-f", s.write(t, "config.yaml", config), "--registry", s.registry,
 		"--repo", filepath.Join(s.dir, "charts"), "-o", "json"})
 	var r result
 	if err := json.Unmarshal(out.Bytes(), &r); err != nil && code == 0 {

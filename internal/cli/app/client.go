@@ -31,7 +31,7 @@ type ClientFlags struct {
 	APIKeyStdin bool
 	Data        string
 	InCluster   bool
-	Start       *Embedded // how to start the embedded KMS for one call; nil: as its folder remembers
+	Start       *StartFlags // how to start the embedded KMS for one call; nil: as its folder remembers
 	kube        KubeFlags
 }
 
@@ -76,9 +76,6 @@ func DataDir(getenv func(string) string) string {
 	}
 	return filepath.Join(base, "kmsctl")
 }
-
-// SocketPath is the local socket of the embedded KMS in a data folder.
-func SocketPath(data string) string { return filepath.Join(data, "api.sock") }
 
 // Check holds the rules of the flags; needInstance when the command works in
 // an instance.

@@ -322,3 +322,15 @@ func readFile(flag, path string) ([]byte, error) {
 func (a *App) Warn(format string, args ...any) {
 	fmt.Fprintf(a.Err, "kmsctl: warning: "+format+"\n", args...)
 }
+
+// ParseSlot reads the value of --slot; empty is none.
+func ParseSlot(s string) (*uint64, error) {
+	if s == "" {
+		return nil, nil
+	}
+	var n uint64
+	if _, err := fmt.Sscanf(s, "%d", &n); err != nil || fmt.Sprint(n) != s {
+		return nil, fault.Usagef("--slot: %q is not a number", s)
+	}
+	return &n, nil
+}

@@ -58,3 +58,8 @@ func (f *SealFlags) Seal(a *App, object string, text []byte) ([]byte, error) {
 	}
 	return out, nil
 }
+
+// BackupPassphrase is the input of the passphrase that opens a backup.
+func BackupPassphrase() SecretInput {
+	return SecretInput{Name: "backup-passphrase", Title: "passphrase of the backup"}
+}

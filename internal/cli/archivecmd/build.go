@@ -3,7 +3,6 @@ package archivecmd
 import (
 	"context"
 	"errors"
-	"os"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -20,7 +19,7 @@ import (
 type buildOptions struct {
 	*app.App
 	outputFile    string
-	kmsctl        string
+	server        string
 	connector     string
 	lunaClient    string
 	nshieldClient string
@@ -41,7 +40,7 @@ func newBuildCmd(a *app.App, run func(context.Context, *buildOptions) error) *co
 	cmd := &cobra.Command{
 		Use: "build", Short: "Build the product's archive: its chart and its images", Args: cobra.NoArgs,
 		Long: `Build the archive of this product: the chart key-management-hsm and its six images, made
-from this very program, from kms-connector and from Debian packages, without Docker. The same
+from kms-server, kms-connector and from Debian packages, without Docker. The same
 inputs give the same bytes.
 
 The Debian packages are pinned by name, version and SHA-256. They come from the folder debs of
@@ -63,7 +62,7 @@ Layers that are compressed are stored as they are.`,
 	}
 	fs := cmd.Flags()
 	fs.StringVar(&o.outputFile, "output-file", templates.ChartName+"-amd64.tar.gz", "file to write")
-	fs.StringVar(&o.kmsctl, "kmsctl", "", "the static kmsctl for the images; without it, the running program")
+	fs.StringVar(&o.server, "kms-server", "", "the static kms-server for the images; without it, the one beside kmsctl, or that of PATH")
 	fs.StringVar(&o.connector, "connector", "", "the kms-connector for the images; without it, KMSCTL_CONNECTOR, the one beside kmsctl, or that of PATH")
 	fs.StringVar(&o.lunaClient, "luna-client", "", "tar of the installed Luna client, for kms-gemaltov6")
 	fs.StringVar(&o.nshieldClient, "nshield-client", "", "tar of the installed nShield client, for kms-thalesv12")
@@ -102,11 +101,11 @@ func runBuild(ctx context.Context, o *buildOptions) error {
 	if err != nil {
 		return err
 	}
-	p := &pack.Product{Chart: c, RepositoryKeys: templates.RepositoryKeys(), Kmsctl: o.kmsctl, Connector: o.connector,
+	p := &pack.Product{Chart: c, RepositoryKeys: templates.RepositoryKeys(), Server: o.server, Connector: o.connector,
 		LunaClient: o.lunaClient, NShieldClient: o.nshieldClient, Debs: filepath.Join(app.CacheDir(o.Getenv), "debs"), Batch: o.batch}
-	if p.Kmsctl == "" {
-		if p.Kmsctl, err = os.Executable(); err != nil {
-			return fault.New(fault.Other, "find program", "kmsctl", err).WithHint("name it by --kmsctl")
+	if p.Server == "" {
+		if p.Server, err = app.FindServer(o.Getenv); err != nil {
+			return err
 		}
 	}
 	if p.Connector == "" {

@@ -1,4 +1,5 @@
-// Package backupcmd has the verbs that copy the KMS's data out and back in.
+// Package backupcmd has the verb that copies the KMS's data out; what brings
+// them back in is servecmd's.
 package backupcmd
 
 import (
@@ -21,11 +22,7 @@ import (
 
 // New gives the commands of this package.
 func New(a *app.App) []*cobra.Command {
-	return []*cobra.Command{newBackupCmd(a, nil), newRestoreCmd(a, nil)}
-}
-
-func passphrase() app.SecretInput {
-	return app.SecretInput{Name: "backup-passphrase", Title: "passphrase of the backup"}
+	return []*cobra.Command{newBackupCmd(a, nil)}
 }
 
 type backupOptions struct {
@@ -37,7 +34,7 @@ type backupOptions struct {
 }
 
 func newBackupCmd(a *app.App, run func(context.Context, *backupOptions) error) *cobra.Command {
-	o := &backupOptions{App: a, pass: passphrase()}
+	o := &backupOptions{App: a, pass: app.BackupPassphrase()}
 	if run == nil {
 		run = runBackup
 	}

@@ -16,7 +16,7 @@ import (
 type clearOptions struct {
 	*app.App
 	client       app.ClientFlags
-	start        app.Embedded
+	start        app.StartFlags
 	confirm      app.ConfirmFlags
 	installation string
 	leftovers    bool
@@ -53,23 +53,18 @@ its id alone.`,
 	}
 	fs := cmd.Flags()
 	o.client.Add(fs, a)
-	fs.StringVar(&o.start.SecretFile, "secret", "", "hsm-Secret.yaml of an embedded KMS that is not running; without it, the one that --data remembers")
-	fs.StringVar(&o.start.ValuesFile, "values", "", "overrides_hsm.yaml of an embedded KMS that is not running; without it, the one that --data remembers")
 	fs.StringVar(&o.installation, "installation", "", "clear what this other installation left on the token, instead of the KMS's own data")
 	fs.BoolVar(&o.leftovers, "leftovers", false, "only list what other installations left on the token")
 	fs.BoolVar(&o.dryRun, "dry-run", false, "only show what would go")
 	fs.DurationVar(&o.timeout, "timeout", app.ClearTimeout, "how long to wait for the end of the clearing, which goes on by itself")
 	o.confirm.Add(fs)
-	o.start.Pass.Add(fs)
+	o.start.Add(fs)
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *clearOptions) Check() error {
-	errs := []error{o.client.Check(false), o.start.Pass.Check()}
-	if (o.start.SecretFile == "") != (o.start.ValuesFile == "") {
-		errs = append(errs, fault.Usagef("--secret, --values: give both or none"))
-	}
+	errs := []error{o.client.Check(false), o.start.Check()}
 	if o.leftovers && o.installation != "" {
 		errs = append(errs, fault.Usagef("--leftovers, --installation: only one of them").WithHint("--leftovers lists, --installation clears"))
 	}
@@ -98,7 +93,6 @@ func (l leftovers) Table() ([]string, [][]string) {
 
 func runClear(ctx context.Context, o *clearOptions) error {
 	if o.start.SecretFile != "" {
-		o.start.Data = o.client.Data
 		o.client.Start = &o.start
 	}
 	c, err := o.Client(ctx, &o.client)

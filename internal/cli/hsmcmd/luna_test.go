@@ -13,6 +13,7 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/cli"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/cli/hsmcmd"
 	"github.com/kmsctl/kmsctl/internal/kube"
 )
 
@@ -31,7 +32,7 @@ func TestNodesOfTheCluster(t *testing.T) {
 		a.OpenCluster = func(*app.KubeFlags) (*kube.Cluster, error) {
 			return kube.NewFor(fake.NewClientset(node("n1", "10.0.0.11", "true"), node("n2", "10.0.0.12", "false"))), nil
 		}
-		if code := cli.Main(t.Context(), a, []string{"hsm", "luna-cert", "create", "--node-label", label, "--output-dir", t.TempDir(), "-o", "json"}); code != 0 {
+		if code := cli.Main(t.Context(), cli.Program{Name: "kmsctl", Verbs: cli.Verbs{hsmcmd.New}}, a, []string{"hsm", "luna-cert", "create", "--node-label", label, "--output-dir", t.TempDir(), "-o", "json"}); code != 0 {
 			t.Fatalf("exit %d: %s", code, &errs)
 		}
 		var res struct{ Pairs []struct{ Node string } }

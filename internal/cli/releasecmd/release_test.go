@@ -24,6 +24,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/ask"
 	"github.com/kmsctl/kmsctl/internal/cli"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/cli/releasecmd"
 	"github.com/kmsctl/kmsctl/internal/kube"
 	"github.com/kmsctl/kmsctl/internal/release"
 	"github.com/kmsctl/kmsctl/internal/secret"
@@ -70,7 +71,7 @@ func (s *site) run(t *testing.T, args ...string) (code int, stdout, stderr strin
 	a.Getenv = func(k string) string { return s.env[k] }
 	a.OpenCluster = func(*app.KubeFlags) (*kube.Cluster, error) { return kube.NewFor(s.client), nil }
 	a.OpenHelm = func(f *app.KubeFlags) (*release.Helm, error) { return release.NewFor(s.cfg, f.Namespace), nil }
-	code = cli.Main(t.Context(), a, args)
+	code = cli.Main(t.Context(), cli.Program{Name: "kmsctl", Verbs: cli.Verbs{releasecmd.New}}, a, args)
 	return code, out.String(), errs.String()
 }
 

@@ -76,7 +76,7 @@ func runPlugin(ctx context.Context, o *pluginOptions) error {
 	if err != nil {
 		return err
 	}
-	l, err := app.LocalListener(ctx, o.socket)
+	l, err := LocalListener(ctx, o.socket)
 	if err != nil {
 		return err
 	}

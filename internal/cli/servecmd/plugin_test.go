@@ -33,8 +33,8 @@ func plugin(t *testing.T, env map[string]string, flags ...string) kmsv2.KeyManag
 	log, done := &buffer{}, make(chan int, 1)
 	a := app.New("test")
 	a.In, a.Out, a.Err = strings.NewReader(""), &bytes.Buffer{}, log
-	a.Getenv = func(k string) string { return env[k] }
-	go func() { done <- cli.Main(ctx, a, append([]string{"plugin", "--socket", socket}, flags...)) }()
+	a.Getenv = programsOf(t, env)
+	go func() { done <- cli.Main(ctx, programs, a, append([]string{"plugin", "--socket", socket}, flags...)) }()
 	t.Cleanup(func() {
 		cancel()
 		if code := <-done; code != 0 {

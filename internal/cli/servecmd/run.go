@@ -34,10 +34,10 @@ type apiOptions struct {
 	adminHashes []string
 	auditDir    string
 	name        string
-	windows     app.WindowFlags
-	audit       app.AuditFlags
-	limit       app.LimitFlags
-	trace       app.TraceFlags
+	windows     WindowFlags
+	audit       AuditFlags
+	limit       LimitFlags
+	trace       TraceFlags
 }
 
 func newRunAPICmd(a *app.App, run func(context.Context, *apiOptions) error) *cobra.Command {
@@ -98,7 +98,7 @@ func (o *apiOptions) Check() error {
 
 func runAPI(ctx context.Context, o *apiOptions) error {
 	log := newLogger(o.Err)
-	cfg, err := app.FileTLS(o.cert, o.key, o.clientCA)
+	cfg, err := FileTLS(o.cert, o.key, o.clientCA)
 	if err != nil {
 		return err
 	}
@@ -117,7 +117,7 @@ func runAPI(ctx context.Context, o *apiOptions) error {
 		o.openBehind(life, gate, log)
 	}()
 	log.Info("listening", "listen", l.Addr().String())
-	err = app.ServeAll(ctx, gate, log, nil, app.Listener{Listener: tls.NewListener(l, cfg)})
+	err = ServeAll(ctx, gate, log, nil, Listener{Listener: tls.NewListener(l, cfg)})
 	stop()
 	<-opened
 	return err
@@ -188,7 +188,7 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 		return err
 	}
 	defer stopTracing()
-	k, err := app.OpenKMS(ctx, app.KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Trace: tracer, Name: name,
+	k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Trace: tracer, Name: name,
 		Now: o.Now, Log: log, Windows: windows, Review: review})
 	if err != nil {
 		return err
@@ -219,7 +219,7 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 	return err
 }
 
-func registerAdmin(ctx context.Context, k *app.KMS, file string) error {
+func registerAdmin(ctx context.Context, k *KMS, file string) error {
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return fault.New(fault.NotFound, "read", file, err)

@@ -1,6 +1,8 @@
-// Package servecmd has the commands that run the KMS: serve (everything in one
-// process and its connector), run api|storage|watcher (one workload each, as
-// the chart's pods do), and plugin (for a Kubernetes API server).
+// Package servecmd has the commands that open the KMS, which are those of the
+// program kms-server: serve (everything in one process and its connector), run
+// api|storage|watcher (one workload each, as the chart's pods do), restore, and
+// plugin (for a Kubernetes API server). It joins the store, the connector and
+// the jobs to a KMS.
 package servecmd
 
 import (
@@ -24,17 +26,18 @@ import (
 func New(a *app.App) []*cobra.Command {
 	run := &cobra.Command{Use: "run", Short: "Run one workload of the KMS, as the chart's pods do"}
 	run.AddCommand(newRunAPICmd(a, nil), newRunStorageCmd(a, nil), newRunWatcherCmd(a, nil), newRunPrepareCmd(a, nil))
-	return []*cobra.Command{newServeCmd(a, nil), run, newPluginCmd(a, nil)}
+	return []*cobra.Command{newServeCmd(a, nil), run, newRestoreCmd(a, nil), newPluginCmd(a, nil)}
 }
 
 type serveOptions struct {
 	*app.App
-	kms          app.Embedded
+	kms          Embedded
 	listen       string
 	plainHTTP    bool
 	adminKeyFile string
 	san          []string
 	clientCA     string
+	oneCall      bool
 }
 
 func newServeCmd(a *app.App, run func(context.Context, *serveOptions) error) *cobra.Command {
@@ -69,6 +72,8 @@ is not running: the folder remembers where the two files are (and nothing that i
 	fs.StringVar(&o.adminKeyFile, "admin-key-file", "", "make a first administrator's API key and write it here, once")
 	fs.StringSliceVar(&o.san, "san", nil, "further DNS names or addresses in the API's certificate")
 	fs.StringVar(&o.clientCA, "client-ca-file", "", "CA of client certificates, by which service IDs can be proved")
+	fs.BoolVar(&o.oneCall, "for-one-call", false, "serve the program that started this one, until it closes its descriptor")
+	_ = fs.MarkHidden("for-one-call")
 	o.kms.Pass.Add(fs)
 	o.kms.Windows.Add(fs)
 	o.kms.Audit.Add(cmd)
@@ -81,7 +86,7 @@ is not running: the folder remembers where the two files are (and nothing that i
 func (o *serveOptions) Check() error {
 	errs := []error{o.kms.Pass.Check(), o.kms.Audit.Check(), o.kms.Limit.Check(), o.kms.Trace.Check(), checkListen(o.listen, o.plainHTTP)}
 	for name, v := range map[string]string{"secret": o.kms.SecretFile, "values": o.kms.ValuesFile} {
-		if v == "" {
+		if v == "" && !o.oneCall {
 			errs = append(errs, fault.Usagef("--%s: missing", name).WithHint("make the two files with `kmsctl render secret` and `kmsctl render overrides`"))
 		}
 	}
@@ -116,7 +121,10 @@ func checkListen(addr string, plain bool) error {
 }
 
 func runServe(ctx context.Context, o *serveOptions) error {
-	unlock, err := app.LockData(o.kms.Data)
+	if o.oneCall {
+		return serveOneCall(ctx, o.App, &o.kms)
+	}
+	unlock, err := LockData(o.kms.Data)
 	if err != nil {
 		return err
 	}
@@ -132,17 +140,17 @@ func runServe(ctx context.Context, o *serveOptions) error {
 	if err != nil {
 		return err
 	}
-	local, err := app.LocalListener(ctx, app.SocketPath(o.kms.Data))
+	local, err := LocalListener(ctx, app.SocketPath(o.kms.Data))
 	if err != nil {
 		return err
 	}
 	o.Progress().Line("ready", ready)
-	app.Trim()
-	return app.ServeAll(ctx, k.Gate, log, k.Died, app.Listener{Listener: l}, app.Listener{Listener: local, Local: true})
+	Trim()
+	return ServeAll(ctx, k.Gate, log, k.Died, Listener{Listener: l}, Listener{Listener: local, Local: true})
 }
 
 // opened does what is to be done after each opening.
-func (o *serveOptions) opened(ctx context.Context, k *app.KMS, set hsm.Settings) (end func(), err error) {
+func (o *serveOptions) opened(ctx context.Context, k *KMS, set hsm.Settings) (end func(), err error) {
 	if o.adminKeyFile != "" {
 		made, err := k.FirstAdmin(ctx, o.adminKeyFile)
 		if err != nil {

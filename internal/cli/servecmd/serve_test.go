@@ -19,6 +19,11 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/cli"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/cli/auditcmd"
+	"github.com/kmsctl/kmsctl/internal/cli/backupcmd"
+	"github.com/kmsctl/kmsctl/internal/cli/hsmcmd"
+	"github.com/kmsctl/kmsctl/internal/cli/keyscmd"
+	"github.com/kmsctl/kmsctl/internal/cli/servecmd"
 	"github.com/kmsctl/kmsctl/internal/pki"
 	"github.com/kmsctl/kmsctl/internal/testkit"
 )
@@ -47,19 +52,32 @@ func (b *buffer) String() string {
 	return b.b.String()
 }
 
-// kmsctl runs the program in this process.
+// programs are kms-server and what asks it, in one.
+var programs = cli.Program{Name: "kmsctl", Verbs: cli.Verbs{servecmd.New, keyscmd.New, hsmcmd.New, backupcmd.New, auditcmd.New}}
+
+// kmsctl runs the programs in this process.
 func kmsctl(t *testing.T, ctx context.Context, errs io.Writer, args ...string) (code int, out string) { //nolint:revive // a test comes first
 	t.Helper()
 	var o bytes.Buffer
 	a := app.New("test")
 	a.In, a.Out, a.Err = strings.NewReader(""), &o, errs
-	a.Getenv = func(k string) string {
-		if k == "KMSCTL_CONNECTOR" {
-			return testkit.Connector(t)
-		}
-		return ""
+	a.Getenv = programsOf(t, nil)
+	return cli.Main(ctx, programs, a, args), o.String()
+}
+
+// programsOf is an environment that names the programs beside this one; what
+// they start in turn is named by this process's.
+func programsOf(t *testing.T, env map[string]string) func(string) string {
+	t.Helper()
+	for k, path := range map[string]string{"KMSCTL_CONNECTOR": testkit.Connector(t), "KMSCTL_KMS_SERVER": testkit.Server(t)} {
+		t.Setenv(k, path)
 	}
-	return cli.Main(ctx, a, args), o.String()
+	return func(k string) string {
+		if v, ok := env[k]; ok || !strings.HasPrefix(k, "KMSCTL_") {
+			return v
+		}
+		return os.Getenv(k)
+	}
 }
 
 // files writes the two files of the manual.

@@ -172,7 +172,7 @@ capability, opens it to group 0. */}}
 - name: prepare
   image: {{ include "kms.image" (dict "root" .root "block" .block) }}
   imagePullPolicy: {{ .root.Values.imagePullPolicy }}
-  command: [/kmsctl, run, prepare]
+  command: [/kms-server, run, prepare]
   args:
     {{- range .names }}
     - /volumes/{{ . }}

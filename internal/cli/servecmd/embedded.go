@@ -1,4 +1,4 @@
-package app
+package servecmd
 
 import (
 	"context"
@@ -14,8 +14,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/spf13/pflag"
-
+	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/connector"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/hsm"
@@ -38,10 +37,10 @@ type Embedded struct {
 	Slot       string      `json:"slot,omitempty"`
 	Windows    WindowFlags `json:"windows,omitzero"`
 
-	Pass  PassphraseFlags `json:"-"`
-	Audit AuditFlags      `json:"-"`
-	Limit LimitFlags      `json:"-"`
-	Trace TraceFlags      `json:"-"`
+	Pass  app.PassphraseFlags `json:"-"`
+	Audit AuditFlags          `json:"-"`
+	Limit LimitFlags          `json:"-"`
+	Trace TraceFlags          `json:"-"`
 
 	// Opened runs after each opening, before anybody gets in: the first, and
 	// those after a clearing. end runs before the KMS is closed. Nil: nothing.
@@ -49,11 +48,10 @@ type Embedded struct {
 }
 
 const (
-	rememberedFile = "serve.json"
-	tokenLabel     = "kms" // what a SoftHSM token of ours is called
-	embeddedName   = "embedded"
-	renewBefore    = 30 * 24 * time.Hour // a certificate that ends sooner is made anew
-	maxSocketPath  = 107                 // sockaddr_un, unix(7)
+	tokenLabel    = "kms" // what a SoftHSM token of ours is called
+	embeddedName  = "embedded"
+	renewBefore   = 30 * 24 * time.Hour // a certificate that ends sooner is made anew
+	maxSocketPath = 107                 // sockaddr_un, unix(7)
 )
 
 // RunningKMS is an embedded KMS that answers.
@@ -74,7 +72,7 @@ func (r *RunningKMS) Close() {
 
 // Start opens the KMS of the folder, and opens it again when its data were
 // cleared. The caller holds the folder's lock.
-func (e *Embedded) Start(ctx context.Context, a *App, log *slog.Logger, connectorLog io.Writer, progress func(did string, details ...string)) (running *RunningKMS, err error) {
+func (e *Embedded) Start(ctx context.Context, a *app.App, log *slog.Logger, connectorLog io.Writer, progress func(did string, details ...string)) (running *RunningKMS, err error) {
 	windows, err := e.Windows.Windows()
 	if err != nil {
 		return nil, err
@@ -179,7 +177,7 @@ func (r *RunningKMS) keepOpen(ctx context.Context, log *slog.Logger, k openKMS, 
 }
 
 // settings reads the two files.
-func (e *Embedded) settings(a *App) (render.Secret, hsm.Settings, error) {
+func (e *Embedded) settings(a *app.App) (render.Secret, hsm.Settings, error) {
 	raw, err := a.ReadInput("--secret", e.SecretFile, 1<<20)
 	if err != nil {
 		return render.Secret{}, hsm.Settings{}, err
@@ -219,7 +217,7 @@ func usage(op, object string, err error, hint string) error {
 	return f
 }
 
-func (e *Embedded) connector(ctx context.Context, a *App, sec render.Secret, set hsm.Settings, log io.Writer) (*connector.Client, error) {
+func (e *Embedded) connector(ctx context.Context, a *app.App, sec render.Secret, set hsm.Settings, log io.Writer) (*connector.Client, error) {
 	model, err := hsm.Lookup(set.Model)
 	if err != nil {
 		return nil, usage("read", e.ValuesFile, err, "choose another hsm_model")
@@ -228,7 +226,7 @@ func (e *Embedded) connector(ctx context.Context, a *App, sec render.Secret, set
 	if err != nil {
 		return nil, err
 	}
-	slot, err := ParseSlot(e.Slot)
+	slot, err := app.ParseSlot(e.Slot)
 	if err != nil {
 		return nil, err
 	}
@@ -241,24 +239,12 @@ func (e *Embedded) connector(ctx context.Context, a *App, sec render.Secret, set
 		case set.Model == "softhsm":
 			opts.TokenLabel, opts.SoftHSMDir = tokenLabel, filepath.Join(e.Data, "softhsm")
 		case set.SlotID != "":
-			if opts.Slot, err = ParseSlot(set.SlotID); err != nil {
+			if opts.Slot, err = app.ParseSlot(set.SlotID); err != nil {
 				return nil, err
 			}
 		}
 	}
 	return connector.Start(ctx, opts)
-}
-
-// ParseSlot reads the value of --slot; empty is none.
-func ParseSlot(s string) (*uint64, error) {
-	if s == "" {
-		return nil, nil
-	}
-	var n uint64
-	if _, err := fmt.Sscanf(s, "%d", &n); err != nil || fmt.Sprint(n) != s {
-		return nil, fault.Usagef("--slot: %q is not a number", s)
-	}
-	return &n, nil
 }
 
 // remember writes down where the two files are, and never what is in them.
@@ -274,12 +260,12 @@ func (e *Embedded) remember() error {
 	if err != nil {
 		return err
 	}
-	return WriteFile(filepath.Join(e.Data, rememberedFile), b, 0o600)
+	return app.WriteFile(filepath.Join(e.Data, app.RememberedFile), b, 0o600)
 }
 
 // recall reads what remember wrote; nil when the folder has no KMS.
-func recall(data string) (*Embedded, error) {
-	path := filepath.Join(data, rememberedFile)
+func (e *Embedded) recall() (*Embedded, error) {
+	path := filepath.Join(e.Data, app.RememberedFile)
 	b, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
@@ -287,82 +273,12 @@ func recall(data string) (*Embedded, error) {
 	if err != nil {
 		return nil, fault.New(fault.Other, "read", path, err)
 	}
-	e := &Embedded{}
-	if err := json.Unmarshal(b, e); err != nil {
-		return nil, fault.New(fault.BadContent, "read", path, err).WithHint("start `kmsctl serve --data %s …` once; it writes the file anew", data)
+	old := &Embedded{}
+	if err := json.Unmarshal(b, old); err != nil {
+		return nil, fault.New(fault.BadContent, "read", path, err).WithHint("start `kmsctl serve --data %s …` once; it writes the file anew", e.Data)
 	}
-	e.Data = data
-	e.Pass.Add(pflag.NewFlagSet("", pflag.ContinueOnError)) // the environment and the terminal are left to give a passphrase
-	return e, nil
-}
-
-// startWait is how long a command waits for another one that holds the data
-// folder and does not answer: it is starting, or ending.
-const startWait = 10 * time.Second
-
-// callSocket is the local socket of a KMS that was started for one call. It is
-// not the usual one: nobody else may begin what would end with that call.
-const callSocket = "call.sock"
-
-// embedded gives the local socket of the KMS of data: of the running one, else
-// of one that is started for this call and ends with it, by the given files or
-// by those that the folder remembers.
-func (a *App) embedded(ctx context.Context, data string, given *Embedded) (socket string, err error) {
-	if a.oneCall == data && data != "" {
-		return filepath.Join(data, callSocket), nil
-	}
-	for until := time.Now().Add(startWait); ; {
-		var d net.Dialer
-		if c, err := d.DialContext(ctx, "unix", SocketPath(data)); err == nil {
-			return SocketPath(data), c.Close()
-		}
-		e, err := given, error(nil)
-		if e == nil {
-			e, err = recall(data)
-		}
-		if err != nil {
-			return "", err
-		}
-		if e == nil {
-			return "", fault.Newf(fault.Unreachable, "reach the embedded KMS of", data, "none was started there yet").
-				WithHint("start it with `kmsctl serve --data %s …`, or name another KMS with --server", data)
-		}
-		unlock, err := LockData(data)
-		if err == nil {
-			a.atExit = append(a.atExit, unlock)
-			a.oneCall = data
-			return filepath.Join(data, callSocket), a.forOneCall(ctx, e)
-		}
-		if fault.KindOf(err) != fault.Conflict || time.Now().After(until) {
-			return "", err
-		}
-		select {
-		case <-time.After(50 * time.Millisecond):
-		case <-ctx.Done():
-			return "", ctx.Err()
-		}
-	}
-}
-
-func (a *App) forOneCall(ctx context.Context, e *Embedded) error {
-	quiet := slog.New(slog.DiscardHandler)
-	r, err := e.Start(ctx, a, quiet, io.Discard, func(string, ...string) {})
-	if err != nil {
-		return err
-	}
-	a.atExit = append(a.atExit, r.Close)
-	l, err := LocalListener(ctx, filepath.Join(e.Data, callSocket))
-	if err != nil {
-		return err
-	}
-	sctx, stop := context.WithCancel(context.WithoutCancel(ctx))
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		_ = ServeAll(sctx, r.Gate, quiet, r.Died, Listener{l, true}) // its caller sees the failed request
-	}()
-	a.atExit = append(a.atExit, func() { stop(); <-done })
-	return nil
+	old.Data, old.Pass = e.Data, e.Pass
+	return old, nil
 }
 
 // LockData takes the data folder for this process; another holder is
@@ -427,7 +343,7 @@ func (e *Embedded) TLS(now time.Time, listen string, san []string, clientCA stri
 		return pki.Pair{Cert: cert, Key: key}
 	}
 	write := func(name string, p pki.Pair) error {
-		return errors.Join(WriteFile(filepath.Join(dir, name+"-key.pem"), p.Key, 0o600), WriteFile(filepath.Join(dir, name+".pem"), p.Cert, 0o644))
+		return errors.Join(app.WriteFile(filepath.Join(dir, name+"-key.pem"), p.Key, 0o600), app.WriteFile(filepath.Join(dir, name+".pem"), p.Cert, 0o644))
 	}
 	ca := read("ca")
 	if _, err := tls.X509KeyPair(ca.Cert, ca.Key); err != nil {

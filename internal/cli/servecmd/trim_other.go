@@ -1,6 +1,6 @@
 //go:build !linux
 
-package app
+package servecmd
 
 // Trim gives back what the start alone needed, where that is known to work.
 func Trim() {}

@@ -1,4 +1,4 @@
-package backupcmd
+package servecmd
 
 import (
 	"bufio"
@@ -20,7 +20,7 @@ import (
 
 type restoreOptions struct {
 	*app.App
-	kms      app.Embedded
+	kms      Embedded
 	file     string
 	pass     app.SecretInput
 	identity string
@@ -30,7 +30,7 @@ type restoreOptions struct {
 }
 
 func newRestoreCmd(a *app.App, run func(context.Context, *restoreOptions) error) *cobra.Command {
-	o := &restoreOptions{App: a, pass: passphrase()}
+	o := &restoreOptions{App: a, pass: app.BackupPassphrase()}
 	if run == nil {
 		run = runRestore
 	}
@@ -138,7 +138,7 @@ func runRestore(ctx context.Context, o *restoreOptions) error {
 	if err != nil {
 		return err
 	}
-	unlock, err := app.LockData(o.kms.Data)
+	unlock, err := LockData(o.kms.Data)
 	if err != nil {
 		return err
 	}
@@ -168,7 +168,7 @@ func runRestore(ctx context.Context, o *restoreOptions) error {
 	} else {
 		res.LeftOut = append(res.LeftOut, plan.Removed...)
 	}
-	return errors.Join(o.kms.Remember(), o.Print(res))
+	return errors.Join(o.kms.remember(), o.Print(res))
 }
 
 // recall takes the HSM's settings from the folder when none are given.
@@ -176,14 +176,13 @@ func (o *restoreOptions) recall() error {
 	if o.kms.SecretFile != "" {
 		return nil
 	}
-	e, err := app.Recall(o.kms.Data)
+	e, err := o.kms.recall()
 	if err != nil {
 		return err
 	}
 	if e == nil {
 		return fault.Usagef("--secret, --values: missing, and %q remembers none", o.kms.Data).WithHint("make the two files with `kmsctl render`; they must be for the backup's HSM")
 	}
-	e.Pass = o.kms.Pass
 	o.kms = *e
 	return nil
 }

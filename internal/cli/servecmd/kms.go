@@ -1,4 +1,4 @@
-package app
+package servecmd
 
 import (
 	"context"
@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/connector"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/iam"
@@ -291,7 +292,7 @@ func (k *KMS) FirstAdmin(ctx context.Context, path string) (bool, error) {
 	}
 	defer key.Zero()
 	// The file first: a key that is registered and lost would be of no use.
-	if err := WriteFile(path, key.Reveal(), 0o600); err != nil {
+	if err := app.WriteFile(path, key.Reveal(), 0o600); err != nil {
 		return false, err
 	}
 	if err := k.IAM.EnsureAdmin(ctx, id, hash); err != nil {

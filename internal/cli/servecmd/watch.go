@@ -1,4 +1,4 @@
-package app
+package servecmd
 
 import (
 	"context"
@@ -12,35 +12,23 @@ import (
 	"strings"
 	"time"
 
+	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 	"github.com/kmsctl/kmsctl/pkg/kmsclient"
 )
 
-// Instances makes instances through the API.
-type Instances struct {
-	app    *App
+// instances makes instances through the API.
+type instances struct {
+	*app.App
 	client *kmsclient.Client
 }
 
-// Instances opens the API with the key of the flags.
-func (a *App) Instances(f *ClientFlags) (*Instances, error) {
-	key, err := a.apiKey(f)
-	if err != nil {
-		return nil, err
-	}
-	c, err := kmsclient.New(kmsclient.Config{Server: f.Server, CAFile: f.CAFile, APIKey: key})
-	if err != nil {
-		return nil, fault.New(fault.Usage, "", "", err)
-	}
-	return &Instances{a, c}, nil
-}
-
 // Ensure finds the instance of this name, or makes it.
-func (i *Instances) Ensure(ctx context.Context, name string) (string, error) {
+func (i instances) Ensure(ctx context.Context, name string) (string, error) {
 	var all kmsapi.Instances
 	if err := i.client.Do(ctx, "GET", "/kmsctl/v1/instances", nil, &all); err != nil {
-		return "", i.app.ClientError("list instances", "", err)
+		return "", i.ClientError("list instances", "", err)
 	}
 	for _, in := range all.Instances {
 		if in.Name == name && !in.Deleting { // one that is being deleted holds its name to the end
@@ -50,7 +38,7 @@ func (i *Instances) Ensure(ctx context.Context, name string) (string, error) {
 	var made kmsapi.Instance
 	// The annotation is ICP's, and so are the clients that read the id.
 	if err := i.client.Do(ctx, "POST", "/kmsctl/v1/instances", kmsapi.CreateInstance{Name: name, Dialect: "icp"}, &made); err != nil {
-		return "", i.app.ClientError("create instance", name, err)
+		return "", i.ClientError("create instance", name, err)
 	}
 	return made.ID, nil
 }

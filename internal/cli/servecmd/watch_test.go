@@ -1,4 +1,4 @@
-package app
+package servecmd
 
 import (
 	"net/http"
@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/kmsctl/kmsctl/internal/cli/app"
 )
 
 // TestEnsureTakesNoInstanceThatIsBeingDeleted: the watcher gives out the id of
@@ -30,11 +32,12 @@ func TestEnsureTakesNoInstanceThatIsBeingDeleted(t *testing.T) {
 	if err := os.WriteFile(key, []byte("kms_x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	a := New("test")
-	i, err := a.Instances(&ClientFlags{Server: s.URL, APIKeyFile: key})
+	a := app.New("test")
+	c, err := a.Client(t.Context(), &app.ClientFlags{Server: s.URL, APIKeyFile: key})
 	if err != nil {
 		t.Fatal(err)
 	}
+	i := instances{a, c}
 	for name, want := range map[string]string{"shop": "fresh", "bank": "alive"} {
 		if got, err := i.Ensure(t.Context(), name); err != nil || got != want {
 			t.Errorf("%s: %q %v, want %q", name, got, err, want)

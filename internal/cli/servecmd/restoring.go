@@ -1,4 +1,4 @@
-package app
+package servecmd
 
 import (
 	"context"
@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/kmsctl/kmsctl/internal/backup"
+	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/kms"
 	"github.com/kmsctl/kmsctl/internal/record"
@@ -43,7 +44,7 @@ func (r *Restoring) Close() {
 // OpenForRestore opens the folder's HSM and store for a restore. A token that
 // is not the backup's is refused before anything is made in the folder. The
 // caller holds the folder's lock.
-func (e *Embedded) OpenForRestore(ctx context.Context, a *App, head backup.Header) (restoring *Restoring, err error) {
+func (e *Embedded) OpenForRestore(ctx context.Context, a *app.App, head backup.Header) (restoring *Restoring, err error) {
 	sec, set, err := e.settings(a)
 	if err != nil {
 		return nil, err
@@ -103,10 +104,3 @@ func (i installed) Get(ctx context.Context, name string, v any) (int64, error) {
 	}
 	return i.Plain.Get(ctx, name, v)
 }
-
-// Recall gives the KMS that was served from a data folder; nil when none was.
-func Recall(data string) (*Embedded, error) { return recall(data) }
-
-// Remember writes down where the two files are, and never what is in them, so
-// that a command can start the KMS for one call.
-func (e *Embedded) Remember() error { return e.remember() }

@@ -1,4 +1,4 @@
-package app
+package servecmd
 
 import (
 	"context"
@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/trace"
 )
@@ -36,7 +37,7 @@ func (f *TraceFlags) Check() error {
 const flushMost = 3 * time.Second
 
 // Open begins tracing where it is asked for; stop sends what is left.
-func (f *TraceFlags) Open(ctx context.Context, a *App, log *slog.Logger) (t *trace.Tracer, stop func(), err error) {
+func (f *TraceFlags) Open(ctx context.Context, a *app.App, log *slog.Logger) (t *trace.Tracer, stop func(), err error) {
 	if !f.set || !trace.Wanted(f.endpoint, a.Getenv) {
 		return nil, func() {}, nil
 	}

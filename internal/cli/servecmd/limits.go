@@ -1,4 +1,4 @@
-package app
+package servecmd
 
 import (
 	"errors"

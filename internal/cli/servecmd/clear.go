@@ -1,0 +1,73 @@
+package servecmd
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/kms"
+	"github.com/kmsctl/kmsctl/internal/server"
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+)
+
+const (
+	// clearingReason is what /readyz says between a clearing's two halves.
+	clearingReason = "the application data are being cleared"
+	drainTime      = 10 * time.Second
+)
+
+// Ended is closed when the KMS must be closed and opened again: its data are
+// being cleared.
+func (k *KMS) Ended() <-chan struct{} { return k.store.Ended() }
+
+// CloseEnded closes a KMS whose data are being cleared: nobody gets in any
+// more, and who is in gets an answer.
+func (k *KMS) CloseEnded(g *server.Gate) {
+	g.Close(clearingReason, drainTime)
+	k.Close()
+}
+
+func (k *KMS) clearing() *kms.Clearing {
+	c := &kms.Clearing{Store: k.store, Plain: k.plain, Sealer: k.Token, Opened: k.Opened, Now: k.Now}
+	for _, m := range k.Token.Members() {
+		c.Tokens = append(c.Tokens, m)
+	}
+	return c
+}
+
+// noteCleared writes down that the clearing before this opening was finished;
+// who asked for it stands in the log already.
+func (k *KMS) noteCleared(ctx context.Context, c *kmsapi.Cleared) error {
+	if c == nil {
+		return nil
+	}
+	k.Log.Info("cleared", "install", c.Installation, "by", c.By, "objects", c.Objects)
+	return k.audit.Append(ctx, audit.Event{Action: "kmsctl.clear.finish", Outcome: "success", Status: http.StatusNoContent, Principal: c.By,
+		Detail: fmt.Sprintf("installation %s, token %s, %d objects", c.Installation, c.TokenSerial, c.Objects)})
+}
+
+// ClearAsked says what clear_data in the settings comes to: nothing is ever
+// cleared by a start.
+func (k *KMS) ClearAsked(ctx context.Context, how string) (string, error) {
+	c := k.clearing()
+	p, err := c.Plan(ctx)
+	if err != nil {
+		return "", err
+	}
+	if p.Cleared == nil && !p.Empty() {
+		return "clear_data is asked for, and a start clears nothing: see what would go, and confirm it, with `" + how + "`", nil
+	}
+	done, err := c.Settle(ctx, "serve")
+	return Settled(done), err
+}
+
+// Settled says that clear_data counts no more.
+func Settled(c kmsapi.Cleared) string {
+	at := c.At.Format(time.RFC3339)
+	if c.Nothing {
+		return fmt.Sprintf("clear_data was looked at on %s, when there was nothing to clear; it does nothing more and may be removed", at)
+	}
+	return fmt.Sprintf("clear_data was carried out on %s (by %s); it does nothing more and may be removed", at, c.By)
+}
