@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-
-	"sigs.k8s.io/yaml"
 )
 
 // Login is the pull-authorization of a reference: as whom the maker of an
@@ -52,7 +50,7 @@ func (c Credential) Value(getenv func(string) string) (string, error) {
 		name = strings.TrimSuffix(bare, "}")
 	}
 	switch {
-	case strings.HasPrefix(c.text, "{{"):
+	case strings.HasPrefix(c.text, "{{") && strings.HasSuffix(c.text, "}}"):
 		return "", fmt.Errorf("%s is a placeholder that nobody replaced", c.text)
 	case name == "" && c.text == "":
 		return "", errors.New("it is empty")
@@ -77,7 +75,7 @@ func ParseLogins(b []byte) (map[string]Login, error) {
 			} `json:"references"`
 		} `json:"images"`
 	}
-	if err := yaml.Unmarshal(placeholder().ReplaceAll(b, []byte(`$1"$2"`)), &in); err != nil {
+	if err := readYAML(b, &in); err != nil {
 		return nil, fmt.Errorf("read %s: pull-authorization: %w", YAMLName, err)
 	}
 	out := map[string]Login{}

@@ -62,3 +62,26 @@ func TestLogins(t *testing.T) {
 		t.Errorf("%v, %s", err, out)
 	}
 }
+
+// FuzzLogins gives all that may stand around a password in a spec: no crash,
+// and the password is in no error and in nothing that prints.
+func FuzzLogins(f *testing.F) {
+	for _, around := range [][2]string{
+		{"", ""}, {`"`, `"`}, {"'", ""}, {"*", ""}, {"!!int ", ""}, {"!!float ", ""}, {"{[a]: ", "}"}, {"{[", "]: 1}"}, {"[", "]"}, {"{env: ", "}"}, {"${", "}"},
+		{"{{ ", " }}"}, {"&a ", ""}, {"|", ""}, {"%", ""}, {"a: ", ""}, {`"\q`, `"`}, {"? ", ""}, {"1\n- image: ", "\n"}, {"!!binary ", "="}, {"<<: ", ""},
+	} {
+		f.Add(around[0], around[1])
+	}
+	const secret = "s3cret-word"
+	f.Fuzz(func(t *testing.T, before, after string) {
+		spec := []byte("images:\n- image: a\n  references:\n  - repository: a\n    pull-authorization:\n      username: u\n      password: " + before + secret + after + "\n")
+		logins, err := ParseLogins(spec)
+		_, yerr := ParseYAML(spec)
+		if strings.ContainsAny(before+after, "\n\r\u0085\u2028\u2029") || strings.ContainsAny(before, "{$") {
+			return // then it is another key's text, or the name of a variable
+		}
+		if text := fmt.Sprintf("%v %v %v %+v %#v", err, yerr, logins, logins, logins); strings.Contains(text, secret) {
+			t.Errorf("a secret in %s", text)
+		}
+	})
+}

@@ -156,10 +156,28 @@ var placeholder = sync.OnceValue(func() *regexp.Regexp {
 	return regexp.MustCompile(`(?m)^(\s*(?:- )?[\w.-]+\s*:\s*)(\{\{[^{}\n]*\}\})\s*$`)
 })
 
+// readYAML reads a spec, in which passwords may stand: no error repeats a text
+// of it.
+func readYAML(b []byte, into any) error {
+	err := yaml.Unmarshal(placeholder().ReplaceAll(b, []byte(`$1"$2"`)), into)
+	var wrong *json.UnmarshalTypeError
+	if errors.As(err, &wrong) {
+		kind, _, _ := strings.Cut(wrong.Value, " ")
+		return fmt.Errorf("%s: %s is not what belongs there", strings.TrimPrefix(wrong.Field, "."), kind)
+	}
+	if err != nil && strings.HasPrefix(err.Error(), "error converting YAML") && strings.ContainsAny(token().ReplaceAllString(err.Error(), ""), "'\"`{") {
+		return errors.New("it is no YAML: a text that begins with * or !, or a key that is none, has to stand in quotes")
+	}
+	return err
+}
+
+// token is a sign of YAML itself in an error, as in: did not find expected ','.
+var token = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`'.'`) })
+
 // ParseYAML reads a manifest.yaml. Keys that it does not know are left alone.
 func ParseYAML(b []byte) (Manifest, error) {
 	var in yamlManifest
-	if err := yaml.Unmarshal(placeholder().ReplaceAll(b, []byte(`$1"$2"`)), &in); err != nil {
+	if err := readYAML(b, &in); err != nil {
 		return Manifest{}, fmt.Errorf("read %s: %w", YAMLName, err)
 	}
 	m := Manifest{}
