@@ -30,3 +30,16 @@ func TestHelpNamesNoWordAsValue(t *testing.T) {
 	all.Verbs = append(cli.Verbs{servecmd.New}, all.Verbs...)
 	walk(cli.NewRoot(all, app.New("test")))
 }
+
+// TestServersCommandsAreKnown: what kms-server can do stands in kmsctl's help,
+// in the same words.
+func TestServersCommandsAreKnown(t *testing.T) {
+	a := app.New("test")
+	root := cli.NewRoot(program, a)
+	for _, theirs := range servecmd.New(a) {
+		ours, _, err := root.Find([]string{theirs.Name()})
+		if err != nil || ours.Use != theirs.Use || ours.Short != theirs.Short {
+			t.Errorf("%q, %q: kmsctl has %q, %q (%v)", theirs.Use, theirs.Short, ours.Use, ours.Short, err)
+		}
+	}
+}
