@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -299,6 +300,9 @@ func TestParts(t *testing.T) {
 			if _, err := open(t, dir).Verify(t.Context(), DefaultLimits); err != nil {
 				t.Error(err)
 			}
+			if err := open(t, dir).Whole(t.Context(), DefaultLimits); err != nil {
+				t.Error(err)
+			}
 			if err := os.Remove(filepath.Join(dir, names[1])); err != nil {
 				t.Fatal(err)
 			}
@@ -309,6 +313,67 @@ func TestParts(t *testing.T) {
 	}
 	if _, err := Open(t.TempDir(), nil); fault.KindOf(err) != fault.Usage {
 		t.Errorf("empty folder: %v", err)
+	}
+}
+
+// TestLastPartIsMissing: parts of one length say nothing of a further one, so
+// the archive is read to its end before it is used.
+func TestLastPartIsMissing(t *testing.T) {
+	whole := testkit.Archives()["good"]
+	for _, n := range []int{2, 3} {
+		dir, size := t.TempDir(), len(whole)/n+1
+		for i := range n - 1 {
+			if err := os.WriteFile(filepath.Join(dir, "x.tar.gz.a"+string(rune('a'+i))), whole[i*size:(i+1)*size], 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		err := open(t, dir).Whole(t.Context(), DefaultLimits)
+		if fault.KindOf(err) != fault.BadContent || !strings.Contains(fault.HintOf(err), `"x.tar.gz.a`+string(rune('a'+n-2))+`": is one missing`) {
+			t.Errorf("%d parts: %v, hint %q", n, err, fault.HintOf(err))
+		}
+	}
+	// As long as the first one, and nothing missing all the same.
+	dir := t.TempDir()
+	whole = testkit.Tar(testkit.Entry{Name: "a", Data: make([]byte, 3000)})
+	for i, name := range []string{"x.tar.0", "x.tar.1"} {
+		if err := os.WriteFile(filepath.Join(dir, name), whole[i*len(whole)/2:(i+1)*len(whole)/2], 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := open(t, dir).Whole(t.Context(), DefaultLimits); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestNamesOfSplit: parts have the names that split gives them, however many
+// there are; without the first one they are no archive.
+func TestNamesOfSplit(t *testing.T) {
+	for _, flags := range [][]string{{"-b", "1"}, {"-b", "1", "-d"}, {"-b", "1", "-a", "3"}} {
+		dir := t.TempDir()
+		c := exec.Command("split", append(flags, "-", "x.tar.gz.")...)
+		c.Dir, c.Stdin = dir, strings.NewReader(strings.Repeat("x", 700))
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		names, err := parts(dir)
+		if err != nil || len(names) != 700 {
+			t.Fatalf("%q: %d parts, %v", flags, len(names), err)
+		}
+		for _, n := range []int{0, 300} {
+			if err := os.Remove(names[n]); err != nil {
+				t.Fatal(err)
+			}
+			_, err := parts(dir)
+			if n == 0 && filepath.Base(names[0]) == "x.tar.gz.00" {
+				continue // --numeric-suffixes=1 begins there
+			}
+			if fault.KindOf(err) != fault.Usage || !strings.Contains(err.Error(), filepath.Base(names[n])) {
+				t.Errorf("%q without %s: %v", flags, filepath.Base(names[n]), err)
+			}
+			if err := os.WriteFile(names[n], []byte("x"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }
 

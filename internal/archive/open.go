@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/klauspost/compress/gzip"
 
@@ -38,6 +39,8 @@ type Archive struct {
 	size   int64
 	stream io.Reader
 	files  []*os.File
+	last   string // the last part of a split archive
+	full   bool   // it is as long as the first one: there may be another
 }
 
 // Open opens a file, a folder with the parts of a split archive, or, by the
@@ -85,6 +88,9 @@ func (a *Archive) openFiles(name string) error {
 		}
 		all = append(all, section{f, a.size, st.Size()})
 		a.size += st.Size()
+	}
+	if st.IsDir() {
+		a.last, a.full = filepath.Base(paths[len(paths)-1]), all[len(all)-1].size == all[0].size
 	}
 	if a.in = all; len(all) == 1 {
 		a.in = a.files[0]
@@ -140,9 +146,12 @@ func parts(dir string) ([]string, error) {
 		return 1
 	})
 	for i := 1; i < len(names); i++ {
-		if want := following(names[i-1]); want != "" && want != names[i] {
+		if want := following(names[i-1]); want != "" && want != names[i] && names[i] != widened(names[i-1]) {
 			return nil, bad("%q is missing", want)
 		}
+	}
+	if m := partName().FindStringSubmatch(names[0]); strings.Trim(m[2], "a0123456789") != "" {
+		return nil, bad("%q is missing", m[1]+strings.Repeat("a", len(m[2])))
 	}
 	for i := range names {
 		names[i] = filepath.Join(dir, names[i])
@@ -164,6 +173,21 @@ func following(name string) string {
 		b[i] = 'a'
 	}
 	return ""
+}
+
+// widened is the name of the next part where split takes to longer names: zaaa
+// comes behind yz, 9000 behind 89; else "".
+func widened(name string) string {
+	m := partName().FindStringSubmatch(name)
+	first, last := "a", "z"
+	if m[2][0] <= '9' {
+		first, last = "0", "9"
+	}
+	rest := strings.TrimLeft(m[2], last)
+	if rest == "" || rest[0] != last[0]-1 || strings.Trim(rest[1:], last) != "" {
+		return ""
+	}
+	return m[1] + strings.Repeat(last, len(m[2])-len(rest)+1) + strings.Repeat(first, len(rest)+1)
 }
 
 type section struct {

@@ -14,6 +14,12 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
+// How what is compressed begins.
+var (
+	gzipMagic = []byte{0x1f, 0x8b}
+	zstdMagic = []byte{0x28, 0xb5, 0x2f, 0xfd}
+)
+
 // Unpack gives r itself, or what r holds compressed by gzip or zstd: the first
 // bytes decide, since names lie.
 func Unpack(r io.Reader) (io.Reader, error) {
@@ -26,14 +32,14 @@ func Unpack(r io.Reader) (io.Reader, error) {
 		return nil, cutOff(err)
 	}
 	switch {
-	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
+	case bytes.HasPrefix(head, gzipMagic):
 		z, err := gzip.NewReader(br)
 		if err != nil {
 			return nil, cutOff(err)
 		}
 		z.Multistream(false)
 		return &members{br, z}, nil
-	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+	case bytes.HasPrefix(head, zstdMagic):
 		z, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(32<<20))
 		if err != nil {
 			return nil, badContent(err)
@@ -63,7 +69,7 @@ func (m *members) Read(p []byte) (int, error) {
 		switch {
 		case len(head) == 0 && errors.Is(err, io.EOF):
 			return 0, io.EOF
-		case len(head) == 2 && head[0] == 0x1f && head[1] == 0x8b:
+		case bytes.Equal(head, gzipMagic):
 			if err := m.z.Reset(m.in); err != nil {
 				return 0, cutOff(err)
 			}

@@ -60,6 +60,9 @@ func (l *load) foreign(ctx context.Context) error {
 		if err := s.head(ctx); err != nil {
 			return err
 		}
+		if err := l.Archive.Whole(ctx, l.Limits); err != nil {
+			return err
+		}
 	}
 	if l.DryRun {
 		return s.dryRun(ctx)

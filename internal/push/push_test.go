@@ -3,6 +3,7 @@ package push_test
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -443,6 +444,33 @@ func TestBad(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestCut: what lacks its end sends nothing, wherever it was cut.
+func TestCut(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	var sent atomic.Int64
+	s.behind(t, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			sent.Add(1)
+		}
+		next.ServeHTTP(w, r)
+	})
+	for _, name := range []string{"good", "manifest-last"} {
+		whole := testkit.Archives()[name]
+		for n := len(whole) - 1; n > 8; n -= len(whole)/12 + 1 {
+			for binary.LittleEndian.Uint32(whole[n-4:n])%512 == 0 {
+				n-- // by chance it looks like an end
+			}
+			if _, err := s.load(t, whole[:n], false); fault.KindOf(err) != fault.BadContent || !strings.Contains(fault.HintOf(err), "copy it again") {
+				t.Errorf("%s, %d of %d bytes: %v, hint %q", name, n, len(whole), err, fault.HintOf(err))
+			}
+		}
+	}
+	if sent.Load() > 0 {
+		t.Errorf("%d things were sent", sent.Load())
 	}
 }
 
