@@ -57,10 +57,15 @@ func (s *Service) Wrap(ctx context.Context, instance, id string, in kmsapi.WrapR
 	if err != nil {
 		return kmsapi.ActionAnswer{}, err
 	}
-	return s.wrap(ctx, k.Version, plain, in.AAD)
+	return s.wrap(ctx, k, plain, in.AAD)
 }
 
-func (s *Service) wrap(ctx context.Context, v versionRecord, plain []byte, extra []string) (out kmsapi.ActionAnswer, err error) {
+// wrap encrypts by the newest version of a key.
+func (s *Service) wrap(ctx context.Context, k *keyRecord, plain []byte, extra []string) (out kmsapi.ActionAnswer, err error) {
+	v := k.Version
+	if err := s.uses.take(ctx, useKey{k.Instance, k.ID, v.ID}); err != nil {
+		return out, err
+	}
 	out.KeyVersion = &kmsapi.KeyVersion{ID: v.ID}
 	aad := bindAAD(kmsapi.CiphertextVersion, v.ID, extra)
 	var sealed hsm.Sealed
@@ -106,7 +111,7 @@ func (s *Service) Rewrap(ctx context.Context, instance, id string, in kmsapi.Unw
 		if err != nil {
 			return kmsapi.ActionAnswer{}, err
 		}
-		fresh, err := s.wrap(ctx, k.Version, plain, in.AAD)
+		fresh, err := s.wrap(ctx, k, plain, in.AAD)
 		if err != nil {
 			return kmsapi.ActionAnswer{}, err
 		}
@@ -146,8 +151,8 @@ func (s *Service) unwrap(ctx context.Context, instance, id string, in kmsapi.Unw
 		}
 		out.KeyVersion = &kmsapi.KeyVersion{ID: v.ID}
 		if v.ID != k.Version.ID && s.stateNow(k) == stateActive && len(plain) > 0 {
-			fresh, err := s.wrap(ctx, k.Version, plain, in.AAD)
-			if err != nil {
+			fresh, err := s.wrap(ctx, k, plain, in.AAD)
+			if err != nil && !isUsedUp(err) { // what was asked for is the plaintext
 				clear(plain)
 				return nil, out, err
 			}

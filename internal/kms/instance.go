@@ -63,7 +63,7 @@ func (s *Service) DeleteInstance(ctx context.Context, id string, others func(ctx
 			return err
 		}
 	}
-	for _, dir := range []string{ringPath(id, ""), aliasPath(id, ""), registrationDir(id), instancePolicyPath(id, "")} {
+	for _, dir := range []string{ringPath(id, ""), aliasPath(id, ""), registrationDir(id), instancePolicyPath(id, ""), usesDir(id)} {
 		if err := s.removeAll(ctx, dir); err != nil {
 			return err
 		}

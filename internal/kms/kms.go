@@ -70,6 +70,7 @@ type Service struct {
 	index  index
 
 	masters *Masters
+	uses    *Uses
 }
 
 // New joins a store and an HSM whose master keys are open.
@@ -240,7 +241,7 @@ func (s *Service) CreateKey(ctx context.Context, instance, ring, who string, in 
 	err = s.making(ctx, func(e Epoch) (err error) {
 		var more []record.Change
 		if k.Kind == kindStandard {
-			err = s.fillStandard(ctx, &k, &k.Version, payload)
+			err = s.fillStandard(ctx, e, &k, &k.Version, payload)
 		} else {
 			more, err = s.fillRoot(ctx, &k, &k.Version, payload)
 		}
@@ -320,7 +321,10 @@ func (s *Service) unmake(ctx context.Context, blob []byte, why error) error {
 	return why
 }
 
-func (s *Service) fillStandard(ctx context.Context, k *keyRecord, v *versionRecord, payload *material) (err error) {
+func (s *Service) fillStandard(ctx context.Context, e Epoch, k *keyRecord, v *versionRecord, payload *material) (err error) {
+	if err := s.sealing(ctx, e); err != nil {
+		return err
+	}
 	aad := sealAAD(k.Instance, k.ID, v.ID)
 	if payload != nil {
 		k.Bits = len(payload.clear) * 8
@@ -540,7 +544,8 @@ func (s *Service) Key(ctx context.Context, instance, id string, material bool) (
 	if material && k.Kind == kindStandard && k.State != stateDestroyed {
 		return s.withPayload(ctx, k)
 	}
-	return s.show(k), nil
+	out := s.show(k)
+	return out, s.withUses(ctx, k, out.KeyVersion)
 }
 
 // CreateInstance makes an instance; its name is unique.

@@ -266,7 +266,11 @@ func (s *Service) purge(ctx context.Context, k *keyRecord, rev int64) error {
 	if err != nil {
 		return err
 	}
-	changes := []record.Change{{Path: k.path(), Rev: rev}}
+	uses, err := s.uses.drop(ctx, k.Instance, k.ID)
+	if err != nil {
+		return err
+	}
+	changes := append([]record.Change{{Path: k.path(), Rev: rev}}, uses...)
 	for _, a := range k.Aliases {
 		var have kmsapi.Alias
 		rev, err := s.store.Get(ctx, aliasPath(k.Instance, a), &have)
@@ -347,7 +351,11 @@ func (s *Service) Versions(ctx context.Context, instance, id string, limit, offs
 	for _, v := range page(all, limit, offset) {
 		out = append(out, kmsapi.KeyVersion{ID: v.ID, CreationDate: &v.CreatedAt})
 	}
-	return out, len(all), nil
+	shown := make([]*kmsapi.KeyVersion, len(out))
+	for i := range out {
+		shown[i] = &out[i]
+	}
+	return out, len(all), s.withUses(ctx, k, shown...)
 }
 
 func page[T any](all []T, limit, offset int) []T {
@@ -373,7 +381,9 @@ func (s *Service) Sweep(ctx context.Context) ([]Swept, error) {
 		return nil, err
 	}
 	var out []Swept
+	ids := make([]string, 0, len(instances))
 	for _, in := range instances {
+		ids = append(ids, in.ID)
 		keys, err := s.index.keys(ctx, s.store, in.ID)
 		if err != nil {
 			return out, err
@@ -387,7 +397,7 @@ func (s *Service) Sweep(ctx context.Context) ([]Swept, error) {
 			out = append(out, Swept{"kms.import-token.expire", in.ID, "", err})
 		}
 	}
-	return out, s.dropUnfinished(ctx)
+	return out, errors.Join(s.dropUnfinished(ctx), s.uses.look(ctx, ids, s.encrypts(ctx)))
 }
 
 func (s *Service) due(instance string, k *listed) (string, func(context.Context) error) {

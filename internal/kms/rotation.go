@@ -49,6 +49,7 @@ type Rotation struct {
 	HSM     Rewrapper
 	Tokens  []MasterToken // every member of the group
 	Masters *Masters
+	Uses    *Uses
 	Name    string // of this process, for the others
 	Now     func() time.Time
 	// Note writes down what was done.
@@ -389,7 +390,7 @@ func (r *Rotation) takeOne(ctx context.Context, path string) (ok bool, err error
 		t := &tokenRecord{}
 		v = t
 		if rev, err = r.Store.Get(ctx, path, t); err == nil {
-			t.Private, err = r.HSM.Reseal(ctx, t.Private, tokenAAD(parts[0], t.ID))
+			t.Private, err = r.reseal(ctx, t.Private, tokenAAD(parts[0], t.ID))
 		}
 	}
 	if err == nil {
@@ -401,9 +402,17 @@ func (r *Rotation) takeOne(ctx context.Context, path string) (ok bool, err error
 	return err == nil, err
 }
 
+// reseal seals by the master keys of today, and counts it.
+func (r *Rotation) reseal(ctx context.Context, sealed, aad []byte) ([]byte, error) {
+	if err := r.Uses.take(ctx, masterKey(r.Masters.epoch().Version)); err != nil {
+		return nil, err
+	}
+	return r.HSM.Reseal(ctx, sealed, aad)
+}
+
 func (r *Rotation) takeVersion(ctx context.Context, v *versionRecord, instance, key string) (err error) {
 	if v.Sealed != nil {
-		v.Sealed, err = r.HSM.Reseal(ctx, v.Sealed, sealAAD(instance, key, v.ID))
+		v.Sealed, err = r.reseal(ctx, v.Sealed, sealAAD(instance, key, v.ID))
 		return err
 	}
 	made, err := r.HSM.Rewrap(ctx, v.Blob)

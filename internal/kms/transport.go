@@ -79,6 +79,9 @@ func (s *Service) CreateImportToken(ctx context.Context, instance string, in kms
 		if err != nil {
 			return err
 		}
+		if err := s.sealing(ctx, e); err != nil { // in the HSM, where it does not hold the pair
+			return err
+		}
 		pair, err := s.hsm.NewImportPair(ctx, pairID, tokenAAD(instance, t.ID))
 		if err != nil {
 			return err

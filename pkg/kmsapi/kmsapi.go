@@ -118,6 +118,9 @@ type AlgorithmMetadata struct {
 type KeyVersion struct {
 	ID           string     `json:"id"`
 	CreationDate *time.Time `json:"creationDate,omitempty"`
+	// Encryptions is ours: under this version no more texts were encrypted by
+	// AES-GCM; absent where it is not used, or nothing was yet.
+	Encryptions *uint64 `json:"encryptions,omitempty"`
 }
 
 // DualAuthDelete says whether two people must agree to a deletion.

@@ -339,9 +339,13 @@ type versionList struct {
 func (l versionList) Table() ([]string, [][]string) {
 	var rows [][]string
 	for _, v := range l.Versions {
-		rows = append(rows, []string{v.ID, when(v.CreationDate)})
+		used := ""
+		if v.Encryptions != nil {
+			used = strconv.FormatUint(*v.Encryptions, 10)
+		}
+		rows = append(rows, []string{v.ID, when(v.CreationDate), used})
 	}
-	return []string{"ID", "CREATED"}, rows
+	return []string{"ID", "CREATED", "ENCRYPTIONS"}, rows
 }
 
 type registrationList struct {

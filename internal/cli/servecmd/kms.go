@@ -33,6 +33,7 @@ type KMSConfig struct {
 	AuditDir string
 	Audit    audit.Config // size, policy and copy of its files
 	Limits   server.Limits
+	Uses     uint64 // texts that one version of a key encrypts by AES-GCM
 	Trace    *trace.Tracer
 	Name     string // of this process, for the audit log's heads
 	Now      func() time.Time
@@ -49,6 +50,8 @@ type KMS struct {
 	Server *server.Server
 	kms    *kms.Service
 	master *kms.Rotation
+	uses   *kms.Uses
+	near   int    // versions of keys near their limit, when they were last looked at
 	rest   func() // ends the work on the master keys
 	store  *store.Store
 	plain  *store.Plain
@@ -67,7 +70,8 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	if err != nil {
 		return nil, err
 	}
-	opened, err := unlock(ctx, plain, c)
+	uses := kms.NewUses(c.Uses)
+	opened, err := unlock(ctx, plain, c, uses)
 	if err != nil {
 		return nil, err
 	}
@@ -84,7 +88,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &KMS{KMSConfig: c, Opened: opened, store: st, plain: plain, codec: codec}
+	k := &KMS{KMSConfig: c, Opened: opened, store: st, plain: plain, codec: codec, uses: uses}
 	k.IAM = iam.New(st, iam.Config{SigningKey: key, Derive: k.deriveSigningKey, Now: c.Now})
 	ac := c.Audit
 	ac.Sign, ac.PublicKey, ac.Now, ac.SaveHead = c.Token.Sign, opened.Master.PublicKey, c.Now, k.saveHead
@@ -98,6 +102,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		return nil, err
 	}
 	k.kms = kms.New(st, c.Token, c.Token, c.Now, c.Windows)
+	k.kms.Count(uses)
 	k.master = k.rotation()
 	k.kms.Follow(k.master.Masters)
 	k.Server = server.New(server.Config{KMS: k.kms, Review: c.Review, IAM: k.IAM, Audit: k.audit, Log: c.Log,
@@ -114,7 +119,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 // unlock opens the first member that can be opened. Each member opens itself
 // again when it was away, by the ledger of logins, and so do those that could
 // not be opened now.
-func unlock(ctx context.Context, plain *store.Plain, c KMSConfig) (opened kms.Opened, err error) {
+func unlock(ctx context.Context, plain *store.Plain, c KMSConfig, uses *kms.Uses) (opened kms.Opened, err error) {
 	var errs []error
 	for _, m := range c.Token.Members() {
 		if opened, err = kms.Unlock(connector.Only(ctx), plain, m, c.Now); err == nil {
@@ -125,10 +130,12 @@ func unlock(ctx context.Context, plain *store.Plain, c KMSConfig) (opened kms.Op
 	if err != nil {
 		return opened, errors.Join(errs...)
 	}
+	uses.Saw(opened.Master.Suite)
 	for _, m := range c.Token.Members() {
 		m.Reopen(func(ctx context.Context) error {
 			again, err := kms.Unlock(ctx, plain, m, c.Now)
 			again.Zero()
+			uses.Saw(again.Master.Suite)
 			return err
 		})
 	}
@@ -149,6 +156,14 @@ func (k *KMS) gauges() {
 	} {
 		k.Server.Gauge(name, g.help, func() float64 { return float64(g.f()) })
 	}
+	k.Server.Gauge("kmsctl_keys_near_limit", "Keys that have encrypted half as many texts by AES-GCM as one version may, or more.", func() float64 {
+		keys, _ := k.uses.Near()
+		return float64(keys)
+	})
+	k.Server.Gauge("kmsctl_keys_near_limit_share", "Share of that limit which the furthest of them has come to; at 1 it encrypts no more.", func() float64 {
+		_, share := k.uses.Near()
+		return share
+	})
 	k.Server.Gauge("kmsctl_hsm_ready", "1 when the HSM answers and is logged in.", func() float64 {
 		if len(k.healthy(context.Background())) > 0 {
 			return 0
@@ -185,6 +200,7 @@ func (k *KMS) Sweep(ctx context.Context) (stop func()) {
 			if err := k.sweep(ctx); err != nil && ctx.Err() == nil {
 				k.Log.Error("life cycle", "error", err)
 			}
+			k.warnOfUse()
 			select {
 			case <-tick.C:
 			case <-ctx.Done():
@@ -193,6 +209,15 @@ func (k *KMS) Sweep(ctx context.Context) (stop func()) {
 		}
 	}()
 	return func() { cancel(); <-done }
+}
+
+// warnOfUse says when more keys than before must be rotated some day soon.
+func (k *KMS) warnOfUse() {
+	keys, share := k.uses.Near()
+	if keys > k.near {
+		k.Log.Warn("keys have encrypted half as many texts as they may, or more: rotate them", "keys", keys, "furthest", share)
+	}
+	k.near = keys
 }
 
 func (k *KMS) sweep(ctx context.Context) error {

@@ -6,6 +6,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/kms"
 	"github.com/kmsctl/kmsctl/internal/server"
 )
 
@@ -14,6 +15,7 @@ type LimitFlags struct {
 	set     bool
 	rate    float64
 	running int
+	uses    uint64
 }
 
 // Add puts the flags into fs.
@@ -22,6 +24,7 @@ func (f *LimitFlags) Add(fs *pflag.FlagSet) {
 	f.set = true
 	fs.Float64Var(&f.rate, "rate-limit", d.Rate, "calls a second of one identity, and failed proofs of one address; 0: no limit")
 	fs.IntVar(&f.running, "max-concurrent", d.Running, "calls that work at the same time; four times as many wait, and those beyond are refused (503)")
+	fs.Uint64Var(&f.uses, "gcm-limit", kms.DefaultUses, "texts that one version of a key encrypts by AES-GCM before the key must be rotated; at most 2^32 (NIST SP 800-38D)")
 }
 
 // Check holds the rules of the flags.
@@ -33,6 +36,9 @@ func (f *LimitFlags) Check() error {
 	if f.running < 1 {
 		errs = append(errs, fault.Usagef("--max-concurrent: %d is less than 1", f.running))
 	}
+	if f.uses < 1 || f.uses > kms.DefaultUses {
+		errs = append(errs, fault.Usagef("--gcm-limit: %d is not between 1 and %d", f.uses, uint64(kms.DefaultUses)))
+	}
 	return errors.Join(errs...)
 }
 
@@ -43,4 +49,12 @@ func (f *LimitFlags) Limits() server.Limits {
 		l.Rate, l.Running, l.Waiting = f.rate, f.running, 4*f.running
 	}
 	return l
+}
+
+// Uses is how many texts a version of a key encrypts.
+func (f *LimitFlags) Uses() uint64 {
+	if f.set {
+		return f.uses
+	}
+	return kms.DefaultUses
 }

@@ -15,7 +15,7 @@ import (
 const rotationEvery = 10 * time.Second
 
 func (k *KMS) rotation() *kms.Rotation {
-	r := kms.Rotation{Store: k.store, Plain: k.plain, HSM: k.Token, Name: k.Name, Now: k.Now, Masters: kms.NewMasters(k.plain, k.Opened.Epoch, k.openMasters)}
+	r := kms.Rotation{Store: k.store, Uses: k.uses, Plain: k.plain, HSM: k.Token, Name: k.Name, Now: k.Now, Masters: kms.NewMasters(k.plain, k.Opened.Epoch, k.openMasters)}
 	for _, m := range k.Token.Members() {
 		r.Tokens = append(r.Tokens, m)
 	}
@@ -36,6 +36,7 @@ func (k *KMS) openMasters(ctx context.Context) (epoch kms.Epoch, err error) {
 			err = merr
 			continue
 		}
+		k.uses.Saw(o.Master.Suite)
 		epoch, opened = o.Epoch, true
 	}
 	if opened {

@@ -188,7 +188,7 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 		return err
 	}
 	defer stopTracing()
-	k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Trace: tracer, Name: name,
+	k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Uses: o.limit.Uses(), Trace: tracer, Name: name,
 		Now: o.Now, Log: log, Windows: windows, Review: review})
 	if err != nil {
 		return err
