@@ -102,18 +102,13 @@ func (s *stream) head(ctx context.Context) error {
 			return err
 		}
 	}
-	s.take(m)
-	return nil
+	return s.take(m)
 }
 
-func (s *stream) take(m ppa.Manifest) {
+func (s *stream) take(m ppa.Manifest) error {
 	s.m, s.plan, s.planned = m, planOf(m), true
-	var repos []string
-	for _, i := range m.Images {
-		s.names = append(s.names, i.Name)
-		repos = append(repos, s.Repository(i.Name))
-	}
-	s.Registry.Scope(repos...)
+	_, err := s.place(m)
+	return err
 }
 
 // planOf says which images each member holds.
@@ -250,7 +245,9 @@ func (s *stream) imageMember(name string, size int64, r io.Reader, wanted map[st
 			return err
 		}
 		if !unplaced(m) {
-			s.take(m)
+			if err := s.take(m); err != nil {
+				return err
+			}
 		}
 	}
 	if !s.planned && s.Staging == "" {
@@ -327,7 +324,10 @@ func (s *stream) finish(ctx context.Context) error {
 			return err
 		}
 	}
-	s.take(m) // the second manifest may stand behind the images: it has the lists, and more keys of the charts
+	// The second manifest may stand behind the images: it has the lists, and more keys of the charts.
+	if err := s.take(m); err != nil {
+		return err
+	}
 	s.ctx, s.cancel = context.WithCancelCause(ctx)
 	defer s.cancel(nil)
 	for _, f := range s.waiting {

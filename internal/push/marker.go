@@ -108,7 +108,9 @@ func (s *stream) marked(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, nil //nolint:nilerr // then the archive is read
 	}
-	s.take(manifest)
+	if err := s.take(manifest); err != nil {
+		return false, err
+	}
 	for _, o := range objects {
 		s.done(o, nil)
 	}

@@ -23,12 +23,10 @@ func (l *load) native(ctx context.Context) error {
 	if err := archive.CheckMembers(m, l.Archive.Index.Members); err != nil {
 		return err
 	}
-	var repos []string
-	for _, i := range m.Images {
-		l.names = append(l.names, i.Name)
-		repos = append(repos, l.Repository(i.Name))
+	repos, err := l.place(m)
+	if err != nil {
+		return err
 	}
-	l.Registry.Scope(repos...)
 	if err := l.base(ctx, repos); err != nil {
 		return err
 	}

@@ -222,6 +222,25 @@ func (l *load) warn(format string, a ...any) {
 	}
 }
 
+// place learns the images' names and gives their repositories in the registry.
+// A rule by which one would overwrite another is refused.
+func (l *load) place(m ppa.Manifest) (repos []string, err error) {
+	at := map[string]ppa.Image{}
+	for _, i := range m.Images {
+		repo := l.Repository(i.Name)
+		to := l.target(repo, i.Tag)
+		if was, taken := at[to]; taken && was.Name != i.Name && (was.Archive != i.Archive || withoutHost(was.Name) != withoutHost(i.Name)) {
+			return nil, fault.Usagef("images %q and %q would both be %q in the registry", was.Ref(), i.Ref(), to).
+				WithHint("give another --map, one that keeps more of an image's name: {path} keeps all of it, {flat} joins its parts")
+		}
+		at[to] = i
+		l.names = append(l.names, i.Name)
+		repos = append(repos, repo)
+	}
+	l.Registry.Scope(repos...)
+	return repos, nil
+}
+
 // target is the full name of an image in the registry.
 func (l *load) target(repo, tag string) string { return l.Host + "/" + repo + ":" + tag }
 
@@ -340,6 +359,9 @@ func (l *load) rewrite(c *chart.Chart, in ppa.Chart, pkg []byte) ([]byte, error)
 	if err != nil {
 		return nil, fault.New(fault.BadContent, "rewrite the values of chart", c.Name, err)
 	}
+	if far := l.unreachable(); len(in.RegistryKeys) > 0 && far != "" {
+		l.warn("chart %s: its registry keys (%s) get %s, behind which %s is not found: --map puts it at %s", c.Name, strings.Join(in.RegistryKeys, ", "), l.RegistryValue, far, l.Host+"/"+l.Repository(far))
+	}
 	for _, m := range missing {
 		l.warn("chart %s: its values have no %s, which the manifest names", c.Name, m)
 	}
@@ -348,6 +370,18 @@ func (l *load) rewrite(c *chart.Chart, in ppa.Chart, pkg []byte) ([]byte, error)
 	}
 	c.SetValues(values)
 	return c.Pack()
+}
+
+// unreachable is an image that a chart cannot name by the value of a registry
+// key with the image's name, or the last parts of it, behind; "" when all can be.
+func (l *load) unreachable() string {
+	for _, name := range l.names {
+		rest, ok := strings.CutPrefix(l.Host+"/"+l.Repository(name), l.RegistryValue+"/")
+		if !ok || !strings.HasSuffix("/"+name, "/"+rest) {
+			return name
+		}
+	}
+	return ""
 }
 
 // repositoryValue is a repository of the values as it is called at this site.

@@ -447,6 +447,55 @@ func TestBad(t *testing.T) {
 	}
 }
 
+// flat is --map '{flat}'.
+func flat(o *push.Options) {
+	o.Repository = func(n string) string { return "site/" + strings.ReplaceAll(n, "/", "-") }
+}
+
+// TestFallTogether: a rule by which one image would overwrite another is
+// refused before anything is sent.
+func TestFallTogether(t *testing.T) {
+	t.Parallel()
+	img := testkit.Images()
+	foreign := testkit.Gzip(testkit.Tar(
+		testkit.Entry{Name: "manifest.json", Data: []byte(`{"images":[{"image":"a/b-c","tag":"1.0","archive":"images/a.tar"},{"image":"a-b/c","tag":"1.0","archive":"images/b.tar"}]}`)},
+		testkit.Entry{Name: "images/a.tar", Data: testkit.DockerSave(testkit.Image{Ref: "a/b-c:1.0", Layers: img[0].Layers})},
+		testkit.Entry{Name: "images/b.tar", Data: testkit.DockerSave(testkit.Image{Ref: "a-b/c:1.0", Layers: img[1].Layers})}))
+	s := newSite(t)
+	for _, stdin := range []bool{false, true} {
+		_, err := s.load(t, foreign, stdin, flat)
+		if fault.KindOf(err) != fault.Usage || !strings.Contains(err.Error(), `"a/b-c:1.0" and "a-b/c:1.0"`) || !strings.Contains(fault.HintOf(err), "--map") {
+			t.Errorf("%v, hint %q", err, fault.HintOf(err))
+		}
+	}
+	last := func(o *push.Options) { o.Repository = func(n string) string { return "site/one" } }
+	if _, err := s.load(t, ours(t), false, last); fault.KindOf(err) != fault.Usage {
+		t.Errorf("an archive of ours: %v", err)
+	}
+	if repos, err := remote.Catalog(t.Context(), s.ref(t, "x").Context().Registry); err != nil || len(repos) > 0 {
+		t.Errorf("something was sent: %q, %v", repos, err)
+	}
+	if _, err := s.load(t, foreign, true); err != nil {
+		t.Errorf("by a rule that keeps the names: %v", err)
+	}
+}
+
+// TestFarFromRegistryKeys: a chart with registry keys is warned about where no
+// value of them leads to the images.
+func TestFarFromRegistryKeys(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	for warned, rule := range map[bool]option{false: func(*push.Options) {}, true: flat} {
+		r, err := s.load(t, testkit.Archives()["both"], false, rule)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(r.Warnings, "\n"); warned != strings.Contains(got, "chart app: its registry keys (global.registry) get "+s.host+"/site, behind which org/one is not found: --map puts it at "+s.host+"/site/org-one") {
+			t.Errorf("warned %v: %s", warned, got)
+		}
+	}
+}
+
 // TestCut: what lacks its end sends nothing, wherever it was cut.
 func TestCut(t *testing.T) {
 	t.Parallel()
