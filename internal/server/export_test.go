@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 )
@@ -26,6 +27,37 @@ func RoutesForTest() map[string]string {
 			method, _, _ := strings.Cut(p, " ")
 			out[p] = method + " " + r.paths[0]
 		}
+	}
+	for _, p := range api("/keys/{id}") {
+		out["POST "+p] = "POST /api/v2/keys/{id}"
+	}
+	for _, o := range openRoutes() {
+		for _, p := range o.paths {
+			out[o.method+" "+p] = o.method + " " + o.paths[0]
+		}
+	}
+	return out
+}
+
+// BodiesForTest are the endpoints that take a body: method and first path.
+func BodiesForTest() []string {
+	out := []string{"POST /identity/token"}
+	add := func(rs []route, docs map[string]doc) {
+		for _, r := range rs {
+			if docs[r.name].in != nil {
+				out = append(out, r.methods+" "+r.paths[0])
+			}
+		}
+	}
+	add(slices.Concat(keyRoutes(), instanceRoutes(), ownRoutes()), docs)
+	add(icpRoutes(), icpDocs)
+	return slices.Sorted(slices.Values(out))
+}
+
+// OpenForTest are the paths that ask nobody who they are.
+func OpenForTest() (out []string) {
+	for _, o := range openRoutes() {
+		out = append(out, o.paths...)
 	}
 	return out
 }

@@ -32,6 +32,34 @@ func icpRoutes() []route {
 	}
 }
 
+// icpDocs describes them by their audit action; where they are kmsctl's own
+// calls in ICP's words, the bodies differ.
+var icpDocs = map[string]doc{
+	"iam.service-ids.create": {icpNamed{}, icpServiceID{}, ""}, "iam.service-ids.list": {nil, icpServiceIDs{}, "boundTo"}, "iam.service-ids.delete": {},
+	"iam.api-keys.create": {icpNamed{}, icpAPIKey{}, ""},
+	"iam.policies.create": {iam.Policy{}, iam.Policy{}, ""}, "iam.policies.list": {nil, icpPolicies{}, ""}, "iam.policies.delete": {},
+}
+
+// icpNamed asks for a service ID, or for an API key that is bound to one.
+type icpNamed struct {
+	Name        string `json:"name"`
+	Description string `json:"description"`
+	BoundTo     string `json:"boundTo"`
+}
+
+type icpServiceIDs struct {
+	Items []icpServiceID `json:"items"`
+}
+
+type icpAPIKey struct {
+	kmsapi.APIKey
+	BoundTo string `json:"boundTo"`
+}
+
+type icpPolicies struct {
+	Policies []iam.Policy `json:"policies"`
+}
+
 // serviceCRN begins the CRN of every service ID of ours; the cluster's name is
 // not known to the KMS, and nothing depends on it.
 const serviceCRN = "crn:v1:icp:private:iam-identity:kmsctl:n/kube-system::serviceid:"
@@ -66,7 +94,7 @@ func icpName(s string) string {
 }
 
 func icpCreateServiceID(ctx context.Context, c *call) (any, error) {
-	var in struct{ Name, Description, BoundTo string }
+	var in icpNamed
 	if err := c.decode(&in); err != nil {
 		return nil, err
 	}
@@ -79,9 +107,7 @@ func icpCreateServiceID(ctx context.Context, c *call) (any, error) {
 
 func icpListServiceIDs(ctx context.Context, c *call) (any, error) {
 	all, err := c.IAM.ServiceIDs(ctx, c.manager())
-	out := struct {
-		Items []icpServiceID `json:"items"`
-	}{[]icpServiceID{}}
+	out := icpServiceIDs{[]icpServiceID{}}
 	for _, s := range all {
 		out.Items = append(out.Items, icpShow(s))
 	}
@@ -93,7 +119,7 @@ func icpDeleteServiceID(ctx context.Context, c *call) (any, error) {
 }
 
 func icpCreateAPIKey(ctx context.Context, c *call) (any, error) {
-	var in struct{ Name, Description, BoundTo string }
+	var in icpNamed
 	if err := c.decode(&in); err != nil {
 		return nil, err
 	}
@@ -101,10 +127,7 @@ func icpCreateAPIKey(ctx context.Context, c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return struct {
-		kmsapi.APIKey
-		BoundTo string `json:"boundTo"`
-	}{kmsapi.APIKey{ID: k.ID, Name: k.Name, ServiceID: k.ServiceID, CreatedAt: k.CreatedAt, Key: string(value.Reveal())}, serviceCRN + k.ServiceID}, nil
+	return icpAPIKey{kmsapi.APIKey{ID: k.ID, Name: k.Name, ServiceID: k.ServiceID, CreatedAt: k.CreatedAt, Key: string(value.Reveal())}, serviceCRN + k.ServiceID}, nil
 }
 
 func icpCreatePolicy(ctx context.Context, c *call) (any, error) {
@@ -118,18 +141,15 @@ func icpCreatePolicy(ctx context.Context, c *call) (any, error) {
 
 func icpListPolicies(ctx context.Context, c *call) (any, error) {
 	_, all, err := c.IAM.Policies(ctx, c.manager(), icpName(c.r.PathValue("service")))
-	return struct {
-		Policies []iam.Policy `json:"policies"`
-	}{all}, err
+	return icpPolicies{all}, err
 }
 
 func icpDeletePolicy(ctx context.Context, c *call) (any, error) {
 	return nil, c.IAM.DeletePolicy(ctx, c.manager(), icpName(c.r.PathValue("service")), c.id)
 }
 
-// identityToken refuses ICP's way to log in by name and password: there are no
-// passwords here.
-func identityToken(w http.ResponseWriter, _ *http.Request) {
+// passwordToken refuses ICP's way to log in by name and password.
+func (s *Server) passwordToken(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusBadRequest, kmsapi.TokenError{ErrorCode: codeBadGrant,
 		ErrorMessage: "users with passwords are not kept here: exchange an API key at /identity/token"})
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -13,8 +14,10 @@ import (
 	"time"
 
 	kp "github.com/IBM/keyprotect-go-client"
+	"github.com/google/uuid"
 
 	"github.com/kmsctl/kmsctl/internal/kms"
+	"github.com/kmsctl/kmsctl/internal/record"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -406,8 +409,21 @@ func TestRegistrationsProtectAKey(t *testing.T) {
 	if r := c.do(t, "DELETE", path+"/registrations/"+crn(2), ""); r.status != 204 {
 		t.Errorf("%+v", r)
 	}
+	if r := c.do(t, "DELETE", path+"/registrations/"+crn(2), ""); r.code() != kmsapi.RegistrationAbsent || r.status != 404 {
+		t.Errorf("%+v", r)
+	}
 	if r := c.do(t, "DELETE", path+"?force=true", ""); r.status != 204 {
 		t.Errorf("%+v", r)
+	}
+	std := c.create(t, `"name":"std","extractable":true`)
+	for _, method := range []string{"POST", "GET"} {
+		at := "/api/v2/keys/" + std.ID + "/registrations"
+		if method == "POST" {
+			at += "/" + crn(3)
+		}
+		if r := c.do(t, method, at, ""); r.code() != kmsapi.RootRequiredReg || r.status != 422 {
+			t.Errorf("%s on a standard key: %+v", method, r)
+		}
 	}
 }
 
@@ -440,7 +456,7 @@ func TestAliases(t *testing.T) {
 	if r := c.act(t, "second", "wrap", ""); r.code() != kmsapi.KeyNotFound || r.status != 404 {
 		t.Errorf("%+v", r)
 	}
-	if r := c.do(t, "DELETE", "/api/v2/keys/first/aliases/second", ""); r.status != 404 {
+	if r := c.do(t, "DELETE", "/api/v2/keys/first/aliases/second", ""); r.status != 404 || r.code() != kmsapi.AliasNotFound {
 		t.Errorf("%+v", r)
 	}
 	for i := range 4 {
@@ -532,6 +548,14 @@ func TestKeyRings(t *testing.T) {
 		t.Errorf("%+v", k)
 	}
 	if r := c.do(t, "DELETE", "/api/v2/key_rings/default", ""); r.status != 400 {
+		t.Errorf("%+v", r)
+	}
+	for i := 1; i < kmsapi.MaxKeyRings; i++ { // the default one counts
+		if r := c.do(t, "POST", fmt.Sprint("/api/v2/key_rings/ring-", i), ""); r.status != 201 {
+			t.Fatalf("ring %d: %+v", i, r)
+		}
+	}
+	if r := c.do(t, "POST", "/api/v2/key_rings/one-too-many", ""); r.code() != kmsapi.RingLimit || r.status != 409 {
 		t.Errorf("%+v", r)
 	}
 }
@@ -804,6 +828,46 @@ func TestListing(t *testing.T) {
 
 // TestICPDialect: the wire differences of the ICP generation, by the
 // instance's setting.
+// TestSearchTooBroad: of more keys than are looked through, only one that the
+// text names is found, and the answer says that it did not look further.
+func TestSearchTooBroad(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop")
+	k := c.create(t, `"name":"apple","aliases":["fruit"]`)
+	c.create(t, `"name":"apple juice","extractable":true`)
+	dir := "keys/" + c.instance + "/"
+	var one map[string]any
+	if _, err := w.store.Get(t.Context(), dir+k.ID, &one); err != nil {
+		t.Fatal(err)
+	}
+	for left := kmsapi.MaxCandidates; left > 0; {
+		var many []record.Change
+		for ; left > 0 && len(many) < 100; left-- {
+			r := maps.Clone(one)
+			r["id"], r["aliases"] = uuid.NewString(), nil
+			many = append(many, record.Change{Path: dir + r["id"].(string), Value: r})
+		}
+		if err := w.store.Commit(t.Context(), many...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r := c.do(t, "GET", "/api/v2/keys?search=apple", ""); r.status != 400 || r.code() != kmsapi.SearchTooBroad {
+		t.Errorf("%d %.300s", r.status, r.body)
+	}
+	for _, text := range []string{"alias:fruit", k.ID} {
+		var l kmsapi.Keys
+		r := c.do(t, "GET", "/api/v2/keys?search="+text, "")
+		if r.into(t, &l); len(l.Resources) != 1 || l.Resources[0].ID != k.ID || !l.Metadata.IncompleteSearch {
+			t.Errorf("%s: %d %.300s", text, r.status, r.body)
+		}
+	}
+	var l kmsapi.Keys
+	r := c.do(t, "GET", "/api/v2/keys?search=apple&extractable=true", "") // few enough again
+	if r.into(t, &l); len(l.Resources) != 1 || l.Resources[0].Name != "apple juice" || l.Metadata.IncompleteSearch {
+		t.Errorf("%d %.300s", r.status, r.body)
+	}
+}
+
 func TestICPDialect(t *testing.T) {
 	w := newWorld(t)
 	c := w.root(t, "shop")

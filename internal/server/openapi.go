@@ -4,9 +4,9 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
-	"iter"
 	"maps"
 	"net/http"
+	"path"
 	"reflect"
 	"slices"
 	"strings"
@@ -64,21 +64,19 @@ type object = map[string]any
 func openAPI() object {
 	s := schemas{}
 	paths := object{}
-	for _, r := range routes() {
-		for _, p := range r.paths {
-			for m := range strings.FieldsSeq(r.methods) {
-				addTo(paths, strings.TrimSuffix(p, "{$}"), m, operation(s, r, p))
-			}
+	for _, r := range slices.Concat(keyRoutes(), instanceRoutes(), ownRoutes()) {
+		describe(paths, s, r, docs[r.name])
+	}
+	for _, r := range icpRoutes() {
+		describe(paths, s, r, icpDocs[r.name])
+	}
+	for _, p := range api("/keys/{id}") {
+		addTo(paths, p, http.MethodPost, oldAction(s, p))
+	}
+	for _, o := range openRoutes() {
+		for _, p := range o.paths {
+			addTo(paths, p, o.method, o.operation(s))
 		}
-	}
-	for _, p := range []string{"/identity/token", "/oidc/token", "/iam-token/oidc/token"} {
-		addTo(paths, p, "POST", object{"summary": "Exchange an API key for an access token", "security": []any{}, "requestBody": object{"content": object{
-			"application/x-www-form-urlencoded": object{"schema": object{"type": "object", "required": []string{"grant_type", "apikey"}, "properties": object{
-				"grant_type": object{"const": grantType}, "apikey": object{"type": "string"}}}}}},
-			"responses": object{"200": answer("the token", s.of(kmsapi.Token{})), "400": answer("refused", s.of(kmsapi.TokenError{}))}})
-	}
-	for p, what := range map[string]string{"/livez": "the process lives", "/readyz": "the service can be used; 503 with reasons when not", "/metrics": "Prometheus metrics", "/openapi.json": "this document"} {
-		addTo(paths, p, "GET", object{"summary": what, "security": []any{}, "responses": object{"200": object{"description": what}}})
 	}
 	s.of(kmsapi.Errors{})
 	return object{
@@ -87,6 +85,33 @@ func openAPI() object {
 		"paths":   paths, "security": []any{object{"bearer": []string{}}},
 		"components": object{"schemas": s, "securitySchemes": object{"bearer": object{"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}},
 	}
+}
+
+// describe adds the operations of a route.
+func describe(paths object, s schemas, r route, d doc) {
+	for _, p := range r.paths {
+		for m := range strings.FieldsSeq(r.methods) {
+			addTo(paths, strings.TrimSuffix(p, "{$}"), m, operation(s, r, d, p))
+		}
+	}
+}
+
+// oldAction is the older form of all actions on a key.
+func oldAction(s schemas, path string) object {
+	what := "An action on a key in its older form, ?action=NAME: the same as POST " + path + "/actions/NAME."
+	op := operation(s, route{name: "kms.secrets.action", scope: onKey, status: http.StatusOK}, doc{query: "action"}, path)
+	op["summary"] = what
+	return op
+}
+
+func (o openRoute) operation(s schemas) object {
+	op := object{"summary": o.what, "security": []any{}, "responses": object{"200": object{"description": o.what}}}
+	if o.isToken() {
+		op["requestBody"] = object{"content": object{"application/x-www-form-urlencoded": object{"schema": object{"type": "object", "required": []string{"grant_type"},
+			"properties": object{"grant_type": object{"type": "string"}, "apikey": object{"type": "string"}}}}}}
+		op["responses"] = object{"200": answer("the token", s.of(kmsapi.Token{})), "400": answer("refused", s.of(kmsapi.TokenError{}))}
+	}
+	return op
 }
 
 func addTo(paths object, path, method string, op object) {
@@ -100,8 +125,7 @@ func addTo(paths object, path, method string, op object) {
 
 var pathParameter = pattern.Lazy(`\{([a-z]+)\}`)
 
-func operation(s schemas, r route, path string) object {
-	d := docs[r.name]
+func operation(s schemas, r route, d doc, path string) object {
 	var params []any
 	param := func(in, name string, required bool) {
 		typ := "string"
@@ -185,20 +209,34 @@ func (s schemas) typ(t reflect.Type) any {
 var notInNames = pattern.Lazy(`[^A-Za-z0-9]+(kmsapi\.)?`)
 
 func (s schemas) structure(t reflect.Type) any {
+	if t.Name() == "" {
+		return object{"type": "object", "properties": s.properties(t)}
+	}
 	name := strings.Trim(notInNames().ReplaceAllString(strings.ReplaceAll(t.Name(), "github.com/kmsctl/kmsctl/pkg/kmsapi.", ""), "_"), "_")
+	if pkg := path.Base(t.PkgPath()); pkg != "kmsapi" { // whose names are ours alone
+		name = pkg + "_" + name
+	}
 	ref := object{"$ref": "#/components/schemas/" + name}
 	if _, done := s[name]; done {
 		return ref
 	}
+	s[name] = nil // for a type that holds itself
+	s[name] = object{"type": "object", "properties": s.properties(t)}
+	return ref
+}
+
+func (s schemas) properties(t reflect.Type) object {
 	props := object{}
-	s[name] = object{"type": "object", "properties": props}
 	for f := range t.Fields() {
 		key, _, _ := strings.Cut(f.Tag.Get("json"), ",")
-		if key = cmp.Or(key, f.Name); f.IsExported() && key != "-" {
-			props[key] = s.typ(f.Type)
+		switch {
+		case f.Anonymous && key == "":
+			maps.Copy(props, s.properties(f.Type))
+		case f.IsExported() && key != "-":
+			props[cmp.Or(key, f.Name)] = s.typ(f.Type)
 		}
 	}
-	return ref
+	return props
 }
 
 // serveOpenAPI answers with the document, which the first call makes.
@@ -216,22 +254,25 @@ func serveOpenAPI() http.HandlerFunc {
 	}
 }
 
-// undocumented are the routes that docs or about know nothing of, and their
+// undocumented are the routes that their docs or about know nothing of, and
 // entries without a route.
 func undocumented() []string {
 	var out []string
-	seen := map[string]bool{}
-	for _, r := range routes() {
-		seen[r.name] = true
-		if _, ok := docs[r.name]; !ok || about[r.name] == "" {
-			out = append(out, r.name)
-		}
-	}
-	for _, names := range []iter.Seq[string]{maps.Keys(docs), maps.Keys(about)} {
-		for name := range names {
-			if !seen[name] {
-				out = append(out, name)
+	check := func(rs []route, docs map[string]doc) {
+		left := maps.Clone(docs)
+		for _, r := range rs {
+			if _, ok := docs[r.name]; !ok || about[r.name] == "" {
+				out = append(out, r.name)
 			}
+			delete(left, r.name)
+		}
+		out = slices.AppendSeq(out, maps.Keys(left))
+	}
+	check(slices.Concat(keyRoutes(), instanceRoutes(), ownRoutes()), docs)
+	check(icpRoutes(), icpDocs)
+	for name := range about {
+		if !slices.ContainsFunc(routes(), func(r route) bool { return r.name == name }) {
+			out = append(out, name)
 		}
 	}
 	return slices.Compact(slices.Sorted(slices.Values(out)))

@@ -34,7 +34,13 @@ func TestOpenAPI(t *testing.T) {
 			t.Errorf("no schema %q", m[1])
 		}
 	}
-	open := []string{"/livez", "/readyz", "/metrics", "/openapi.json", "/identity/token", "/oidc/token", "/iam-token/oidc/token"}
+	for pattern := range server.RoutesForTest() {
+		method, path, _ := strings.Cut(pattern, " ")
+		if d.Paths[strings.TrimSuffix(path, "{$}")][strings.ToLower(method)] == nil {
+			t.Errorf("%s is served and not described", pattern)
+		}
+	}
+	open := server.OpenForTest()
 	n := 0
 	for path, methods := range d.Paths {
 		url := regexp.MustCompile(`\{[a-z]+\}`).ReplaceAllString(path, "x")

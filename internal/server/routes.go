@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"slices"
 
@@ -14,9 +15,32 @@ func api(path string) []string { return []string{"/api/v2" + path, "/kms/api/v2"
 
 func own(path string) []string { return []string{"/kmsctl/v1" + path} }
 
-// routes is the whole API but health and tokens.
+// routes is the whole API but what is open to all.
 func routes() []route {
 	return slices.Concat(keyRoutes(), instanceRoutes(), ownRoutes(), icpRoutes())
+}
+
+// openRoute is an endpoint that asks nobody who they are.
+type openRoute struct {
+	method string
+	paths  []string
+	what   string
+	handle func(s *Server, w http.ResponseWriter, r *http.Request)
+}
+
+// isToken says whether the endpoint takes a grant for an access token.
+func (o openRoute) isToken() bool { return o.method == http.MethodPost }
+
+func openRoutes() []openRoute {
+	document := serveOpenAPI()
+	return []openRoute{
+		{"GET", []string{"/livez"}, "the process lives", func(_ *Server, w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") }},
+		{"GET", []string{"/readyz"}, "the service can be used; 503 with reasons when not", (*Server).readyz},
+		{"GET", []string{"/metrics"}, "Prometheus metrics", func(s *Server, w http.ResponseWriter, r *http.Request) { s.metrics.handler().ServeHTTP(w, r) }},
+		{"GET", []string{"/openapi.json"}, "this document", func(_ *Server, w http.ResponseWriter, r *http.Request) { document(w, r) }},
+		{"POST", []string{"/identity/token", "/oidc/token", "/iam-token/oidc/token"}, "Exchange an API key for an access token", (*Server).token},
+		{"POST", []string{"/idprovider/v1/auth/identitytoken"}, "ICP's exchange of a password, which is refused: there are no passwords here", (*Server).passwordToken},
+	}
 }
 
 func keyRoutes() []route {

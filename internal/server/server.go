@@ -100,14 +100,11 @@ func New(c Config) *Server {
 	for _, p := range api("/keys/{id}") {
 		s.mux.Handle("POST "+p, s.oldActions(actions))
 	}
-	s.mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	s.mux.HandleFunc("GET /readyz", s.readyz)
-	s.mux.Handle("GET /metrics", s.metrics.handler())
-	s.mux.HandleFunc("GET /openapi.json", serveOpenAPI())
-	for _, p := range []string{"/identity/token", "/oidc/token", "/iam-token/oidc/token"} {
-		s.mux.HandleFunc("POST "+p, s.token)
+	for _, o := range openRoutes() {
+		for _, p := range o.paths {
+			s.mux.HandleFunc(o.method+" "+p, func(w http.ResponseWriter, r *http.Request) { o.handle(s, w, r) })
+		}
 	}
-	s.mux.HandleFunc("POST /idprovider/v1/auth/identitytoken", identityToken)
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeError(w, kmsapi.NoSuchPath, "Request could not be served", r.Method+" "+r.URL.Path+" is not served")
 	})
@@ -491,7 +488,7 @@ func publicError(err error) (code, lead, message string) {
 		return code, "", message
 	}
 	switch f.Reason {
-	case kmsapi.InvalidField, kmsapi.InvalidQuery, kmsapi.NotBuilt, kmsapi.TooEarly:
+	case kmsapi.InvalidField, kmsapi.InvalidQuery, kmsapi.TooEarly:
 		message = f.Err.Error()
 	case kmsapi.InvalidState, kmsapi.KeyExpired, kmsapi.AuthorizationsLack:
 		lead = f.Op

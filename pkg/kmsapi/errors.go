@@ -84,10 +84,9 @@ const (
 	UsedUp             = "KEY_USED_UP_ERR"            // ours: AES-GCM must not encrypt more under one key
 	Conflict           = "CONFLICT_ERR"               // ours: another changed it first, or the name is taken
 	BadCiphertext      = "UNPROCESSABLE_CIPHERTEXT_ERR"
-	NotBuilt           = "NOT_IMPLEMENTED_ERR" // ours
-	Unavailable        = "UNAVAILABLE_ERR"     // ours: text as ICP's when its HSM is down
-	Internal           = "INTERNAL_ERR"        // ours
-	TooLarge           = "BODY_TOO_LARGE_ERR"  // ours
+	Unavailable        = "UNAVAILABLE_ERR"    // ours: text as ICP's when its HSM is down
+	Internal           = "INTERNAL_ERR"       // ours
+	TooLarge           = "BODY_TOO_LARGE_ERR" // ours
 	UnauthorizedText   = "Unauthorized: The user does not have access to the specified resource"
 	moreInfo           = "https://cloud.ibm.com/apidocs/key-protect"
 	unavailableMessage = "Experiencing delays. Please try again in few minutes."
@@ -96,7 +95,7 @@ const (
 var statuses = map[string]int{
 	BadBody: 400, CollectionTotal: 400, InvalidField: 400, InvalidQuery: 400, NoBody: 400, RootRequired: 400, KeyExpired: 400, InvalidInstance: 400,
 	Unauthorized: 401, Forbidden: 403, KeyNotFound: 404, InstanceNotFound: 404, NoSuchPath: 404, InvalidState: 409, Conflict: 409,
-	TooLarge: 413, BadCiphertext: 422, NotBuilt: 501, Unavailable: 503, Internal: 500,
+	TooLarge: 413, BadCiphertext: 422, Unavailable: 503, Internal: 500,
 	BodyQueryMismatch: 400, BearerSubject: 400, NumResources: 400, ImportRequired: 400, RestoreExpired: 400, PayloadRequired: 400, WrongNonce: 400,
 	WrongNonceIV: 400, SearchTooBroad: 400, ConfigRule: 403, ResourceOwner: 403, ServiceOnly: 403, FeatureRestricted: 403, AuthorizationsLack: 409,
 	ProtectedResource: 409, PreventDeletion: 409, CreateImportAccess: 409, NotDualAuth: 409, TooEarly: 409, TokenExpired: 409, RotationTooSoon: 409,
@@ -112,8 +111,8 @@ var messages = map[string]string{
 	InvalidInstance: "Request requires valid Instance Header containing a valid UUID",
 	Unauthorized:    UnauthorizedText, Forbidden: UnauthorizedText, KeyNotFound: "key does not exist", InstanceNotFound: "instance does not exist",
 	NoSuchPath: "no such path", InvalidState: "Key is not in a valid state", Conflict: "The resource exists already, or was changed meanwhile",
-	BadCiphertext: "The provided ciphertext is invalid or corrupted", NotBuilt: "This part of the API is not served",
-	Unavailable: unavailableMessage, Internal: "Internal error", TooLarge: "The body is too large",
+	BadCiphertext: "The provided ciphertext is invalid or corrupted",
+	Unavailable:   unavailableMessage, Internal: "Internal error", TooLarge: "The body is too large",
 	InvalidField: "A field is invalid", InvalidQuery: "A query parameter is invalid",
 	BodyQueryMismatch:  "Data in body does not match data required by query parameter",
 	BearerSubject:      "Extracting the subject from the bearer token failed",
