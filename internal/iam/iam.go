@@ -213,7 +213,7 @@ func (s *Service) Issue(ctx context.Context, key secret.Value) (Token, error) {
 	}
 	t := jwt.NewWithClaims(jwt.SigningMethodES256, c)
 	t.Header["kid"] = by.ID
-	signed, err := t.SignedString(private)
+	signed, err := sign(t, private)
 	if err != nil {
 		return Token{}, fmt.Errorf("sign token: %w", err)
 	}
@@ -232,12 +232,12 @@ func (s *Service) Authenticate(ctx context.Context, token string) (Principal, er
 			return Principal{}, unproven(err)
 		}
 	} else {
-		_, err := jwt.ParseWithClaims(token, &c.claims, func(t *jwt.Token) (any, error) {
+		t, err := jwt.ParseWithClaims(token, &c.claims, func(t *jwt.Token) (any, error) {
 			c.key, _ = t.Header["kid"].(string)
 			return s.verifies(ctx, c.key)
 		}, jwt.WithValidMethods([]string{"ES256"}), jwt.WithIssuer(issuer), jwt.WithExpirationRequired(), jwt.WithIssuedAt(),
 			jwt.WithLeeway(clockLeeway), jwt.WithTimeFunc(s.now), jwt.WithStrictDecoding())
-		if err != nil || c.IssuedAt == nil {
+		if err != nil || c.IssuedAt == nil || twin(t.Signature) {
 			return Principal{}, fault.New(fault.Denied, "", "", errNotKnown)
 		}
 		s.proofs.put(token, c)

@@ -10,9 +10,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math/big"
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/golang-jwt/jwt/v5"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/record"
@@ -74,6 +77,31 @@ func publicOf(k *ecdsa.PrivateKey) []byte {
 		panic(err) // a P-256 key always has its point
 	}
 	return b
+}
+
+// sign gives a token as text. For each signature (r, s) of ECDSA, (r, -s) is
+// good for the same text; of the two we write the one with the smaller s, and
+// take no other, so that nobody can spell a token anew.
+func sign(t *jwt.Token, by *ecdsa.PrivateKey) (string, error) {
+	text, err := t.SigningString()
+	if err != nil {
+		return "", err
+	}
+	sig, err := t.Method.Sign(text, by)
+	if err != nil {
+		return "", err
+	}
+	if twin(sig) {
+		s := sig[len(sig)/2:]
+		new(big.Int).Sub(elliptic.P256().Params().N, new(big.Int).SetBytes(s)).FillBytes(s)
+	}
+	return text + "." + t.EncodeSegment(sig), nil
+}
+
+// twin says whether a signature is the one of two that is not written.
+func twin(sig []byte) bool {
+	s := new(big.Int).SetBytes(sig[len(sig)/2:])
+	return s.Lsh(s, 1).Cmp(elliptic.P256().Params().N) > 0
 }
 
 func kid(public []byte) string {

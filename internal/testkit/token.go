@@ -282,6 +282,9 @@ func (t *Token) Unwrap(ctx context.Context, blob []byte, s hsm.Sealed, aad []byt
 	if err != nil {
 		return nil, err
 	}
+	if s.Suite != hsm.SuiteGCM || len(s.IV) != 12 {
+		return nil, fault.Newf(fault.BadContent, "unwrap", "", "CKR_MECHANISM_PARAM_INVALID")
+	}
 	out, err := gcm(k).Open(nil, s.IV, s.Ciphertext, aad)
 	if err != nil {
 		return nil, fault.New(fault.BadContent, "unwrap", "", err)
