@@ -21,7 +21,8 @@ import (
 // faulty is the real store, whose writes can be made to fail or to wait.
 type faulty struct {
 	*store.Store
-	write atomic.Pointer[func(context.Context) error]
+	write   atomic.Pointer[func(context.Context) error]
+	commits atomic.Int64
 }
 
 func (f *faulty) Commit(ctx context.Context, changes ...record.Change) error {
@@ -30,7 +31,11 @@ func (f *faulty) Commit(ctx context.Context, changes ...record.Change) error {
 			return err
 		}
 	}
-	return f.Store.Commit(ctx, changes...)
+	err := f.Store.Commit(ctx, changes...)
+	if err == nil {
+		f.commits.Add(1)
+	}
+	return err
 }
 
 func (f *faulty) fail(write func(context.Context) error) {

@@ -70,6 +70,13 @@ func (a *auditor) last() audit.Event {
 	return a.events[len(a.events)-1]
 }
 
+// forget drops the events so far.
+func (a *auditor) forget() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.events = nil
+}
+
 func (a *auditor) count() int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
