@@ -65,13 +65,17 @@ func kmsctl(t *testing.T, ctx context.Context, errs io.Writer, args ...string) (
 	return cli.Main(ctx, programs, a, args), o.String()
 }
 
+var named sync.Once
+
 // programsOf is an environment that names the programs beside this one; what
 // they start in turn is named by this process's.
 func programsOf(t *testing.T, env map[string]string) func(string) string {
 	t.Helper()
-	for k, path := range map[string]string{"KMSCTL_CONNECTOR": testkit.Connector(t), "KMSCTL_KMS_SERVER": testkit.Server(t)} {
-		t.Setenv(k, path)
-	}
+	connector, server := testkit.Connector(t), testkit.Server(t)
+	named.Do(func() {
+		os.Setenv("KMSCTL_CONNECTOR", connector) //nolint:usetesting // for the whole program, whose tests run commands side by side
+		os.Setenv("KMSCTL_KMS_SERVER", server)   //nolint:usetesting // as above
+	})
 	return func(k string) string {
 		if v, ok := env[k]; ok || !strings.HasPrefix(k, "KMSCTL_") {
 			return v
