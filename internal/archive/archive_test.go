@@ -211,6 +211,21 @@ func read(t *testing.T, a *Archive, digest string, from int64) []byte {
 	return b
 }
 
+// TestIndexNamesAnImageOnce: an index of ours with two images of one name in
+// one member is none.
+func TestIndexNamesAnImageOnce(t *testing.T) {
+	d := Descriptor{Digest: "sha256:" + strings.Repeat("a", 64), Size: 1}
+	x := &Index{Format: indexFormat, Members: []IndexMember{{Name: "images/a", Digest: d.Digest}}, Blobs: []IndexBlob{{Digest: d.Digest, Size: 1}},
+		Images: []IndexImage{{Refs: []string{"org/one:1.0"}, Member: "images/a", Manifest: d, Config: d}}}
+	if _, err := parseIndex(x.Encode()); err != nil {
+		t.Fatal(err)
+	}
+	x.Images = append(x.Images, x.Images[0])
+	if _, err := parseIndex(x.Encode()); err == nil || !strings.Contains(err.Error(), `two images of member "images/a" are "org/one:1.0"`) {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestSignatureStandsBehindTheIndex(t *testing.T) {
 	a := open(t, write(t, ours(t, false, func(index []byte) ([]byte, error) { return []byte("signed " + DigestOf(index)), nil })))
 	if string(a.Signature) != "signed "+DigestOf(a.Raw) {

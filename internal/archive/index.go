@@ -91,7 +91,15 @@ func parseIndex(b []byte) (*Index, error) {
 		}
 		blobs[b.Digest] = b.Size
 	}
+	named := map[string]bool{}
 	for _, i := range x.Images {
+		for _, ref := range i.Refs {
+			if at := i.Member + " " + ref; named[at] {
+				fail("two images of member %q are %q", i.Member, ref)
+			} else {
+				named[at] = true
+			}
+		}
 		if len(i.Refs) == 0 || !members[i.Member] {
 			fail("image %q names a member that is not there", i.Refs)
 		}

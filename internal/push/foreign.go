@@ -1,6 +1,7 @@
 package push
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -77,9 +78,12 @@ func (l *load) foreign(ctx context.Context) error {
 		if len(s.missed) == 0 {
 			break
 		}
-		if !l.Archive.Seekable() || pass == maxPasses {
-			return fault.Newf(fault.Other, "load archive", l.Archive.Name, "%d layers have to be read once more", len(s.missed)).
-				WithHint("give the archive as a file instead of standard input, and run the same command again")
+		if !l.Archive.Seekable() {
+			return fault.Newf(fault.Partial, "load archive", l.Archive.Name, "%d layers would have to be read once more: they begin as others and are not the same, as shows at their end alone, or the registry lost them", len(s.missed)).
+				WithHint("run the same command again: it takes these layers for no others and sends only what is missing; or give the archive as a file, or --spool-dir")
+		}
+		if pass == maxPasses {
+			return fault.Newf(fault.Other, "load archive", l.Archive.Name, "the registry lost %d layers in each of %d passes", len(s.missed), pass).WithHint("run the same command again when the registry is well")
 		}
 		s.again = true
 	}
@@ -167,12 +171,13 @@ func assign(m ppa.Manifest, members []archive.ContentImage) (ppa.Manifest, error
 				n++
 				continue
 			}
-			for _, held := range members {
-				if names(held.Refs, r.Ref()) || (r.PullRepository != "" && names(held.Refs, r.PullRepository)) {
-					images = append(images, ppa.Image{Name: r.Name, Tag: r.Tag, Archive: held.Member})
-					n++
-					break
-				}
+			in, err := holder(members, r)
+			if err != nil {
+				errs = append(errs, err)
+			}
+			if in != "" {
+				images = append(images, ppa.Image{Name: r.Name, Tag: r.Tag, Archive: in})
+				n++
 			}
 		}
 		if n == 0 {
@@ -184,9 +189,29 @@ func assign(m ppa.Manifest, members []archive.ContentImage) (ppa.Manifest, error
 	}
 	m.Images = images
 	if len(errs) > 0 {
-		return m, fault.New(fault.BadContent, "read archive", "", errors.Join(errs...)).WithHint("the manifest names what the archive does not hold; get the archive again from its maker")
+		return m, fault.New(fault.BadContent, "read archive", "", errors.Join(errs...)).WithHint("the manifest and the images disagree; get the archive again from its maker")
 	}
 	return m, nil
+}
+
+// holder is the member with an image of that name, "" when there is none; two
+// that are not the same are an error.
+func holder(members []archive.ContentImage, r ppa.Reference) (string, error) {
+	var found []archive.ContentImage
+	for _, held := range members {
+		if names(held.Refs, r.Ref()) || (r.PullRepository != "" && names(held.Refs, r.PullRepository)) {
+			found = append(found, held)
+		}
+	}
+	if len(found) == 0 {
+		return "", nil
+	}
+	for _, f := range found[1:] {
+		if !bytes.Equal(f.Config, found[0].Config) {
+			return found[0].Member, fmt.Errorf("image %q stands in %q and in %q, and is not the same there", r.Ref(), found[0].Member, f.Member)
+		}
+	}
+	return found[0].Member, nil
 }
 
 // pass reads the archive once.

@@ -1,7 +1,8 @@
 package push
 
 // Known remembers layers of earlier runs: what a layer that begins so became
-// in the registry. It is safe to lose, and what it says is checked.
+// in the registry, or the empty Layer where that cannot be told by how it
+// begins. It is safe to lose, and what it says is checked.
 type Known interface {
 	Load(key string) (Layer, bool)
 	Save(key string, l Layer)

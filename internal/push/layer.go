@@ -121,7 +121,7 @@ func (r *memberRun) layer(path string, size int64, declared string, in io.Reader
 // choose decides what is to be done with a layer, from how it begins.
 func (j *layerJob) choose(mediaType string) func() error {
 	s := j.r.s
-	if twin := s.twins[j.key]; twin != nil && !s.again {
+	if twin := s.twins[j.key]; twin != nil && !s.again && !s.guessedWrong(j.key) {
 		return func() error { return j.twin(twin) }
 	}
 	s.twins[j.key] = j
@@ -160,7 +160,7 @@ func (j *layerJob) twin(first *layerJob) error {
 		return first.err
 	}
 	if first.missed || digest(h) != first.raw() {
-		j.miss()
+		j.wrong()
 		return nil
 	}
 	return j.reuse(first.out)
@@ -182,6 +182,24 @@ func (j *layerJob) miss() {
 	j.r.s.missed[j.r.key(j.path)] = true
 }
 
+// wrong leaves a layer that is not what its beginning promised to the next pass.
+// Of a stream there is none: the next run is told to guess nothing of it.
+func (j *layerJob) wrong() {
+	j.miss()
+	if s := j.r.s; s.Known != nil && !s.Archive.Seekable() {
+		s.Known.Save(j.key, Layer{})
+	}
+}
+
+// guessedWrong says whether an earlier run was wrong about a layer that begins so.
+func (s *stream) guessedWrong(key string) bool {
+	if s.Known == nil {
+		return false
+	}
+	l, ok := s.Known.Load(key)
+	return ok && l.Digest == ""
+}
+
 // reuse takes a layer that is in the registry already.
 func (j *layerJob) reuse(l Layer) error {
 	b := j.r.s.state(l.Digest)
@@ -192,7 +210,7 @@ func (j *layerJob) reuse(l Layer) error {
 		return err
 	}
 	if !ok {
-		j.miss()
+		j.wrong()
 		return nil
 	}
 	j.out = l
@@ -245,7 +263,7 @@ func (j *layerJob) compress() error {
 	if err := sink.finish(&j.out); err != nil {
 		return j.broke(sink, err)
 	}
-	if j.r.s.Known != nil {
+	if j.r.s.Known != nil && !j.r.s.guessedWrong(j.key) {
 		j.r.s.Known.Save(j.key, j.out)
 	}
 	return nil
@@ -269,7 +287,7 @@ func (j *layerJob) known() (Layer, bool) {
 		return Layer{}, false
 	}
 	l, ok := j.r.s.Known.Load(j.key)
-	if !ok {
+	if !ok || l.Digest == "" {
 		return Layer{}, false
 	}
 	b := j.r.s.state(l.Digest)
@@ -286,7 +304,7 @@ func (j *layerJob) recall(l Layer) error {
 		return err
 	}
 	if digest(h) != l.DiffID {
-		j.miss()
+		j.wrong()
 		return nil
 	}
 	j.out = l

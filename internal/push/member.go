@@ -126,12 +126,22 @@ func pick(got *archive.Images, e ppa.Image) (archive.Image, error) {
 	if len(got.Images) == 1 {
 		return got.Images[0], nil
 	}
+	var found []archive.Image
 	var have []string
 	for _, i := range got.Images {
 		if names(i.Refs, e.Ref()) {
-			return i, nil
+			found = append(found, i)
 		}
 		have = append(have, i.Refs...)
+	}
+	for _, i := range found {
+		if !bytes.Equal(i.Config, found[0].Config) {
+			return i, fault.Newf(fault.BadContent, "", "", "member %q holds two images of that name, and they are not the same", e.Archive).
+				WithHint("get the archive again from its maker")
+		}
+	}
+	if len(found) > 0 {
+		return found[0], nil
 	}
 	return archive.Image{}, fault.Newf(fault.BadContent, "", "", "member %q does not hold it, but %q", e.Archive, have).
 		WithHint("the manifest and the images disagree; get the archive again from its maker")

@@ -500,13 +500,7 @@ func TestFarFromRegistryKeys(t *testing.T) {
 func TestCut(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	var sent atomic.Int64
-	s.behind(t, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
-		if r.Method != http.MethodGet && r.Method != http.MethodHead {
-			sent.Add(1)
-		}
-		next.ServeHTTP(w, r)
-	})
+	sent := s.sends(t)
 	for _, name := range []string{"good", "manifest-last"} {
 		whole := testkit.Archives()[name]
 		for n := len(whole) - 1; n > 8; n -= len(whole)/12 + 1 {
@@ -537,11 +531,59 @@ func TestTwins(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.holds(t, "org/one:1.0", img)
+	// A stream goes by once: it is said, and the next run guesses nothing.
 	s = newSite(t)
-	if _, err := s.load(t, b, true); err == nil || !strings.Contains(fault.HintOf(err), "as a file") {
-		t.Errorf("from a stream: %v", err)
+	s.known = &memory{all: map[string]push.Layer{}}
+	if _, err := s.load(t, b, true); fault.KindOf(err) != fault.Partial || !strings.Contains(fault.HintOf(err), "run the same command again") || !strings.Contains(fault.HintOf(err), "as a file") {
+		t.Errorf("from a stream: %v, hint %q", err, fault.HintOf(err))
 	}
 	s.missing(t, "org/one:1.0")
+	for range 2 {
+		if _, err := s.load(t, b, true); err != nil {
+			t.Fatal("again: ", err)
+		}
+		s.holds(t, "org/one:1.0", img)
+	}
+}
+
+// TestTwoOfOneName: an image that is there twice, and not the same, is refused
+// before anything is sent where the manifest or the index shows it, and has no
+// tag where only its member does.
+func TestTwoOfOneName(t *testing.T) {
+	t.Parallel()
+	one, other := testkit.Images()[0], testkit.Images()[1]
+	other.Ref = one.Ref
+	a, b := testkit.Entry{Name: "images/a.tar", Data: testkit.DockerSave(one)}, testkit.Entry{Name: "images/b.tar", Data: testkit.DockerSave(other)}
+	both := testkit.Entry{Name: "images/a.tar", Data: testkit.DockerSave(one, testkit.Image{Ref: "x.example/org/one:1.0", Layers: other.Layers[1:]})}
+	manifest := func(text string) testkit.Entry { return testkit.Entry{Name: "manifest.json", Data: []byte(text)} }
+	inA, inB := `{"image":"org/one","tag":"1.0","archive":"images/a.tar"}`, `{"image":"org/one","tag":"1.0","archive":"images/b.tar"}`
+	spec := testkit.Entry{Name: "manifest.yaml", Data: []byte("images: [{image: 'org/one:1.0'}]")}
+	specB := testkit.Entry{Name: "manifest.yaml", Data: []byte("images: [{image: 'org/one:1.0', archive: images/b.tar}]")}
+	for name, c := range map[string]struct {
+		b     []byte
+		stdin bool
+		sends bool
+		want  string
+	}{
+		"the manifest, a stream":          {testkit.Tar(manifest(`{"images":[`+inA+`,`+inB+`]}`), a, b), true, false, `stands in "images/a.tar" and in "images/b.tar"`},
+		"two manifests, a stream":         {testkit.Tar(manifest(`{"images":[`+inA+`]}`), specB, a, b), true, false, `manifest.yaml in "images/b.tar"`},
+		"two manifests, one of them late": {testkit.Tar(manifest(`{"images":[`+inA+`]}`), a, b, specB), true, true, `manifest.yaml in "images/b.tar"`},
+		"a spec alone":                    {testkit.Tar(spec, a, b), false, false, `stands in "images/a.tar" and in "images/b.tar", and is not the same there`},
+		"one member":                      {testkit.Tar(manifest(`{"images":[`+inA+`]}`), both), false, true, `holds two images of that name, and they are not the same`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t)
+			sent := s.sends(t)
+			_, err := s.load(t, c.b, c.stdin)
+			if fault.KindOf(err) != fault.BadContent || !strings.Contains(fmt.Sprint(err), c.want) || fault.HintOf(err) == "" {
+				t.Errorf("%v, hint %q", err, fault.HintOf(err))
+			}
+			if !c.sends && sent.Load() > 0 {
+				t.Errorf("%d things were sent", sent.Load())
+			}
+		})
+	}
 }
 
 // TestForgedMarker puts a marker for an archive that was never loaded: it
@@ -686,6 +728,19 @@ func (s *site) behind(t *testing.T, spoil func(w http.ResponseWriter, r *http.Re
 	t.Cleanup(srv.Close)
 	s.host = srv.Listener.Addr().String()
 	return f
+}
+
+// sends counts what is sent to the registry.
+func (s *site) sends(t *testing.T) *atomic.Int64 {
+	t.Helper()
+	var sent atomic.Int64
+	s.behind(t, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			sent.Add(1)
+		}
+		next.ServeHTTP(w, r)
+	})
+	return &sent
 }
 
 // TestPassingFaults answers the first try of everything with 429, 503 or a cut
