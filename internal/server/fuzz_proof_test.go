@@ -101,7 +101,7 @@ func FuzzTokens(f *testing.F) {
 		token := forgery(t, x, good, op, at, text)
 		r := x.ask(t, "GET", key, "Bearer "+token, "")
 		switch {
-		case strings.Trim(token, " \t\r\n") == good && token == strings.Trim(token, "\r\n"):
+		case strings.Trim(token, " ") == good:
 			if r.status != 200 {
 				t.Errorf("our token: %d %s", r.status, r.body)
 			}

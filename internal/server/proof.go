@@ -35,7 +35,7 @@ func (s *Server) prove(ctx context.Context, r *http.Request) (iam.Principal, err
 		}
 		return iam.Principal{}, fault.Newf(fault.Denied, "authenticate", "", "no bearer token")
 	}
-	token = strings.TrimSpace(token)
+	token = strings.Trim(token, " ") // and nothing else: other white space is no part of a header
 	p, err := s.IAM.Authenticate(ctx, token)
 	if fault.KindOf(err) != fault.Denied || s.Review == nil {
 		return p, err
