@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"slices"
 	"strings"
@@ -551,15 +552,21 @@ func TestNamesAreUniqueAndFreedByDeletion(t *testing.T) {
 	}
 }
 
-func TestParsePolicy(t *testing.T) {
+func TestPolicyCheck(t *testing.T) {
 	manual := `{"resources":[{"namespaceId":"kube-system","serviceName":"kms","serviceInstance":"` + shop + `","resource":"` + keyA + `","resourceType":"key"}],
 		"roles":[{"id":"crn:v1:icp:private:iam::::role:Viewer"}]}`
-	if p, err := iam.ParsePolicy([]byte(manual)); err != nil || p.Resources[0].Key != keyA {
+	check := func(text string) (p iam.Policy, err error) {
+		if err := json.Unmarshal([]byte(text), &p); err != nil {
+			t.Fatal(err)
+		}
+		return p, p.Check()
+	}
+	if p, err := check(manual); err != nil || p.Resources[0].Key != keyA {
 		t.Errorf("the manual's policy: %+v %v", p, err)
 	}
-	for _, bad := range []string{`{`, `{}`, strings.Replace(manual, "kms", "cos", 1), strings.Replace(manual, "resourceType", "resorceType", 1),
+	for _, bad := range []string{`{}`, strings.Replace(manual, "kms", "cos", 1), strings.Replace(manual, `"key"`, `"ring"`, 1),
 		strings.Replace(manual, shop, "x", 1), strings.Replace(manual, keyA, "*", 1), strings.Replace(manual, "role:Viewer", "role:Auditor", 1)} {
-		if _, err := iam.ParsePolicy([]byte(bad)); fault.KindOf(err) != fault.Usage {
+		if _, err := check(bad); fault.KindOf(err) != fault.Usage {
 			t.Errorf("%s: %v", bad, err)
 		}
 	}

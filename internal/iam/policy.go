@@ -1,9 +1,7 @@
 package iam
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -110,21 +108,11 @@ func NewPolicy(instance, key, ring, role string) (Policy, error) {
 		r.ResourceType = "key"
 	}
 	p := Policy{Resources: []Resource{r}, Roles: []Role{{ID: roleCRN + role}}}
-	return p, p.check()
+	return p, p.Check()
 }
 
-// ParsePolicy reads the manual's JSON strictly.
-func ParsePolicy(b []byte) (Policy, error) {
-	var p Policy
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&p); err != nil {
-		return p, fault.New(fault.Usage, "read policy", "", err)
-	}
-	return p, p.check()
-}
-
-func (p Policy) check() error {
+// Check refuses a policy that this service cannot keep.
+func (p Policy) Check() error {
 	if len(p.Resources) == 0 || len(p.Roles) == 0 {
 		return fault.Usagef("a policy needs at least one resource and one role")
 	}
@@ -264,7 +252,7 @@ func (s *Service) covers(ctx context.Context, who Principal, sid ServiceID) erro
 
 // CreatePolicy gives a service ID a policy, within what the granter may do.
 func (s *Service) CreatePolicy(ctx context.Context, who Principal, service string, p Policy) (string, error) {
-	if err := p.check(); err != nil {
+	if err := p.Check(); err != nil {
 		return "", err
 	}
 	sid, _, err := s.Find(ctx, who, service)

@@ -140,9 +140,10 @@ var bodies = map[string][]string{
 	"POST /api/v2/keys": {createBody(`"name":"root","aliases":["NEW"],"description":"text","expirationDate":"2100-01-02T15:04:05Z","tags":["a"]`),
 		createBody(`"name":"std","extractable":true,"payload":"AAAA"`), createBody(`"name":"brought","payload":"MDEyMzQ1Njc4OWFiY2RlZg=="`),
 		createBody(`"name":"sent","payload":"AAAA","encryptedNonce":"AAAA","iv":"AAAA","encryptionAlgorithm":"RSAES_OAEP_SHA_256"`), createBody(`"name":"root",`)},
-	"POST /api/v2/keys_with_policy_overrides":    {createBody(`"name":"root","rotation":{"enabled":true,"interval_month":2},"dualAuthDelete":{"enabled":true}`)},
-	"PATCH /api/v2/keys/{id}":                    {`{"KeyRingID":"blue"}`, `{"keyRingID":"../x"}`},
-	"POST /api/v2/keys/{id}/actions/wrap":        {`{"plaintext":"aGVsbG8=","aad":["a","b"]}`, "", "null", "{}", `{"plaintext":"%"}`},
+	"POST /api/v2/keys_with_policy_overrides": {createBody(`"name":"root","rotation":{"enabled":true,"interval_month":2},"dualAuthDelete":{"enabled":true}`)},
+	"PATCH /api/v2/keys/{id}":                 {`{"KeyRingID":"blue"}`, `{"keyRingID":"../x"}`},
+	"POST /api/v2/keys/{id}/actions/wrap": {`{"plaintext":"aGVsbG8=","aad":["a","b"]}`, "", "null", "{}", `{"plaintext":"%"}`,
+		"{\"aad\":[\"\xff\"]}", `{"aad":["\ud800"]}`, `{"aad":["\ud83d\ude00"]}`, `{"aad":["\ude00\ud83d"]}`, `{"aad":["\\ud800"]}`, "\u00a0{}"},
 	"POST /api/v2/keys/{id}/actions/unwrap":      {`{"ciphertext":"CIPHERTEXT","aad":["a"]}`, `{"ciphertext":"e30="}`},
 	"POST /api/v2/keys/{id}/actions/rewrap":      {`{"ciphertext":"CIPHERTEXT","aad":["a"]}`, "null"},
 	"POST /api/v2/keys/{id}/actions/rotate":      {"", `{"payload":"MDEyMzQ1Njc4OWFiY2RlZg=="}`, `{"payload":"AAAA","encryptedNonce":"AAAA","iv":"AAAA"}`},
@@ -151,19 +152,20 @@ var bodies = map[string][]string{
 	"POST /api/v2/import_token":                  {`{"expiration":300,"maxAllowedRetrievals":2}`, `{"expiration":-1}`},
 	"PUT /api/v2/instance/policies": {instancePolicy("rotation", `"enabled":true,"attributes":{"interval_month":3}`), instancePolicy("allowedIP", `"enabled":true,"attributes":{"allowed_ip":["10.0.0.0/8"]}`),
 		instancePolicy("keyCreateImportAccess", `"enabled":true,"attributes":{"create_root_key":false}`), instancePolicy("metrics", `"enabled":true`)},
-	"POST /kmsctl/v1/instances":                              {`{"name":"NEW","dialect":"icp","placement":"token"}`},
-	"POST /kmsctl/v1/onboard":                                {`{"name":"NEW"}`, `{"name":"NEW","instance":"INSTANCE","key":"KEY","role":"Viewer","newApiKey":true}`, `{"name":"x","key":"KEY"}`},
-	"POST /kmsctl/v1/iam/signing-keys/rotate":                {`{"now":true}`, "null"},
-	"POST /kmsctl/v1/iam/service-ids":                        {`{"name":"NEW","description":"text","subjects":["cert:NEW"],"instance":"INSTANCE"}`, `{"name":"NEW","subjects":["serviceaccount:a:b"]}`},
-	"POST /kmsctl/v1/iam/api-keys":                           {`{"name":"NEW","serviceId":"CREW"}`, `{"name":"NEW","serviceId":"a/b"}`},
-	"POST /kmsctl/v1/iam/policies":                           {`{"serviceId":"CREW","role":"Viewer","instance":"INSTANCE","key":"KEY"}`, `{"serviceId":"CREW","role":"Operator","instance":"INSTANCE","keyRing":"blue"}`},
-	"POST /kmsctl/v1/clear/plan":                             {`{"name":"r","installation":"22222222"}`},
-	"POST /kmsctl/v1/clear":                                  {`{"name":"r","installation":"22222222","confirmation":"no"}`},
-	"POST /kmsctl/v1/master/rotate":                          {`{"destroyOld":true}`},
-	"POST /serviceids":                                       {`{"name":"NEW","description":"text","boundTo":"crn:v1:icp"}`},
-	"POST /apikeys":                                          {`{"name":"NEW","description":"text","boundTo":"crn:v1:icp:private:iam-identity:c:n/kube-system::serviceid:CREW"}`},
-	"POST /v1/scopes/{scope}/service_ids/{service}/policies": {`{"resources":[{"namespaceId":"kube-system","serviceName":"kms","serviceInstance":"INSTANCE","resource":"KEY","resourceType":"key"}],"roles":[{"id":"crn:v1:icp:private:iam::::role:Viewer"}]}`},
-	"POST /identity/token":                                   {`grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey=APIKEY`, `grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey=%zz`, `grant_type=password`},
+	"POST /kmsctl/v1/instances":               {`{"name":"NEW","dialect":"icp","placement":"token"}`},
+	"POST /kmsctl/v1/onboard":                 {`{"name":"NEW"}`, `{"name":"NEW","instance":"INSTANCE","key":"KEY","role":"Viewer","newApiKey":true}`, `{"name":"x","key":"KEY"}`},
+	"POST /kmsctl/v1/iam/signing-keys/rotate": {`{"now":true}`, "null"},
+	"POST /kmsctl/v1/iam/service-ids":         {`{"name":"NEW","description":"text","subjects":["cert:NEW"],"instance":"INSTANCE"}`, `{"name":"NEW","subjects":["serviceaccount:a:b"]}`},
+	"POST /kmsctl/v1/iam/api-keys":            {`{"name":"NEW","serviceId":"CREW"}`, `{"name":"NEW","serviceId":"a/b"}`},
+	"POST /kmsctl/v1/iam/policies":            {`{"serviceId":"CREW","role":"Viewer","instance":"INSTANCE","key":"KEY"}`, `{"serviceId":"CREW","role":"Operator","instance":"INSTANCE","keyRing":"blue"}`},
+	"POST /kmsctl/v1/clear/plan":              {`{"name":"r","installation":"22222222"}`},
+	"POST /kmsctl/v1/clear":                   {`{"name":"r","installation":"22222222","confirmation":"no"}`},
+	"POST /kmsctl/v1/master/rotate":           {`{"destroyOld":true}`},
+	"POST /serviceids":                        {`{"name":"NEW","description":"text","boundTo":"crn:v1:icp"}`},
+	"POST /apikeys":                           {`{"name":"NEW","description":"text","boundTo":"crn:v1:icp:private:iam-identity:c:n/kube-system::serviceid:CREW"}`},
+	"POST /v1/scopes/{scope}/service_ids/{service}/policies": {`{"resources":[{"namespaceId":"kube-system","serviceName":"kms","serviceInstance":"INSTANCE","resource":"KEY","resourceType":"key"}],"roles":[{"id":"crn:v1:icp:private:iam::::role:Viewer"}]}`,
+		`{"resources":[{"serviceName":"kms","serviceInstance":"INSTANCE"}],"roles":[{"id":"crn:v1:icp:private:iam::::role:Viewer"}]}]`},
+	"POST /identity/token": {`grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey=APIKEY`, `grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey=%zz`, `grant_type=password`},
 }
 
 // FuzzBodies throws bodies at every endpoint that takes one. A caller's
@@ -192,11 +194,11 @@ func FuzzBodies(f *testing.F) {
 	f.Fuzz(func(t *testing.T, i uint8, body string) {
 		endpoint := at[int(i)%len(at)]
 		r := call(t, endpoint, body)
-		body = strings.TrimSpace(x.fill.Replace(body))
+		body = strings.Trim(x.fill.Replace(body), " \t\r\n")
 		switch form := endpoint == "POST /identity/token"; {
 		case r.status/100 == 2 && r.body != "" && !json.Valid([]byte(r.body)):
 			t.Errorf("%s answers %q", endpoint, r.body)
-		case r.status/100 == 2 && !form && body != "" && (!json.Valid([]byte(body)) || !utf8.ValidString(body)):
+		case r.status/100 == 2 && !form && body != "" && !strictJSON(body):
 			t.Errorf("%s takes %q", endpoint, body)
 		case r.status/100 == 2:
 		case form:
@@ -210,6 +212,21 @@ func FuzzBodies(f *testing.F) {
 			}
 		}
 	})
+}
+
+// strictJSON says whether a text is JSON all of whose strings are texts, so
+// that none reads like another.
+func strictJSON(text string) bool {
+	if !json.Valid([]byte(text)) || !utf8.ValidString(text) {
+		return false
+	}
+	// For a lone surrogate Go puts in a character that was not in the text.
+	var v any
+	if json.Unmarshal([]byte(text), &v) != nil {
+		return false
+	}
+	again, err := json.Marshal(v)
+	return err == nil && (!strings.Contains(string(again), "\ufffd") || strings.Contains(text, "\ufffd") || strings.Contains(strings.ToLower(text), `\ufffd`))
 }
 
 // FuzzLists asks for lists. What is asked wrongly is refused as such; what is

@@ -131,7 +131,11 @@ func icpCreateAPIKey(ctx context.Context, c *call) (any, error) {
 }
 
 func icpCreatePolicy(ctx context.Context, c *call) (any, error) {
-	p, err := iam.ParsePolicy(c.body)
+	var p iam.Policy
+	err := c.decode(&p)
+	if err == nil {
+		err = p.Check()
+	}
 	if err != nil {
 		return nil, err
 	}

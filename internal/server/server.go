@@ -16,9 +16,12 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
 
@@ -460,22 +463,65 @@ func remote(r *http.Request) string {
 // decode reads the body strictly. An empty body, {} and null are alike: IBM's
 // clients send any of them.
 func (c *call) decode(v any) error {
-	b := bytes.TrimSpace(c.body)
+	b := bytes.Trim(c.body, " \t\r\n")
 	if len(b) == 0 || string(b) == "null" {
 		return nil
 	}
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	err := d.Decode(v)
-	if err == nil {
-		if _, end := d.Token(); !errors.Is(end, io.EOF) { // More is false before a stray ] or }
-			err = errors.New("something follows the JSON value")
-		}
-	}
-	if err != nil {
+	if err := decodeStrictly(b, v); err != nil {
 		return fault.New(fault.Usage, "", "", err).WithReason(kmsapi.BadBody)
 	}
 	return nil
+}
+
+func decodeStrictly(b []byte, v any) error {
+	// What is no text would be read as U+FFFD: of two strings of aad that differ, as the same.
+	if !utf8.Valid(b) || loneSurrogate(b) {
+		return errors.New("a string is no Unicode text")
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return err
+	}
+	if _, end := d.Token(); !errors.Is(end, io.EOF) { // More is false before a stray ] or }
+		return errors.New("something follows the JSON value")
+	}
+	return nil
+}
+
+// loneSurrogate finds half of a pair of escapes in JSON.
+func loneSurrogate(b []byte) bool {
+	for {
+		i := bytes.IndexByte(b, '\\')
+		if i < 0 || len(b) < i+2 {
+			return false
+		}
+		if b = b[i:]; b[1] != 'u' {
+			b = b[2:]
+			continue
+		}
+		high := escaped(b)
+		b = b[2:]
+		if !utf16.IsSurrogate(high) {
+			continue
+		}
+		if b = b[min(4, len(b)):]; utf16.DecodeRune(high, escaped(b)) == utf8.RuneError {
+			return true
+		}
+		b = b[6:]
+	}
+}
+
+// escaped is the character of an escape as \u20ac, or -1.
+func escaped(b []byte) rune {
+	if len(b) < 6 || b[0] != '\\' || b[1] != 'u' {
+		return -1
+	}
+	n, err := strconv.ParseUint(string(b[2:6]), 16, 16)
+	if err != nil {
+		return -1
+	}
+	return rune(n)
 }
 
 // publicError gives the code and the texts that a caller may see: a lead that
