@@ -58,18 +58,18 @@ func (l *log) String() string {
 	return l.b.String()
 }
 
-func options(t *testing.T, pin string) connector.Options {
-	t.Helper()
-	return connector.Options{Path: testkit.Connector(t), Module: testkit.SoftHSM, SoftHSMDir: t.TempDir(), PIN: secret.New([]byte(pin)), Stderr: &log{}}
+func options(tb testing.TB, pin string) connector.Options {
+	tb.Helper()
+	return connector.Options{Path: testkit.Connector(tb), Module: testkit.SoftHSM, SoftHSMDir: tb.TempDir(), PIN: secret.New([]byte(pin)), Stderr: &log{}}
 }
 
-func start(t *testing.T, o connector.Options) *connector.Client {
-	t.Helper()
-	c, err := connector.Start(t.Context(), o)
+func start(tb testing.TB, o connector.Options) *connector.Client {
+	tb.Helper()
+	c, err := connector.Start(tb.Context(), o)
 	if err != nil {
-		t.Fatalf("%v\n%s", err, o.Stderr)
+		tb.Fatalf("%v\n%s", err, o.Stderr)
 	}
-	t.Cleanup(c.Close)
+	tb.Cleanup(c.Close)
 	return c
 }
 
@@ -85,12 +85,12 @@ func unlock(c *connector.Client, logins *atomic.Int32) func(context.Context) err
 	}
 }
 
-func opened(t *testing.T, o connector.Options) (*connector.Client, *atomic.Int32) {
-	t.Helper()
-	c, logins := start(t, o), &atomic.Int32{}
+func opened(tb testing.TB, o connector.Options) (*connector.Client, *atomic.Int32) {
+	tb.Helper()
+	c, logins := start(tb, o), &atomic.Int32{}
 	hook := unlock(c, logins)
-	if err := hook(t.Context()); err != nil {
-		t.Fatalf("%v\n%s", err, o.Stderr)
+	if err := hook(tb.Context()); err != nil {
+		tb.Fatalf("%v\n%s", err, o.Stderr)
 	}
 	c.Reopen(hook)
 	return c, logins
