@@ -450,13 +450,14 @@ func (j Job) report(changed bool, what string) {
 	j.Line("unchanged", what)
 }
 
-// Names of the Secrets that stand beside the release.
-func adminSecret(release string) string   { return release + "-admin-key-hash" }
+// AdminSecret holds the hash of the first administrator's key. It and the other
+// Secrets stand beside the release.
+func AdminSecret(release string) string   { return release + "-admin-key-hash" }
 func watcherSecret(release string) string { return release + "-watcher-key" }
 
 // SecretNames lists all Secrets that stand beside a release.
 func SecretNames(release, hsmSecret string) []string {
-	out := []string{hsmSecret, CASecret(release), adminSecret(release), watcherSecret(release)}
+	out := []string{hsmSecret, CASecret(release), AdminSecret(release), watcherSecret(release)}
 	for _, l := range Leaves(release, "", "", "") {
 		out = append(out, l.Secret)
 	}
@@ -469,7 +470,7 @@ func (j Job) checkAdminKey(ctx context.Context, o Options) error {
 	if o.Foreign {
 		return nil
 	}
-	_, err := j.Cluster.Secret(ctx, o.Namespace, adminSecret(o.Release))
+	_, err := j.Cluster.Secret(ctx, o.Namespace, AdminSecret(o.Release))
 	switch {
 	case err == nil:
 		return nil
@@ -487,7 +488,7 @@ func (j Job) checkAdminKey(ctx context.Context, o Options) error {
 }
 
 func (j Job) adminKey(ctx context.Context, o Options) error {
-	name := adminSecret(o.Release)
+	name := AdminSecret(o.Release)
 	if _, err := j.Cluster.Secret(ctx, o.Namespace, name); fault.KindOf(err) != fault.NotFound {
 		return err // there already, or a fault
 	}

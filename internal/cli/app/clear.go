@@ -132,6 +132,57 @@ func (j ClearJob) Run(ctx context.Context) (ClearResult, error) {
 	return res, j.wait(ctx, in.Name)
 }
 
+// OnceResult is what a request to clear came to that counts once.
+type OnceResult struct {
+	Cleared *ClearResult    `json:"cleared,omitempty"` // now
+	Before  *kmsapi.Cleared `json:"before,omitempty"`  // or before, or there was nothing yet
+}
+
+// Rows are the lines of a table.
+func (r OnceResult) Rows(f KubeFlags) [][]string {
+	if r.Cleared != nil {
+		_, rows := r.Cleared.Table()
+		return rows
+	}
+	return [][]string{{"clear data", Settled(*r.Before) + ", to clear what is there now: " + f.ClearCommand()}}
+}
+
+// Once clears, unless that was done or there was nothing to clear when it was
+// asked for before: the KMS keeps a note of it, so that the same command run
+// again takes nothing.
+func (j ClearJob) Once(ctx context.Context) (OnceResult, error) {
+	var before kmsapi.Cleared
+	err := j.Client.Do(ctx, http.MethodPost, "/kmsctl/v1/clear/settle", nil, &before)
+	if err == nil {
+		return OnceResult{Before: &before}, nil
+	}
+	if !kmsclient.IsStatus(err, http.StatusConflict) {
+		return OnceResult{}, j.App.ClientError("ask whether to clear", j.Release, err)
+	}
+	res, err := j.Run(ctx)
+	return OnceResult{Cleared: &res}, err
+}
+
+// AskOnce asks where Once will clear, and gives the answer for it. What comes
+// there after a look that saw nothing is not confirmed by it.
+func (j ClearJob) AskOnce(ctx context.Context) (ConfirmFlags, error) {
+	p, err := j.Look(ctx)
+	if err != nil || p.Cleared != nil || p.Empty() {
+		return j.Confirm, err
+	}
+	err = j.App.Confirm(&j.Confirm, j.name(p), goes(p, p.Installation))
+	return ConfirmFlags{Yes: err == nil}, err
+}
+
+// Settled says that a request to clear counts no more.
+func Settled(c kmsapi.Cleared) string {
+	at := c.At.Format(time.RFC3339)
+	if c.Nothing {
+		return fmt.Sprintf("clear_data was looked at on %s, when there was nothing to clear; it does nothing more and may be removed", at)
+	}
+	return fmt.Sprintf("clear_data was carried out on %s (by %s); it does nothing more and may be removed", at, c.By)
+}
+
 // clearBeat is between two looks at a KMS that is clearing.
 const clearBeat = 200 * time.Millisecond
 

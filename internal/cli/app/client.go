@@ -43,6 +43,23 @@ func (f *ClientFlags) Release() string {
 	return f.kube.Release
 }
 
+// AddKey puts the flag of the API key alone into fs, for a command that reaches
+// a release by its own flags; see At.
+func (f *ClientFlags) AddKey(fs *pflag.FlagSet, usage string) {
+	fs.StringVar(&f.APIKeyFile, "api-key-file", "", usage+" (or KMSCTL_API_KEY in the environment)")
+}
+
+// At is f for the release that k names.
+func (f ClientFlags) At(k KubeFlags) *ClientFlags {
+	f.InCluster, f.kube = true, k
+	return &f
+}
+
+// HasKey says whether an API key was given.
+func (f *ClientFlags) HasKey(a *App) bool {
+	return f.APIKeyStdin || f.APIKeyFile != "" || a.Getenv("KMSCTL_API_KEY") != ""
+}
+
 // Add puts the flags into fs.
 func (f *ClientFlags) Add(fs *pflag.FlagSet, a *App) {
 	fs.StringVar(&f.Server, "server", "", "URL of the KMS; without it, the embedded KMS of --data is used")

@@ -35,7 +35,7 @@ func (f *KubeFlags) ClearCommand() string {
 
 // WarnClearData says that clear_data in the settings of a release clears nothing.
 func (a *App) WarnClearData(f KubeFlags) {
-	a.Warn("clear_data is in the settings, and a change of the release clears nothing: see what would go, and confirm it, with %s", f.ClearCommand())
+	a.Warn("clear_data is in the settings, and a file clears nothing, nor does setup: see what would go, and confirm it, with %s, or give --clear-data to `kmsctl upgrade` itself", f.ClearCommand())
 }
 
 // Add puts the flags into fs, but for --namespace, which HSMFlags has where a

@@ -71,7 +71,7 @@ func (f *HSMFlags) AddSettings(fs *pflag.FlagSet) {
 	fs.StringVar(&f.KeyHash, "key-hash", "", "thales: hash of the Connect's key, 40 hex digits")
 	fs.StringVar(&f.TokenLabel, "token-label", "", "label of the token, where slots move")
 	fs.BoolVar(&f.FIPS, "fips", false, "the token is in FIPS mode")
-	fs.BoolVar(&f.ClearData, "clear-data", false, "the manual's clear_data in the settings; it clears nothing by itself, 'kmsctl hsm clear' does")
+	fs.BoolVar(&f.ClearData, "clear-data", false, "the manual's clear_data in the settings; it clears nothing by itself, 'kmsctl hsm clear' and 'kmsctl upgrade --clear-data' do")
 }
 
 // Beat puts the flags that were given into o, where they win, and what o says

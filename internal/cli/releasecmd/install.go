@@ -17,6 +17,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/install"
+	"github.com/kmsctl/kmsctl/internal/kube"
 	"github.com/kmsctl/kmsctl/internal/release"
 	"github.com/kmsctl/kmsctl/internal/render"
 )
@@ -35,6 +36,7 @@ type changeOptions struct {
 	hsm        app.HSMFlags
 	rel        app.ReleaseFlags
 	pass       app.PassphraseFlags
+	clear      clearing
 	secretFile string
 	valuesFile string
 	atomic     bool
@@ -57,6 +59,7 @@ func (o *changeOptions) add(cmd *cobra.Command) {
 	o.rel.Add(fs)
 	fs.BoolVar(&o.atomic, "atomic", false, "undo a change that fails: back to the last good revision, or nothing")
 	addWait(fs, &o.wait)
+	o.addClear(fs)
 }
 
 func addWait(fs *pflag.FlagSet, wait *bool) {
@@ -69,7 +72,7 @@ func addTimeout(fs *pflag.FlagSet, timeout *time.Duration) {
 
 // Check holds the rules of the flags.
 func (o *changeOptions) Check() error {
-	errs := []error{o.chart.Check(), o.pass.Check(), o.hsm.Password.Check(), o.rel.Check()}
+	errs := []error{o.chart.Check(), o.pass.Check(), o.hsm.Password.Check(), o.rel.Check(), o.checkClear()}
 	if o.valuesFile == "" && !o.keeps() {
 		errs = append(errs, o.hsm.CheckValues())
 	}
@@ -104,17 +107,14 @@ func (i inputs) zero() {
 func (o *changeOptions) read(base map[string]any) (inputs, error) {
 	var in inputs
 	var err error
-	if o.hsm.ClearData {
-		return in, fault.Usagef("--clear-data: a change of the release clears nothing").
-			WithHint("clear the running release with %s, then change it without --clear-data", o.kube.ClearCommand())
-	}
+	o.takeClear()
 	if in.hsm, err = o.overrides(base); err != nil {
 		return in, err
 	}
 	if err := o.hsm.CheckValues(); err != nil {
 		return in, err
 	}
-	if in.hsm.HSM.ClearData {
+	if in.hsm.HSM.ClearData && !o.clear.asked {
 		o.WarnClearData(o.kube)
 	}
 	in.values = in.hsm.Helm()
@@ -285,11 +285,24 @@ func runInstall(ctx context.Context, o *changeOptions) error {
 	if err != nil {
 		return err
 	}
-	res, err := o.InstallJob(c, h, app.Change{Chart: chart, Values: in.values, Options: o.release()}).Run(ctx, o.job(in))
+	return o.carryOut(ctx, c, in, o.InstallJob(c, h, app.Change{Chart: chart, Values: in.values, Options: o.release()}).Run)
+}
+
+// carryOut changes the release, between the question of --clear-data and what
+// it asks for.
+func (o *changeOptions) carryOut(ctx context.Context, c *kube.Cluster, in inputs, do func(context.Context, install.Options) (install.Result, error)) error {
+	if err := o.askClear(ctx, c); err != nil {
+		return err
+	}
+	res, err := do(ctx, o.job(in))
 	if err != nil {
 		return err
 	}
-	return o.Print(changeResult(res))
+	once, err := o.clearOnce(ctx)
+	if err != nil {
+		return err
+	}
+	return o.Print(changeResult{Result: res, Clearing: once, kube: o.kube})
 }
 
 func (o *changeOptions) release() release.Options {
@@ -312,7 +325,11 @@ func (o *changeOptions) showPlan(chart *release.Chart, in inputs, opts install.O
 	if in.secret != nil {
 		m = maskedSecret(in.secret) + m
 	}
-	d := dryRun{install.Plan(opts, fmt.Sprintf("%s %s", chart.Name(), chart.Version())), m}
+	plan := install.Plan(opts, fmt.Sprintf("%s %s", chart.Name(), chart.Version()))
+	if o.clear.asked {
+		plan = append(plan, "clear the HSM's application data, unless that was done, or there was nothing to clear, when it was asked for before")
+	}
+	d := dryRun{plan, m}
 	if o.Format != "table" {
 		return o.Print(d)
 	}
@@ -337,7 +354,11 @@ func maskedSecret(s *render.Secret) string {
 }
 
 // changeResult prints a finished change.
-type changeResult install.Result
+type changeResult struct {
+	install.Result
+	Clearing *app.OnceResult `json:"clearing,omitempty"`
+	kube     app.KubeFlags
+}
 
 // Table is one line a field.
 func (r changeResult) Table() ([]string, [][]string) {
@@ -350,5 +371,8 @@ func (r changeResult) Table() ([]string, [][]string) {
 		}
 	}
 	rows = append(rows, []string{"pods", fmt.Sprintf("%d of %d ready", ready, len(r.Pods))})
+	if r.Clearing != nil {
+		rows = append(rows, r.Clearing.Rows(r.kube)...)
+	}
 	return nil, rows
 }

@@ -26,10 +26,17 @@ and --model the settings of the release stay, and single flags change them. hsm-
 as it is unless a new one is given.
 
 --dry-run shows what would change, object by object. --atomic goes back to the last good
-revision when the change fails.`,
+revision when the change fails.
+
+--clear-data clears the HSM's application data as the manual's clear_data does: when the
+change is up, every key, instance and service ID goes, with the master keys on the token. It
+shows what will go and has the release's name typed before anything is changed, and the
+release remembers it: the same command run again, a rollback, a clear_data in a file, or
+helm alone clear nothing. "kmsctl hsm clear" clears once more.`,
 		Example: `  kmsctl upgrade --repo ./charts --dry-run
   kmsctl upgrade --repo ./charts --version 1.1.0 --atomic
-  kmsctl upgrade --repo ./charts --secret hsm-Secret.yaml --values overrides_hsm.yaml`,
+  kmsctl upgrade --repo ./charts --secret hsm-Secret.yaml --values overrides_hsm.yaml
+  kmsctl upgrade --repo ./charts --clear-data --api-key-file admin.key`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
 	o.add(cmd)
@@ -65,11 +72,7 @@ func runUpgrade(ctx context.Context, o *changeOptions) error {
 		}
 		return o.Print(changes{fmt.Sprintf("%s %s", have.Chart, have.Version), fmt.Sprintf("%s %s", chart.Name(), chart.Version()), release.Diff(have.Manifest, after)})
 	}
-	res, err := o.InstallJob(c, h, app.Change{Chart: chart, Values: in.values, Options: o.release()}).Upgrade(ctx, o.job(in))
-	if err != nil {
-		return err
-	}
-	return o.Print(changeResult(res))
+	return o.carryOut(ctx, c, in, o.InstallJob(c, h, app.Change{Chart: chart, Values: in.values, Options: o.release()}).Upgrade)
 }
 
 // changes is what --dry-run of upgrade prints.
@@ -152,5 +155,5 @@ func runRollback(ctx context.Context, o *rollbackOptions) error {
 	if err != nil {
 		return err
 	}
-	return o.Print(changeResult(res))
+	return o.Print(changeResult{Result: res})
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/kms"
 	"github.com/kmsctl/kmsctl/internal/server"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
@@ -60,14 +61,5 @@ func (k *KMS) ClearAsked(ctx context.Context, how string) (string, error) {
 		return "clear_data is asked for, and a start clears nothing: see what would go, and confirm it, with `" + how + "`", nil
 	}
 	done, err := c.Settle(ctx, "serve")
-	return Settled(done), err
-}
-
-// Settled says that clear_data counts no more.
-func Settled(c kmsapi.Cleared) string {
-	at := c.At.Format(time.RFC3339)
-	if c.Nothing {
-		return fmt.Sprintf("clear_data was looked at on %s, when there was nothing to clear; it does nothing more and may be removed", at)
-	}
-	return fmt.Sprintf("clear_data was carried out on %s (by %s); it does nothing more and may be removed", at, c.By)
+	return app.Settled(done), err
 }
