@@ -77,13 +77,18 @@ func (w *clearWorld) fill(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := w.iam(t).Onboard(t.Context(), iam.LocalAdmin(), "orders", in.ID, k.ID, "Writer"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (w *clearWorld) iam(t *testing.T) *iam.Service {
+	t.Helper()
 	signing, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := iam.New(w.open, iam.Config{SigningKey: signing, Now: w.clock}).Onboard(t.Context(), iam.LocalAdmin(), "orders", in.ID, k.ID, "Writer"); err != nil {
-		t.Fatal(err)
-	}
+	return iam.New(w.open, iam.Config{SigningKey: signing, Now: w.clock})
 }
 
 func (w *clearWorld) confirm(t *testing.T, in kmsapi.ClearRequest) kmsapi.ClearRequest {

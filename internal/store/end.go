@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -104,9 +105,25 @@ func (p *Plain) Reset(ctx context.Context, rev int64, cleared any) error {
 	if err != nil {
 		return err
 	}
+	return p.reset(ctx, []clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(rec+record.EndPath), "=", rev)}, clientv3.OpPut(plain+clearedName, string(b)))
+}
+
+// Leave does what Reset does in a store that was reset already and holds
+// nothing since: if its installation still has the revision, and no record was
+// written after the revision upTo.
+func (p *Plain) Leave(ctx context.Context, install, upTo int64) error {
+	return p.reset(ctx, []clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(plain+installName), "=", install),
+		clientv3.Compare(clientv3.ModRevision(rec), "<", upTo+1).WithPrefix()})
+}
+
+// Peek reads every record at one revision, unproven, and gives that revision.
+func (p *Plain) Peek(ctx context.Context, each func(record.Raw) error) (rev int64, err error) {
+	return rev, walk(ctx, p.c, func(r int64) error { rev = r; return nil }, each)
+}
+
+func (p *Plain) reset(ctx context.Context, cmps []clientv3.Cmp, more ...clientv3.Op) error {
 	ctx, cancel := context.WithTimeout(ctx, shrinkLimit)
 	defer cancel()
-	ops := []clientv3.Op{clientv3.OpDelete(rec, clientv3.WithPrefix()), clientv3.OpPut(plain+clearedName, string(b))}
 	heads, err := p.heads(ctx)
 	if err != nil {
 		return err
@@ -115,10 +132,11 @@ func (p *Plain) Reset(ctx context.Context, rev int64, cleared any) error {
 	if err != nil {
 		return err
 	}
-	if ops = append(append(ops, heads...), others...); len(ops) > maxOps {
+	ops := slices.Concat([]clientv3.Op{clientv3.OpDelete(rec, clientv3.WithPrefix())}, more, heads, others)
+	if len(ops) > maxOps {
 		return fault.Newf(fault.Other, "reset", "the store", "%d things at once are too many", len(ops))
 	}
-	res, err := p.c.Txn(ctx).If(clientv3.Compare(clientv3.ModRevision(rec+record.EndPath), "=", rev)).Then(ops...).Commit()
+	res, err := p.c.Txn(ctx).If(cmps...).Then(ops...).Commit()
 	if err != nil {
 		return unreachable("reset", "the store", err)
 	}

@@ -104,3 +104,57 @@ func TestForgedEnd(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// TestLeave: a store is left as it was looked at, or not at all.
+func TestLeave(t *testing.T) {
+	_, c := member(t, t.TempDir())
+	p, ctx := store.NewPlain(c), t.Context()
+	install, err := p.Put(ctx, "install", thing{1}, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, v := range map[string]any{"cleared": thing{2}, "job": thing{3}} {
+		if _, err := p.Put(ctx, name, v, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := open(t, c)
+	if err := s.Commit(ctx, record.Change{Path: "audit/me", Value: thing{4}}); err != nil {
+		t.Fatal(err)
+	}
+	var seen []string
+	upTo, err := p.Peek(ctx, func(r record.Raw) error { seen = append(seen, r.Path); return nil })
+	if err != nil || strings.Join(seen, " ") != "audit/me" {
+		t.Fatalf("%q %v", seen, err)
+	}
+	if err := s.Commit(ctx, record.Change{Path: "x/1", Value: thing{5}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Leave(ctx, install, upTo); !errors.Is(err, record.ErrConflict) {
+		t.Errorf("written meanwhile: %v", err)
+	}
+	if upTo, err = p.Peek(ctx, func(record.Raw) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Leave(ctx, install+1, upTo); !errors.Is(err, record.ErrConflict) {
+		t.Errorf("another installation: %v", err)
+	}
+	if err := p.Leave(ctx, install, upTo); err != nil {
+		t.Fatal(err)
+	}
+	var got thing
+	if _, err := p.Get(ctx, "cleared", &got); err != nil || got.N != 2 {
+		t.Errorf("%+v %v", got, err)
+	}
+	for _, name := range []string{"install", "job"} {
+		if _, err := p.Get(ctx, name, &got); !errors.Is(err, record.ErrNotFound) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := p.Get(ctx, "heads/me", &got); err != nil || got.N != 4 {
+		t.Errorf("%+v %v", got, err)
+	}
+	if err := s.Commit(ctx, record.Change{Path: "late", Value: thing{6}}); fault.KindOf(err) != fault.NotReady {
+		t.Errorf("a late write: %v", err)
+	}
+}

@@ -49,6 +49,16 @@ func (k *KMS) noteCleared(ctx context.Context, c *kmsapi.Cleared) error {
 		Detail: fmt.Sprintf("installation %s, token %s, %d objects", c.Installation, c.TokenSerial, c.Objects)})
 }
 
+// noteMoved writes down that the store began anew on another token.
+func (k *KMS) noteMoved(ctx context.Context, m *kms.Moved) error {
+	if m == nil {
+		return nil
+	}
+	k.Log.Info("moved to another token", "was", m.Install, "install", k.Opened.Install, "from", m.From, "to", m.To)
+	return k.audit.Append(ctx, audit.Event{Action: "kmsctl.clear.move", Outcome: "success", Status: http.StatusNoContent, Principal: m.By,
+		Detail: fmt.Sprintf("installation %s, token %s, to installation %s, token %s", m.Install, m.From, k.Opened.Install, m.To)})
+}
+
 // ClearAsked says what clear_data in the settings comes to: nothing is ever
 // cleared by a start.
 func (k *KMS) ClearAsked(ctx context.Context, how string) (string, error) {

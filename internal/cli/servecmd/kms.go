@@ -70,6 +70,10 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	if err != nil {
 		return nil, err
 	}
+	moved, err := kms.LeaveToken(connector.Only(ctx), plain, c.Token.Members())
+	if err != nil {
+		return nil, err
+	}
 	uses := kms.NewUses(c.Uses)
 	opened, err := unlock(ctx, plain, c, uses)
 	if err != nil {
@@ -109,7 +113,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Clearing: k.clearing(), Rotation: k.master, Limits: c.Limits, Trace: c.Trace})
 	k.gauges()
 	k.work(ctx)
-	if err := k.noteCleared(ctx, cleared); err != nil {
+	if err := errors.Join(k.noteCleared(ctx, cleared), k.noteMoved(ctx, moved)); err != nil {
 		k.Close()
 		return nil, err
 	}
