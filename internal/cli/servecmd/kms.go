@@ -51,6 +51,7 @@ type KMS struct {
 	kms    *kms.Service
 	master *kms.Rotation
 	uses   *kms.Uses
+	again  *reopener
 	near   int    // versions of keys near their limit, when they were last looked at
 	rest   func() // ends the work on the master keys
 	store  *store.Store
@@ -75,7 +76,8 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		return nil, err
 	}
 	uses := kms.NewUses(c.Uses)
-	opened, err := unlock(ctx, plain, c, uses)
+	again := newReopener(plain, c, uses)
+	opened, err := unlock(ctx, plain, c, again)
 	if err != nil {
 		return nil, err
 	}
@@ -92,7 +94,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &KMS{KMSConfig: c, Opened: opened, store: st, plain: plain, codec: codec, uses: uses}
+	k := &KMS{KMSConfig: c, Opened: opened, store: st, plain: plain, codec: codec, uses: uses, again: again}
 	k.IAM = iam.New(st, iam.Config{SigningKey: key, Derive: k.deriveSigningKey, Now: c.Now})
 	ac := c.Audit
 	ac.Sign, ac.PublicKey, ac.Now, ac.SaveHead = c.Token.Sign, opened.Master.PublicKey, c.Now, k.saveHead
@@ -123,7 +125,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 // unlock opens the first member that can be opened. Each member opens itself
 // again when it was away, by the ledger of logins, and so do those that could
 // not be opened now.
-func unlock(ctx context.Context, plain *store.Plain, c KMSConfig, uses *kms.Uses) (opened kms.Opened, err error) {
+func unlock(ctx context.Context, plain *store.Plain, c KMSConfig, again *reopener) (opened kms.Opened, err error) {
 	var errs []error
 	for _, m := range c.Token.Members() {
 		if opened, err = kms.Unlock(connector.Only(ctx), plain, m, c.Now); err == nil {
@@ -134,16 +136,45 @@ func unlock(ctx context.Context, plain *store.Plain, c KMSConfig, uses *kms.Uses
 	if err != nil {
 		return opened, errors.Join(errs...)
 	}
-	uses.Saw(opened.Master.Suite)
+	again.uses.Saw(opened.Master.Suite)
 	for _, m := range c.Token.Members() {
 		m.Reopen(func(ctx context.Context) error {
-			again, err := kms.Unlock(ctx, plain, m, c.Now)
-			again.Zero()
-			uses.Saw(again.Master.Suite)
+			_, err := again.open(ctx, m)
 			return err
 		})
 	}
 	return opened, nil
+}
+
+// reopener opens members again, each by one at a time: whoever finds it away
+// and whoever follows a change of the master keys would otherwise log in
+// against each other.
+type reopener struct {
+	plain *store.Plain
+	now   func() time.Time
+	uses  *kms.Uses
+	turns map[*connector.Client]chan struct{}
+}
+
+func newReopener(plain *store.Plain, c KMSConfig, uses *kms.Uses) *reopener {
+	r := &reopener{plain: plain, now: c.Now, uses: uses, turns: map[*connector.Client]chan struct{}{}}
+	for _, m := range c.Token.Members() {
+		r.turns[m] = make(chan struct{}, 1)
+	}
+	return r
+}
+
+func (r *reopener) open(ctx context.Context, m *connector.Client) (kms.Epoch, error) {
+	select {
+	case r.turns[m] <- struct{}{}:
+	case <-ctx.Done():
+		return kms.Epoch{}, fault.New(fault.Unreachable, "open the HSM again", "", ctx.Err())
+	}
+	defer func() { <-r.turns[m] }()
+	o, err := kms.Unlock(connector.Only(ctx), r.plain, m, r.now)
+	o.Zero()
+	r.uses.Saw(o.Master.Suite)
+	return o.Epoch, err
 }
 
 // gauges shows in the metrics what the parts count.

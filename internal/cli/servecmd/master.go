@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/audit"
-	"github.com/kmsctl/kmsctl/internal/connector"
 	"github.com/kmsctl/kmsctl/internal/kms"
 )
 
@@ -30,14 +29,12 @@ func (k *KMS) rotation() *kms.Rotation {
 func (k *KMS) openMasters(ctx context.Context) (epoch kms.Epoch, err error) {
 	opened := false
 	for _, m := range k.Token.Members() {
-		o, merr := kms.Unlock(connector.Only(ctx), k.plain, m, k.Now)
-		o.Zero()
+		e, merr := k.again.open(ctx, m)
 		if merr != nil {
 			err = merr
 			continue
 		}
-		k.uses.Saw(o.Master.Suite)
-		epoch, opened = o.Epoch, true
+		epoch, opened = e, true
 	}
 	if opened {
 		err = nil
