@@ -216,8 +216,9 @@ func (t *Token) findOne(s pkcs11.SessionHandle, class uint, id []byte, same func
 	return hs[0], nil
 }
 
-func missing(id []byte) error {
-	return fault.Newf(fault.NotFound, "find master key", hex.EncodeToString(id), "the token does not hold it").
+// missing names the key by its label, which has the version.
+func missing(name string) error {
+	return fault.Newf(fault.NotFound, "find master key", name, "the token does not hold it").
 		WithHint("is this the token that the store was made with? restore the token, or the store that belongs to it")
 }
 
@@ -231,7 +232,7 @@ func (t *Token) secretKey(s pkcs11.SessionHandle, a *abilities, id []byte, name 
 	}
 	if h == 0 {
 		if !create {
-			return 0, missing(id)
+			return 0, missing(name)
 		}
 		tpl := append(t.guarded(true, false), attr(pkcs11.CKA_MODIFIABLE, false), attr(pkcs11.CKA_ID, id), attr(pkcs11.CKA_LABEL, name))
 		tpl = append(tpl, purpose(may...)...)
@@ -320,7 +321,7 @@ func (t *Token) signKey(s pkcs11.SessionHandle, a *abilities, id []byte, name st
 	}
 	if len(privs) == 0 || len(pubs) == 0 {
 		if !create {
-			return k, missing(id)
+			return k, missing(name)
 		}
 		for _, h := range append(privs, pubs...) { // half a pair, of a run that was killed
 			t.destroy(s, h)
