@@ -14,10 +14,13 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/hsm"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 	"github.com/kmsctl/kmsctl/pkg/kmsclient"
 )
@@ -124,7 +127,8 @@ func (w *worker) check(t *testing.T) {
 	t.Helper()
 	ctx := t.Context()
 	for _, p := range w.keys {
-		k, err := w.c.Key(ctx, p.id, true)
+		var k kmsapi.Key
+		err := patiently(func() (err error) { k, err = w.c.Key(ctx, p.id, true); return err })
 		if err != nil {
 			t.Errorf("key %s is lost: %v", p.id, err)
 			continue
@@ -135,7 +139,9 @@ func (w *worker) check(t *testing.T) {
 			p.deleted = deleted
 		}
 		var vs kmsapi.Collection[kmsapi.KeyVersion]
-		if err := w.c.Do(ctx, http.MethodGet, "/api/v2/keys/"+p.id+"/versions?allKeyStates=true&limit=5000", nil, &vs); err != nil {
+		if err := patiently(func() error {
+			return w.c.Do(ctx, http.MethodGet, "/api/v2/keys/"+p.id+"/versions?allKeyStates=true&limit=5000", nil, &vs)
+		}); err != nil {
 			t.Error(err)
 		}
 		got := len(vs.Resources) - 1
@@ -143,25 +149,24 @@ func (w *worker) check(t *testing.T) {
 			t.Errorf("key %s: %d rotations, %d were acknowledged", p.id, got, p.rotations)
 		}
 		p.rotations, p.unsure = got, ""
-		if err := w.opens(ctx, p); err != nil {
+		if err := patiently(func() error { return w.opens(ctx, p) }); err != nil {
 			t.Errorf("key %s does not unwrap: %v", p.id, err)
 		}
 	}
 	for _, name := range w.services {
 		var ps kmsapi.Policies
-		if err := w.c.Do(ctx, http.MethodGet, "/kmsctl/v1/iam/policies/"+name, nil, &ps); err != nil || len(ps.Policies) != 1 {
+		if err := patiently(func() error { return w.c.Do(ctx, http.MethodGet, "/kmsctl/v1/iam/policies/"+name, nil, &ps) }); err != nil || len(ps.Policies) != 1 {
 			t.Errorf("policy of %s is lost: %v", name, err)
 		}
 	}
 }
 
-// TestKilledUnderLoad kills the KMS with SIGKILL again and again while it
-// works and its master keys change, the old ones destroyed: no call is refused,
-// whatever was acknowledged is there afterwards and opens, and the audit log
-// is whole and has a line for each.
-func TestKilledUnderLoad(t *testing.T) {
+// served is a folder in which the KMS is served, by the real programs.
+type served struct{ program, dir, data string }
+
+func newServed(t *testing.T) served {
+	t.Helper()
 	dir := t.TempDir()
-	data := filepath.Join(dir, "d")
 	for name, text := range map[string]string{"sec.yaml": "apiVersion: v1\nkind: Secret\nmetadata: {name: hsm-secret, namespace: kube-system}\nstringData: {hsm-pass: a-phrase}\n",
 		"val.yaml": "hsm: {hsm_model: softhsm}\n"} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
@@ -172,42 +177,92 @@ func TestKilledUnderLoad(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	serve := func() *exec.Cmd {
-		cmd := exec.Command(program, "serve", "--data", data, "--listen", "127.0.0.1:0", "--secret", filepath.Join(dir, "sec.yaml"), "--values", filepath.Join(dir, "val.yaml"), "--window", "rotate=0s")
-		errs, err := cmd.StderrPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		ready := make(chan string, 1)
-		go func() {
-			var all strings.Builder
-			sent := false
-			for s := bufio.NewScanner(errs); s.Scan(); {
-				if strings.HasPrefix(s.Text(), "ready") && !sent {
-					ready <- ""
-					sent = true
-				}
-				if !sent {
-					all.WriteString(s.Text() + "\n")
-				}
-			}
-			if !sent {
-				ready <- all.String()
-			}
-		}()
-		if why := <-ready; why != "" {
-			t.Fatalf("it does not start again:\n%s", why)
-		}
-		return cmd
-	}
-	cmd := serve()
-	admin, err := kmsclient.New(kmsclient.Config{Socket: filepath.Join(data, "api.sock")})
+	return served{program, dir, filepath.Join(dir, "d")}
+}
+
+// start gives the server when it is ready.
+func (s served) start(t *testing.T) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(s.program, "serve", "--data", s.data, "--listen", "127.0.0.1:0", "--secret", filepath.Join(s.dir, "sec.yaml"), "--values", filepath.Join(s.dir, "val.yaml"), "--window", "rotate=0s")
+	errs, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ready := make(chan string, 1)
+	go func() {
+		var all strings.Builder
+		sent := false
+		for s := bufio.NewScanner(errs); s.Scan(); {
+			if strings.HasPrefix(s.Text(), "ready") && !sent {
+				ready <- ""
+				sent = true
+			}
+			if !sent {
+				all.WriteString(s.Text() + "\n")
+			}
+		}
+		if !sent {
+			ready <- all.String()
+		}
+	}()
+	if why := <-ready; why != "" {
+		t.Fatalf("it does not start again:\n%s", why)
+	}
+	return cmd
+}
+
+// client calls as the local administrator, on an instance where one is given.
+func (s served) client(t *testing.T, instance string) *kmsclient.Client {
+	t.Helper()
+	c, err := kmsclient.New(kmsclient.Config{Socket: filepath.Join(s.data, "api.sock"), Instance: instance})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// rotated waits for the end of a change of the master keys. A server that is
+// short of time, or of its connector, is unavailable for a while.
+func rotated(t *testing.T, c *kmsclient.Client) kmsapi.MasterStatus {
+	t.Helper()
+	for { // go test's own limit is the last resort
+		var s kmsapi.MasterStatus
+		if err := patiently(func() error { return c.Do(t.Context(), http.MethodGet, "/kmsctl/v1/master", nil, &s) }); err != nil {
+			t.Fatal(err)
+		}
+		if s.Rotation != nil && s.Rotation.State == kmsapi.RotationDone {
+			return s
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func unavailable(err error) bool {
+	var refused *kmsclient.Error
+	return errors.As(err, &refused) && refused.Status == http.StatusServiceUnavailable
+}
+
+// patiently calls again while the server says that it is unavailable.
+func patiently(f func() error) error {
+	for {
+		if err := f(); !unavailable(err) {
+			return err
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// TestKilledUnderLoad kills the KMS with SIGKILL again and again while it
+// works and its master keys change, the old ones destroyed: no call is refused,
+// whatever was acknowledged is there afterwards and opens, and the audit log
+// is whole and has a line for each.
+func TestKilledUnderLoad(t *testing.T) {
+	k := newServed(t)
+	cmd := k.start(t)
+	admin := k.client(t, "")
 	var in kmsapi.Instance
 	if err := admin.Do(t.Context(), http.MethodPost, "/kmsctl/v1/instances", kmsapi.CreateInstance{Name: "shop"}, &in); err != nil {
 		t.Fatal(err)
@@ -215,11 +270,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	admin.SetInstance(in.ID)
 	var workers []*worker
 	for range 4 {
-		c, err := kmsclient.New(kmsclient.Config{Socket: filepath.Join(data, "api.sock"), Instance: in.ID})
-		if err != nil {
-			t.Fatal(err)
-		}
-		workers = append(workers, &worker{c: c, counts: map[string]int{}})
+		workers = append(workers, &worker{c: k.client(t, in.ID), counts: map[string]int{}})
 	}
 	n := kills(t)
 	for i := range n {
@@ -246,7 +297,7 @@ func TestKilledUnderLoad(t *testing.T) {
 		}
 		_ = cmd.Wait() // it was killed
 		wg.Wait()
-		cmd = serve()
+		cmd = k.start(t)
 		for _, w := range workers {
 			w.check(t)
 		}
@@ -254,10 +305,9 @@ func TestKilledUnderLoad(t *testing.T) {
 			break
 		}
 	}
-	out, err := exec.Command(program, "hsm", "rotate-master", "status", "--data", data, "--wait", "-o", "json").CombinedOutput()
-	var master kmsapi.MasterStatus
-	if err := errors.Join(err, json.Unmarshal(out, &master)); err != nil || master.Version < 2 || len(master.Older) > 0 || master.Rotation.State != kmsapi.RotationDone {
-		t.Errorf("master keys: %v\n%s", err, out)
+	master := rotated(t, admin)
+	if master.Version < 2 || len(master.Older) > 0 {
+		t.Errorf("master keys: %+v", master)
 	}
 	for _, w := range workers {
 		w.check(t)
@@ -268,7 +318,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("stopped: %v", err)
 	}
-	out, err = exec.Command(program, "audit", "verify", "--log", filepath.Join(data, "audit"), "-o", "json").CombinedOutput()
+	out, err := exec.Command(k.program, "audit", "verify", "--log", filepath.Join(k.data, "audit"), "-o", "json").CombinedOutput()
 	if err != nil {
 		t.Errorf("audit verify: %v\n%s", err, out)
 	}
@@ -279,7 +329,7 @@ func TestKilledUnderLoad(t *testing.T) {
 		}
 	}
 	logged := map[string]int{}
-	names, err := audit.Files(filepath.Join(data, "audit")) // the log is closed and begun anew when it is large
+	names, err := audit.Files(filepath.Join(k.data, "audit")) // the log is closed and begun anew when it is large
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -303,4 +353,89 @@ func TestKilledUnderLoad(t *testing.T) {
 		}
 	}
 	t.Logf("%d kills, master keys of version %d, %d files of the audit log; acknowledged and found again: %v", n, master.Version, len(names), total)
+}
+
+// connectorOf gives the process of the connector that a server started.
+func connectorOf(t *testing.T, server int) int {
+	t.Helper()
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range stats {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		var pid, parent int
+		var comm, state string
+		if _, err := fmt.Sscan(string(b), &pid, &comm, &state, &parent); err == nil && comm == "(kms-connector)" && parent == server && state != "Z" {
+			return pid
+		}
+	}
+	return 0
+}
+
+// TestConnectorKilledWhileMasterKeysChange: the connector alone is killed in
+// the middle of changes of the master keys, while keys are made, some of which
+// stay in the token. No call is refused but as unavailable; each change comes
+// to its end, and every key that was acknowledged opens afterwards.
+func TestConnectorKilledWhileMasterKeysChange(t *testing.T) {
+	k := newServed(t)
+	cmd := k.start(t)
+	admin := k.client(t, "")
+	var workers []*worker
+	for _, placement := range []string{hsm.PlacementWrapped, hsm.PlacementToken} {
+		var in kmsapi.Instance
+		if err := admin.Do(t.Context(), http.MethodPost, "/kmsctl/v1/instances", kmsapi.CreateInstance{Name: placement, Placement: placement}, &in); err != nil {
+			t.Fatal(err)
+		}
+		workers = append(workers, &worker{c: k.client(t, in.ID), counts: map[string]int{}})
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	var refusals atomic.Int64
+	for _, w := range workers {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				if err := w.step(ctx); unavailable(err) {
+					refusals.Add(1)
+				} else if err != nil && ctx.Err() == nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	n := max(kills(t)/6, 1)
+	for i := range n {
+		old := connectorOf(t, cmd.Process.Pid)
+		if err := patiently(func() error {
+			return admin.Do(t.Context(), http.MethodPost, "/kmsctl/v1/master/rotate", kmsapi.MasterRotationRequest{DestroyOld: true}, nil)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Duration(rand.IntN(300)) * time.Millisecond) // anywhere in the change
+		if err := syscall.Kill(old, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		if m := rotated(t, admin); int(m.Version) != i+2 || len(m.Older) > 0 {
+			t.Errorf("change %d: %+v", i, m)
+		}
+		if now := connectorOf(t, cmd.Process.Pid); now == old || now == 0 {
+			t.Errorf("connector %d, was %d", now, old)
+		}
+	}
+	stop()
+	wg.Wait()
+	for _, w := range workers {
+		w.check(t)
+	}
+	t.Logf("%d kills, %d calls were unavailable; wrapped: %v, in the token: %v", n, refusals.Load(), workers[0].counts, workers[1].counts)
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("stopped: %v", err)
+	}
 }
