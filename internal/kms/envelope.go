@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/kmsctl/kmsctl/internal/hsm"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
@@ -30,6 +31,9 @@ func decodeCiphertext(text string) (kmsapi.Ciphertext, error) {
 	var c kmsapi.Ciphertext
 	if len(text) > maxCiphertext {
 		return c, fmt.Errorf("%d characters are too many", len(text))
+	}
+	if strings.ContainsAny(text, "\r\n") { // base64 would skip them
+		return c, errors.New("it holds a line break")
 	}
 	b, err := base64.StdEncoding.Strict().DecodeString(text)
 	if err != nil {

@@ -306,7 +306,9 @@ func FuzzUnwrap(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	f.Add(base64.StdEncoding.EncodeToString(good))
+	text := base64.StdEncoding.EncodeToString(good)
+	f.Add(text)
+	f.Add(text[:20] + "\n" + text[20:])
 	f.Add("e30=")
 	f.Fuzz(func(t *testing.T, text string) {
 		c, err := kms.DecodeForTest(text)
