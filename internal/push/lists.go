@@ -72,9 +72,16 @@ func (l *load) list(ctx context.Context, repo string, i ppa.Image) ([]byte, erro
 				return nil, err
 			}
 		}
-		p := r.Platform
+		p, err := l.platform(ctx, from, body)
+		if err != nil {
+			return nil, err
+		}
 		if p.Architecture == "" {
-			p = l.platformOf(r.Ref())
+			p = r.Platform
+		}
+		if said := r.Platform.Architecture; said != "" && said != p.Architecture {
+			return nil, fault.Newf(fault.BadContent, "make list", i.Ref(), "its reference %s is for %s, as the manifest says, and for %s, as the image itself does", r.Ref(), said, p.Architecture).
+				WithHint("the manifest and the images disagree; get the archive again from its maker")
 		}
 		entries = append(entries, listEntry{d, p})
 	}
@@ -90,10 +97,30 @@ type manifestList struct {
 	Manifests     []listEntry `json:"manifests"`
 }
 
-func (l *load) platformOf(ref string) ppa.Platform {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.platforms[ref]
+// platform is what an image's configuration says that it is for; empty where
+// it says nothing, and of a list, which has none.
+func (l *load) platform(ctx context.Context, repo string, manifest []byte) (p ppa.Platform, err error) {
+	var m struct {
+		Config archive.Descriptor `json:"config"`
+	}
+	if err := json.Unmarshal(manifest, &m); err != nil {
+		return p, fmt.Errorf("read a manifest of %q: %w", repo, err)
+	}
+	if m.Config.Digest == "" {
+		return p, nil
+	}
+	const most = 4 << 20
+	b, err := l.Registry.ReadBlob(ctx, repo, m.Config.Digest, most)
+	if err != nil {
+		return p, err
+	}
+	if err := json.Unmarshal(b, &p); err != nil {
+		return p, fmt.Errorf("read configuration %s: %w", m.Config.Digest, err)
+	}
+	if p.OS == "" {
+		p.OS = "linux"
+	}
+	return p, nil
 }
 
 // copyImage mounts an image's blobs into another repository and writes its

@@ -81,7 +81,6 @@ func (r *memberRun) entry(got *archive.Images, e ppa.Image) error {
 		return err
 	}
 	r.s.mu.Lock()
-	r.s.platforms[e.Ref()] = img.Platform
 	r.s.loaded = append(r.s.loaded, markedImage{Name: e.Name, Tag: e.Tag, Digest: o.Digest, Config: archive.DigestOf(img.Config), DiffIDs: diffIDs(img)})
 	r.s.mu.Unlock()
 	r.s.done(o, nil)

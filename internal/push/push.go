@@ -125,8 +125,7 @@ type load struct {
 	slots  chan struct{} // one for each upload at the same time
 	// refs are the repositories of images by their names in the manifest, for
 	// the charts' values.
-	names     []string
-	platforms map[string]ppa.Platform // of images by their names
+	names []string
 }
 
 // blobState is what is known of one blob in this run.
@@ -137,7 +136,7 @@ type blobState struct {
 
 // Load runs. The report is there also when an error is.
 func Load(ctx context.Context, o Options) (*Report, error) {
-	l := &load{Options: o, blobs: map[string]*blobState{}, platforms: map[string]ppa.Platform{}, slots: make(chan struct{}, max(o.Jobs, 1))}
+	l := &load{Options: o, blobs: map[string]*blobState{}, slots: make(chan struct{}, max(o.Jobs, 1))}
 	l.report = Report{Archive: o.Archive.Name, DryRun: o.DryRun, Objects: []Object{}, Warnings: []string{}}
 	var err error
 	if o.Archive.Index != nil {

@@ -374,6 +374,39 @@ func TestMultiArchitecture(t *testing.T) {
 	}
 }
 
+// TestListOfPlatforms: a manifest that says nothing of platforms makes the same
+// list each time, by what the images say; one that says something else is refused.
+func TestListOfPlatforms(t *testing.T) {
+	t.Parallel()
+	with := func(amd, ppc string) []byte {
+		return testkit.Gzip(testkit.Tar(
+			testkit.Entry{Name: "manifest.json", Data: []byte(`{"images":[{"image":"org/a","tag":"1","archive":"images/a.tar"},{"image":"org/b","tag":"1","archive":"images/b.tar"}]}`)},
+			testkit.Entry{Name: "manifest.yaml", Data: []byte("images: [{image: 'org/multi:1.0', references: [{repository: 'org/a:1'" + amd + "}, {repository: 'org/b:1'" + ppc + "}]}]")},
+			testkit.Entry{Name: "images/a.tar", Data: testkit.DockerSave(testkit.Image{Ref: "org/a:1", Layers: testkit.Images()[0].Layers})},
+			testkit.Entry{Name: "images/b.tar", Data: testkit.DockerSave(testkit.Image{Ref: "org/b:1", Arch: "ppc64le", Layers: testkit.Images()[1].Layers})}))
+	}
+	s := newSite(t)
+	for _, stdin := range []bool{true, false, false} { // the last one by its marker
+		if _, err := s.load(t, with("", ""), stdin); err != nil {
+			t.Fatal(err)
+		}
+		x, err := remote.Index(s.ref(t, "org/multi:1.0"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := x.IndexManifest()
+		if err != nil || len(m.Manifests) != 2 || m.Manifests[0].Platform.String() != "linux/amd64" || m.Manifests[1].Platform.String() != "linux/ppc64le" {
+			t.Errorf("%+v, %v", m, err)
+		}
+	}
+	s = newSite(t)
+	_, err := s.load(t, with(", platform: {architecture: s390x}", ""), false)
+	if fault.KindOf(err) != fault.Partial || !strings.Contains(fmt.Sprint(err), "org/a:1 is for s390x, as the manifest says, and for amd64") {
+		t.Errorf("got %v", err)
+	}
+	s.missing(t, "org/multi:1.0")
+}
+
 func TestCompression(t *testing.T) {
 	t.Parallel()
 	want := testkit.Images()
