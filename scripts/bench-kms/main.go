@@ -1,5 +1,5 @@
 // Command bench-kms measures the KMS against a floor of the same run: the
-// least that an answer over HTTP with JSON, a call of the connector and the
+// least that an answer over HTTP with JSON, a local call by gRPC and the
 // SoftHSM operation cost together. It drives the real program over loopback,
 // with its own load generator, and reads CPU time and memory of the server
 // and its connector from /proc. See scripts/bench-kms.sh.
@@ -26,6 +26,7 @@ type options struct {
 	rounds   int
 	many     int
 	floorDir string
+	frames   bool
 	only     string
 }
 
@@ -37,12 +38,17 @@ func main() {
 	flag.IntVar(&o.many, "many", 100_000, "number of keys of the large store; 0 leaves it out")
 	flag.StringVar(&o.only, "only", "", "speed or sizes; without it, both")
 	flag.StringVar(&o.floorDir, "floor", "", "be the floor's server, with its token in this folder")
+	flag.BoolVar(&o.frames, "frames", false, "with -floor: reach the token by the connector's frames instead of gRPC")
+	tokenDir := flag.String("floor-token", "", "be the floor's token, in this folder")
 	flag.Parse()
 	ctx := context.Background()
 	var err error
-	if o.floorDir != "" {
+	switch {
+	case *tokenDir != "":
+		err = serveToken(ctx, *tokenDir)
+	case o.floorDir != "":
 		err = serveFloor(ctx, o)
-	} else {
+	default:
 		err = run(ctx, o)
 	}
 	if err != nil {
@@ -165,17 +171,28 @@ func (b *bench) onboard(ctx context.Context, data, name string) (service, error)
 	return s, json.Unmarshal(out, &s)
 }
 
-// speed prints CPU and wall time of wrap and unwrap beside the floor's.
-func (b *bench) speed(ctx context.Context) error {
+func (b *bench) floor(ctx context.Context, name string, flags ...string) (*server, error) {
 	self, err := os.Executable()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	floor, err := start(exec.CommandContext(ctx, self, "-floor", filepath.Join(b.dir, "floor"), "-bin", b.bin), filepath.Join(b.dir, "floor.log"))
+	args := append([]string{"-floor", filepath.Join(b.dir, name), "-bin", b.bin}, flags...)
+	return start(exec.CommandContext(ctx, self, args...), filepath.Join(b.dir, name+".log"))
+}
+
+// speed prints CPU and wall time of wrap and unwrap beside the floor's, and
+// beside the same with frames in place of gRPC.
+func (b *bench) speed(ctx context.Context) error {
+	floor, err := b.floor(ctx, "floor")
 	if err != nil {
 		return err
 	}
 	defer func() { _ = floor.stop() }() // it has nothing to lose
+	frames, err := b.floor(ctx, "frames", "-frames")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = frames.stop() }() // nor has this
 	plain, err := b.serve(ctx, "plain", "--plain-http")
 	if err != nil {
 		return err
@@ -186,7 +203,7 @@ func (b *bench) speed(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = secured.stop() }()
-	targets := []*target{{name: "floor", server: floor, path: "/wrap"}}
+	targets := []*target{{name: "floor", server: floor, path: "/wrap"}, {name: "frames", server: frames, path: "/wrap"}}
 	for _, s := range []struct {
 		name string
 		*server
@@ -225,12 +242,15 @@ func (b *bench) compare(ctx context.Context, targets []*target, op string, c int
 			got[t.name] = append(got[t.name], f)
 		}
 	}
-	base := median(got["floor"])
+	base, frames := median(got["floor"]), median(got["frames"])
 	for _, t := range targets {
 		m := median(got[t.name])
 		fmt.Printf("%-24s %3d  %10.0f %10.0f %10.0f %10.0f %8.0f", t.name+" "+op, c, m.cpu, m.own, m.p50, m.p99, m.rate)
 		if t.name != "floor" {
 			fmt.Printf("   %.2f × floor", m.cpu/base.cpu)
+		}
+		if t.name != "floor" && t.name != "frames" {
+			fmt.Printf(", %.2f × frames", m.cpu/frames.cpu)
 		}
 		fmt.Println()
 	}
