@@ -30,7 +30,12 @@ func (s *Server) serveWork(ctx context.Context, c *wire.Conn) {
 			}
 		})
 	}
+	yielded := time.Now()
 	for frames := wire.NewReader(c); ; {
+		if now := time.Now(); now.Sub(yielded) > yieldEvery {
+			runtime.Gosched()
+			yielded = now
+		}
 		got, err := frames.Next()
 		if err != nil {
 			break // the client is gone, or we are to end
@@ -40,6 +45,12 @@ func (s *Server) serveWork(ctx context.Context, c *wire.Conn) {
 	close(in)
 	working.Wait()
 }
+
+// yieldEvery is less than the 10 ms after which the scheduler takes a
+// goroutine that never gave way for one that computes: it would take the
+// processor from each read as soon as that waits, and wake two threads for
+// every request.
+const yieldEvery = 5 * time.Millisecond
 
 // share hands frames out. When all are busy it waits, the socket fills, and
 // the client keeps its requests. With a token that answers from this
