@@ -127,9 +127,10 @@ type Log struct {
 
 	// Only who writes uses these.
 	file  *os.File
-	size  int64  // of file; every byte of it is on disk
-	first uint64 // number of the file's first line
-	lost  uint64 // calls that went by since the last line
+	size  int64        // of file; every byte of it is on disk
+	first uint64       // number of the file's first line
+	lost  uint64       // calls that went by since the last line
+	text  bytes.Buffer // of the batch that is written
 
 	noSign time.Time     // the HSM is not asked before
 	synced time.Duration // what writing it took
@@ -367,13 +368,11 @@ func (l *Log) add(b *bytes.Buffer, ln line) {
 }
 
 func (l *Log) append(b *bytes.Buffer, ln line) {
-	text, err := json.Marshal(ln)
-	if err != nil {
+	from := b.Len()
+	if err := json.NewEncoder(b).Encode(&ln); err != nil { // with a line break
 		panic(err) // strings, numbers and bytes always marshal
 	}
-	l.seq, l.prev = ln.Seq, hashOf(text)
-	b.Write(text)
-	b.WriteByte('\n')
+	l.seq, l.prev = ln.Seq, hashOf(b.Bytes()[from:b.Len()-1])
 }
 
 // write puts b on disk, or leaves the file as it was.
@@ -562,14 +561,15 @@ func (l *Log) flush() {
 		return
 	}
 	seq, prev := l.seq, l.prev
-	var b bytes.Buffer
-	l.gap(&b)
+	b := &l.text
+	b.Reset()
+	l.gap(b)
 	for _, r := range batch {
-		l.add(&b, line{Kind: "event", Event: &r.event})
+		l.add(b, line{Kind: "event", Event: &r.event})
 	}
 	l.mu.Unlock()
 	began := time.Now()
-	err := l.write(&b)
+	err := l.write(b)
 	l.synced = time.Since(began)
 	l.settle(err, seq, prev)
 	if err != nil && l.cfg.WhenFull == GoOn {
