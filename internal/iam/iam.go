@@ -232,21 +232,33 @@ func (s *Service) Authenticate(ctx context.Context, token string) (Principal, er
 			return Principal{}, unproven(err)
 		}
 	} else {
-		t, err := jwt.ParseWithClaims(token, &c.claims, func(t *jwt.Token) (any, error) {
-			c.key, _ = t.Header["kid"].(string)
-			return s.verifies(ctx, c.key)
-		}, jwt.WithValidMethods([]string{"ES256"}), jwt.WithIssuer(issuer), jwt.WithExpirationRequired(), jwt.WithIssuedAt(),
-			jwt.WithLeeway(clockLeeway), jwt.WithTimeFunc(s.now), jwt.WithStrictDecoding())
-		if err != nil || c.IssuedAt == nil || twin(t.Signature) {
-			return Principal{}, fault.New(fault.Denied, "", "", errNotKnown)
+		fresh, err := s.check(ctx, token)
+		if err != nil {
+			return Principal{}, err
 		}
-		s.proofs.put(token, c)
+		c = *fresh
 	}
 	k, err := s.liveKey(ctx, c.KeyID)
 	if err != nil {
 		return Principal{}, unproven(err)
 	}
 	return principalOf(k), nil
+}
+
+// check checks a token's signature and times, and remembers that they were
+// right.
+func (s *Service) check(ctx context.Context, token string) (*proof, error) {
+	c := &proof{}
+	t, err := jwt.ParseWithClaims(token, &c.claims, func(t *jwt.Token) (any, error) {
+		c.key, _ = t.Header["kid"].(string)
+		return s.verifies(ctx, c.key)
+	}, jwt.WithValidMethods([]string{"ES256"}), jwt.WithIssuer(issuer), jwt.WithExpirationRequired(), jwt.WithIssuedAt(),
+		jwt.WithLeeway(clockLeeway), jwt.WithTimeFunc(s.now), jwt.WithStrictDecoding())
+	if err != nil || c.IssuedAt == nil || twin(t.Signature) {
+		return nil, fault.New(fault.Denied, "", "", errNotKnown)
+	}
+	s.proofs.put(token, *c)
+	return c, nil
 }
 
 // unproven makes a refusal of what proves nobody, and leaves faults of the
