@@ -115,16 +115,19 @@ func (m *limiter) sweep(now time.Time) {
 	}
 }
 
+func overloaded() error {
+	return &limited{"load", shed, fault.Newf(fault.Unreachable, "", "", "too many calls at once").WithReason(kmsapi.Unavailable)}
+}
+
 // enter waits for a turn; leave ends it.
 func (m *limiter) enter(ctx context.Context) (leave func(), err error) {
 	if m.running == nil {
 		return func() {}, nil
 	}
-	over := &limited{"load", shed, fault.Newf(fault.Unreachable, "", "", "too many calls at once").WithReason(kmsapi.Unavailable)}
 	select {
 	case m.waiting <- struct{}{}:
 	default:
-		return nil, over
+		return nil, overloaded()
 	}
 	leave = func() { <-m.running; <-m.waiting }
 	select {
@@ -139,7 +142,7 @@ func (m *limiter) enter(ctx context.Context) (leave func(), err error) {
 		return leave, nil
 	case <-late.C:
 		<-m.waiting
-		return nil, over
+		return nil, overloaded()
 	case <-ctx.Done():
 		<-m.waiting
 		return nil, fault.New(fault.Unreachable, "", "", ctx.Err()).WithReason(kmsapi.Unavailable)

@@ -18,7 +18,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 	"unicode/utf16"
 	"unicode/utf8"
@@ -203,6 +202,23 @@ type call struct {
 	body      []byte
 	resHeader http.Header
 	expected  bool // by the audit log
+	found     *found
+}
+
+// found is what became of the look for the key in the path.
+type found struct {
+	id, ring string
+	err      error
+}
+
+// resolve gives the id and the ring of the key in the path. It looks once:
+// what was allowed is what is done.
+func (c *call) resolve(ctx context.Context) (id, ring string, err error) {
+	if c.found == nil {
+		id, ring, err := c.KMS.Resolve(ctx, c.instance, c.id)
+		c.found = &found{id, ring, err}
+	}
+	return c.found.id, c.found.ring, c.found.err
 }
 
 // route is one endpoint.
@@ -376,7 +392,7 @@ func (s *Server) do(ctx context.Context, rt route, c *call) (any, error) {
 		return nil, err
 	}
 	if rt.scope == onKey {
-		id, ring, err := s.KMS.Resolve(ctx, c.instance, c.id)
+		id, ring, err := c.resolve(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -402,11 +418,20 @@ func (s *Server) do(ctx context.Context, rt route, c *call) (any, error) {
 	return out, err
 }
 
+// usualBody is up to which size memory is given at a caller's word.
+const usualBody = 16 << 10
+
 func (c *call) readBody() (err error) {
 	if c.r.Body == nil {
 		return nil
 	}
-	if c.body, err = io.ReadAll(io.LimitReader(c.r.Body, kmsapi.MaxBody+1)); err != nil {
+	if n := c.r.ContentLength; n >= 0 && n <= usualBody { // the reader ends there
+		c.body = make([]byte, n)
+		_, err = io.ReadFull(c.r.Body, c.body)
+	} else {
+		c.body, err = io.ReadAll(io.LimitReader(c.r.Body, kmsapi.MaxBody+1))
+	}
+	if err != nil {
 		return fault.New(fault.Usage, "read", "body", err).WithReason(kmsapi.BadBody)
 	}
 	if len(c.body) > kmsapi.MaxBody {
@@ -419,13 +444,13 @@ func (s *Server) authorize(ctx context.Context, rt route, c *call) error {
 	res := iam.Resource{Instance: c.instance}
 	if rt.scope == onKey {
 		res.Key = c.id
-		res.Resolve = sync.OnceValues(func() (string, string) {
-			id, ring, err := s.KMS.Resolve(ctx, c.instance, c.id)
+		res.Resolve = func() (string, string) {
+			id, ring, err := c.resolve(ctx)
 			if err != nil { // what cannot be found is covered by no policy on a key or a ring
 				return "", ""
 			}
 			return id, ring
-		})
+		}
 	} else {
 		res.KeyRing = c.ring
 	}
