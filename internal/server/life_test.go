@@ -16,8 +16,10 @@ import (
 	kp "github.com/IBM/keyprotect-go-client"
 	"github.com/google/uuid"
 
+	"github.com/kmsctl/kmsctl/internal/hsm"
 	"github.com/kmsctl/kmsctl/internal/kms"
 	"github.com/kmsctl/kmsctl/internal/record"
+	"github.com/kmsctl/kmsctl/internal/server"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -828,6 +830,30 @@ func TestListing(t *testing.T) {
 
 // TestICPDialect: the wire differences of the ICP generation, by the
 // instance's setting.
+// TestAKeyThatIsUsedUp: after as many texts as are safe, a key wraps no more
+// until it is rotated; it unwraps all the same.
+func TestAKeyThatIsUsedUp(t *testing.T) {
+	uses := kms.NewUses(2)
+	uses.Saw(hsm.SuiteGCM)
+	w := newWorldWith(t, server.Limits{}, func(c *server.Config) { c.KMS.Count(uses) })
+	c := w.root(t, "shop")
+	k := c.create(t, `"name":"root"`)
+	text := c.wrapped(t, k.ID)
+	c.wrapped(t, k.ID)
+	if r := c.act(t, k.ID, "wrap", ""); r.code() != kmsapi.UsedUp || r.status != 409 {
+		t.Errorf("%+v", r)
+	}
+	if r := c.act(t, k.ID, "unwrap", text); r.status != 200 {
+		t.Errorf("%+v", r)
+	}
+	if r := c.act(t, k.ID, "rotate", ""); r.status != 204 {
+		t.Errorf("%+v", r)
+	}
+	if r := c.act(t, k.ID, "wrap", ""); r.status != 200 {
+		t.Errorf("%+v", r)
+	}
+}
+
 // TestSearchTooBroad: of more keys than are looked through, only one that the
 // text names is found, and the answer says that it did not look further.
 func TestSearchTooBroad(t *testing.T) {
