@@ -617,7 +617,7 @@ func TestModelStays(t *testing.T) {
 		t.Helper()
 		w.applied, w.undone = nil, nil
 		_, err := do()
-		if fault.KindOf(err) != fault.Conflict || !strings.Contains(err.Error(), "softhsm HSM alone") || !strings.Contains(fault.HintOf(err), "kmsctl uninstall --delete-secrets --delete-data") {
+		if fault.KindOf(err) != fault.Conflict || !strings.Contains(err.Error(), "softhsm HSM alone") || !strings.Contains(fault.HintOf(err), "`kmsctl uninstall`, then `kmsctl install --model ") {
 			t.Errorf("%s: %v, hint %q", by, err, fault.HintOf(err))
 		}
 		if len(w.applied)+len(w.undone) > 0 {
