@@ -177,6 +177,21 @@ func TestChartsInTheImagesRegistry(t *testing.T) {
 	}
 }
 
+// TestWhoPushesLooks: what lets load push lets a look at the registry in.
+func TestWhoPushesLooks(t *testing.T) {
+	host, ca := guarded(t, "Bearer s3cret-token", `Bearer realm="HERE/token",service="s"`, ggcr.New())
+	f := fill(t, "--registry", host, "--ca-file", ca, "--registry-token-file", write(t, "token", "s3cret-token"), "--repo", "oci://"+host+"/charts")
+	a := New("test")
+	a.Getenv = env()
+	r, err := a.OpenPull(t.Context(), f.Pull(), host, false, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tags, err := r.Tags(t.Context(), "charts/app"); err != nil || len(tags) != 3 {
+		t.Errorf("%q, %v", tags, err)
+	}
+}
+
 // TestTokenStaysAtHome: a chart that the index names at another host is fetched
 // without the repository's credentials.
 func TestTokenStaysAtHome(t *testing.T) {

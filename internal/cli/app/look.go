@@ -48,7 +48,7 @@ func (f *PullFlags) As(user string, password secret.Value) { f.user, f.known = u
 
 // Pull is the same registry for who only looks.
 func (f *DeliveryFlags) Pull() *PullFlags {
-	return &PullFlags{user: f.User, password: f.password, tls: f.registry.or(f.all)}
+	return &PullFlags{user: f.User, password: f.password, token: f.token, tls: f.registry.or(f.all)}
 }
 
 // LookAtImages asks the registries of the references what they are for. All
