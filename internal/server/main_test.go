@@ -21,6 +21,10 @@ import (
 // the first digit of their status.
 var seen = calls{count: map[string][6]int{}, codes: map[string]int{}}
 
+// denied is where refusals for want of a right are counted, of what is counted
+// by the first digit otherwise.
+const denied = 0
+
 type calls struct {
 	mu    sync.Mutex
 	count map[string][6]int // by pattern
@@ -35,7 +39,11 @@ func (c *calls) watch(h http.Handler) http.Handler {
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			n := c.count[r.Pattern]
-			n[s.code/100]++
+			if s.code == http.StatusUnauthorized || s.code == http.StatusForbidden {
+				n[denied]++
+			} else {
+				n[s.code/100]++
+			}
 			c.count[r.Pattern] = n
 			c.codes[reply{status: s.code, body: s.body}.code()]++
 			if s.code == http.StatusUnauthorized {
@@ -68,13 +76,13 @@ func (s *status) WriteHeader(code int) {
 func (s *status) Unwrap() http.ResponseWriter { return s.ResponseWriter }
 
 // TestMain ends a run of all tests with the table of endpoints × answers: each
-// endpoint must have done something, and have refused something, and each code
-// of the API's errors must have been an answer.
+// endpoint must have done something, have refused what is wrong and whom it is
+// not for, and each code of the API's errors must have been an answer.
 func TestMain(m *testing.M) {
 	code := m.Run()
 	if code == 0 && flag.Lookup("test.run").Value.String() == "" && flag.Lookup("test.list").Value.String() == "" {
 		if untested := seen.table(testing.Verbose()); len(untested) > 0 {
-			fmt.Printf("endpoints without a test that they do, and one that they refuse:\n  %s\n", strings.Join(untested, "\n  "))
+			fmt.Printf("endpoints without a test that they do, one that they refuse what is wrong, and one whom:\n  %s\n", strings.Join(untested, "\n  "))
 			code = 1
 		}
 		if unmet := seen.unmet(); len(unmet) > 0 {
@@ -119,11 +127,22 @@ func (c *calls) unmet() (out []string) {
 	return out
 }
 
-// Some endpoints have nothing to refuse, and one does nothing else.
-var (
-	doesAlways    = []string{"GET /livez", "GET /readyz", "GET /metrics", "GET /openapi.json"} // or not now
-	refusesAlways = []string{"POST /idprovider/v1/auth/identitytoken"}
-)
+// takesNothing are endpoints to which nothing can be said that is wrong.
+var takesNothing = []string{"GET /livez", "GET /readyz", "GET /metrics", "GET /openapi.json",
+	"GET /kmsctl/v1/audit/heads", "GET /kmsctl/v1/backup", "GET /kmsctl/v1/clear", "POST /kmsctl/v1/clear/settle",
+	"GET /kmsctl/v1/iam/service-ids", "GET /kmsctl/v1/iam/signing-keys", "GET /kmsctl/v1/master", "POST /kmsctl/v1/master/stop", "GET /serviceids"}
+
+// refusesAlways does nothing else.
+const refusesAlways = "POST /idprovider/v1/auth/identitytoken"
+
+// tested says whether an endpoint did what it is for, refused what is wrong,
+// and, unless it is open to all, whom it is not for.
+func tested(endpoint string, n [6]int) bool {
+	_, path, _ := strings.Cut(endpoint, " ")
+	return (n[2] > 0 || endpoint == refusesAlways) &&
+		(n[4] > 0 || slices.Contains(takesNothing, endpoint)) &&
+		(n[denied] > 0 || slices.Contains(server.OpenForTest(), path))
+}
 
 // table prints the endpoints when asked, and gives those that were not tested.
 func (c *calls) table(print bool) (untested []string) {
@@ -138,19 +157,19 @@ func (c *calls) table(print bool) (untested []string) {
 		byEndpoint[endpoint] = n
 	}
 	out := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(out, "ENDPOINT\tDONE\tREFUSED\tNOT NOW")
+	fmt.Fprintln(out, "ENDPOINT\tDONE\tWRONG\tDENIED\tNOT NOW")
 	var all [6]int
 	for _, e := range slices.SortedFunc(maps.Keys(byEndpoint), byPath) {
 		n := byEndpoint[e]
-		fmt.Fprintf(out, "%s\t%d\t%d\t%d\n", e, n[2], n[4], n[5])
-		if n[2] == 0 && !slices.Contains(refusesAlways, e) || n[4] == 0 && !slices.Contains(doesAlways, e) {
+		fmt.Fprintf(out, "%s\t%d\t%d\t%d\t%d\n", e, n[2], n[4], n[denied], n[5])
+		if !tested(e, n) {
 			untested = append(untested, e)
 		}
 		for i := range all {
 			all[i] += n[i]
 		}
 	}
-	fmt.Fprintf(out, "%d endpoints, %d tested\t%d\t%d\t%d\n", len(byEndpoint), len(byEndpoint)-len(untested), all[2], all[4], all[5])
+	fmt.Fprintf(out, "%d endpoints, %d tested\t%d\t%d\t%d\t%d\n", len(byEndpoint), len(byEndpoint)-len(untested), all[2], all[4], all[denied], all[5])
 	if print {
 		_ = out.Flush() // standard output of a test
 	}
