@@ -65,7 +65,7 @@ type Service struct {
 	store  Store
 	hsm    HSM
 	sealer Sealer
-	now    func() time.Time
+	clock  clock
 	window Windows
 	index  index
 
@@ -73,9 +73,10 @@ type Service struct {
 	uses    *Uses
 }
 
-// New joins a store and an HSM whose master keys are open.
+// New joins a store and an HSM whose master keys are open. Until KeepTime is
+// called, now is believed.
 func New(s Store, h HSM, e Sealer, now func() time.Time, w Windows) *Service {
-	return &Service{store: s, hsm: h, sealer: e, now: now, window: w}
+	return &Service{store: s, hsm: h, sealer: e, clock: clock{store: s, wall: now, jump: w.ClockJump, downtime: w.Downtime}, window: w}
 }
 
 // Windows are the times of the key life cycle.
@@ -88,21 +89,23 @@ type Windows struct {
 	PurgeAuto  time.Duration // then it is purged by itself
 	DualAuth   time.Duration // life of an authorization to delete
 	Expiry     time.Duration // within it an expired key is marked so
+	ClockJump  time.Duration // further ahead, the machine's clock is not followed: see clock
+	Downtime   time.Duration // a longer gap at a start is not taken for one in which the KMS was stopped
 }
 
-// DefaultWindows are the times that IBM documents.
+// DefaultWindows are the times that IBM documents, and ours for the clock.
 func DefaultWindows() Windows {
 	const day = 24 * time.Hour
 	return Windows{Rotate: time.Hour, Enable: 30 * time.Second, RestoreMin: 30 * time.Second, RestoreMax: 30 * day, PurgeMin: 4 * time.Hour,
-		PurgeAuto: 90 * day, DualAuth: 7 * day, Expiry: time.Hour}
+		PurgeAuto: 90 * day, DualAuth: 7 * day, Expiry: time.Hour, ClockJump: time.Hour, Downtime: 3 * day}
 }
 
 // WindowNames are the names that Set takes.
-var WindowNames = []string{"rotate", "enable", "restore-min", "restore-max", "purge-min", "purge-auto", "dual-auth", "expiry"}
+var WindowNames = []string{"rotate", "enable", "restore-min", "restore-max", "purge-min", "purge-auto", "dual-auth", "expiry", "clock-jump", "downtime"}
 
 // Set changes one time by its name.
 func (w *Windows) Set(name string, d time.Duration) error {
-	fields := []*time.Duration{&w.Rotate, &w.Enable, &w.RestoreMin, &w.RestoreMax, &w.PurgeMin, &w.PurgeAuto, &w.DualAuth, &w.Expiry}
+	fields := []*time.Duration{&w.Rotate, &w.Enable, &w.RestoreMin, &w.RestoreMax, &w.PurgeMin, &w.PurgeAuto, &w.DualAuth, &w.Expiry, &w.ClockJump, &w.Downtime}
 	i := slices.Index(WindowNames, name)
 	if i < 0 {
 		return fmt.Errorf("unknown window %q: known are %s", name, strings.Join(WindowNames, ", "))
@@ -192,7 +195,7 @@ func versionDir(instance, key string) string      { return "versions/" + instanc
 func aliasPath(instance, alias string) string     { return "aliases/" + instance + "/" + alias }
 func (k *keyRecord) path() string                 { return keyPath(k.Instance, k.ID) }
 func (k *keyRecord) dual() bool                   { return k.DualAuth != nil && k.DualAuth.Enabled }
-func (s *Service) stamp() time.Time               { return s.now().UTC().Truncate(time.Second) }
+func (s *Service) stamp() time.Time               { return s.Time().UTC().Truncate(time.Second) }
 func refusal(k fault.Kind, id, code string) error { return refuse(k, "", id, code) }
 
 // refuse is a refusal with one of the API's codes; lead says more than the
@@ -350,7 +353,7 @@ func (s *Service) checkNew(in kmsapi.CreateKey) error {
 	if n := len([]rune(in.Description)); n != 0 && (n < 2 || n > 240) {
 		return invalid("description", "between 2 and 240 characters")
 	}
-	if in.ExpirationDate != nil && !in.ExpirationDate.After(s.now()) {
+	if in.ExpirationDate != nil && !in.ExpirationDate.After(s.late()) {
 		return invalid("expirationDate", "in the future")
 	}
 	if len(in.Tags) > kmsapi.MaxTags {
@@ -450,7 +453,7 @@ const maxTries = 10
 
 // stateNow is the key's state with its expiry taken into account.
 func (s *Service) stateNow(k *keyRecord) int {
-	if k.State == stateActive && k.Expires != nil && !s.now().Before(*k.Expires) {
+	if k.State == stateActive && k.Expires != nil && !s.late().Before(*k.Expires) {
 		return stateDeactivated
 	}
 	return k.State
@@ -509,7 +512,7 @@ func (s *Service) showDeleted(k *keyRecord, out *kmsapi.Key) {
 	at := func(d time.Duration) *time.Time { t := k.DeletedAt.Add(d); return &t }
 	out.DeletedBy, out.DeletionDate = k.DeletedBy, k.DeletedAt
 	out.RestoreExpiration, out.PurgeAllowedFrom, out.PurgeScheduledOn = at(s.window.RestoreMax), at(s.window.PurgeMin), at(s.window.PurgeAuto)
-	restore, purge := !k.Final && !s.now().After(*out.RestoreExpiration), !s.now().Before(*out.PurgeAllowedFrom)
+	restore, purge := !k.Final && !s.Time().After(*out.RestoreExpiration), !s.Time().Before(*out.PurgeAllowedFrom)
 	out.RestoreAllowed, out.PurgeAllowed = &restore, &purge
 	if k.Final {
 		out.RestoreExpiration = nil
@@ -565,7 +568,7 @@ func (s *Service) CreateInstance(ctx context.Context, in kmsapi.CreateInstance, 
 	if in.Placement != hsm.PlacementWrapped && in.Placement != hsm.PlacementToken {
 		return kmsapi.Instance{}, invalid("placement", "%s or %s", hsm.PlacementWrapped, hsm.PlacementToken)
 	}
-	out := kmsapi.Instance{ID: uuid.NewString(), Name: in.Name, Dialect: in.Dialect, Placement: in.Placement, CreatedAt: s.now().UTC().Truncate(time.Second), CreatedBy: who}
+	out := kmsapi.Instance{ID: uuid.NewString(), Name: in.Name, Dialect: in.Dialect, Placement: in.Placement, CreatedAt: s.stamp(), CreatedBy: who}
 	err := s.store.Commit(ctx, record.Change{Path: "instances/" + out.ID, Value: out}, record.Change{Path: "instancenames/" + in.Name, Value: out.ID})
 	if errors.Is(err, record.ErrConflict) {
 		return kmsapi.Instance{}, fault.Newf(fault.Conflict, "create instance", in.Name, "an instance of this name exists").

@@ -76,7 +76,7 @@ const clockLeeway = 10 * time.Second
 // within says whether now lies in the time d after a moment. A moment that is
 // still to come is the mark of a clock that was wrong, and holds nobody up.
 func (s *Service) within(at *time.Time, d time.Duration) bool {
-	now := s.now()
+	now := s.Time()
 	return at != nil && !now.Before(at.Add(-clockLeeway)) && now.Before(at.Add(d))
 }
 
@@ -224,11 +224,11 @@ func (s *Service) Restore(ctx context.Context, instance, id string) (kmsapi.Key,
 		switch {
 		case k.State != stateDestroyed:
 			return nil, refusal(fault.Conflict, id, kmsapi.InvalidState)
-		case k.Final || s.now().After(k.DeletedAt.Add(s.window.RestoreMax)):
+		case k.Final || s.Time().After(k.DeletedAt.Add(s.window.RestoreMax)):
 			return nil, refusal(fault.Usage, id, kmsapi.RestoreExpired)
 		case s.within(k.DeletedAt, s.window.RestoreMin):
 			return nil, refusal(fault.Conflict, id, kmsapi.TooEarly)
-		case k.Expires != nil && !s.now().Before(*k.Expires):
+		case k.Expires != nil && !s.late().Before(*k.Expires):
 			return nil, refuse(fault.Usage, "The key expired on "+k.Expires.UTC().Format(time.RFC3339), id, kmsapi.KeyExpired)
 		}
 		k.State, k.DeletedAt, k.DeletedBy, k.ActedAt = stateActive, nil, "", &now
@@ -249,7 +249,13 @@ func (s *Service) Purge(ctx context.Context, instance, id string) (kmsapi.Key, e
 	if k.State != stateDestroyed {
 		return kmsapi.Key{}, refusal(fault.Conflict, id, kmsapi.InvalidState)
 	}
-	if s.now().Before(k.DeletedAt.Add(s.window.PurgeMin)) {
+	if _, err := s.clock.follow(ctx); err != nil { // it may have been confirmed at this moment
+		return kmsapi.Key{}, err
+	}
+	if from := k.DeletedAt.Add(s.window.PurgeMin); s.Time().Before(from) {
+		if why := s.ClockFault(); why != nil && !s.late().Before(from) {
+			return kmsapi.Key{}, why
+		}
 		f := refusal(fault.Conflict, id, kmsapi.TooEarly)
 		var e *fault.Error
 		if errors.As(f, &e) {
@@ -380,8 +386,10 @@ func (s *Service) Sweep(ctx context.Context) ([]Swept, error) {
 	if err != nil {
 		return nil, err
 	}
-	var out []Swept
 	ids := make([]string, 0, len(instances))
+	beaten := s.clock.beat(ctx) // a store that is full takes no beat, and purging frees it
+	out := s.tellClock()
+	now := s.Time()
 	for _, in := range instances {
 		ids = append(ids, in.ID)
 		keys, err := s.index.keys(ctx, s.store, in.ID)
@@ -389,42 +397,53 @@ func (s *Service) Sweep(ctx context.Context) ([]Swept, error) {
 			return out, err
 		}
 		for _, k := range keys {
-			if action, do := s.due(in.ID, k); do != nil {
-				out = append(out, Swept{action, in.ID, k.id, do(ctx)})
+			if what := s.due(k, momentOf(&now)); what != "" {
+				out = append(out, Swept{what, in.ID, k.id, s.do(ctx, what, in.ID, k.id)})
 			}
 		}
 		if err := s.dropEndedToken(ctx, in.ID); err != nil {
 			out = append(out, Swept{"kms.import-token.expire", in.ID, "", err})
 		}
 	}
-	return out, errors.Join(s.dropUnfinished(ctx), s.uses.look(ctx, ids, s.encrypts(ctx)))
+	return out, errors.Join(beaten, s.dropUnfinished(ctx), s.uses.look(ctx, ids, s.encrypts(ctx)))
 }
 
-func (s *Service) due(instance string, k *listed) (string, func(context.Context) error) {
-	now := s.moment()
+// What can be due, by its audit action.
+const (
+	duePurge  = "kms.secrets.purge"
+	dueExpire = "kms.secrets.expire"
+	dueRotate = "kms.secrets.rotate"
+)
+
+// due says what is to be done with a key, if anything.
+func (s *Service) due(k *listed, now moment) string {
 	switch {
 	case k.state == stateDestroyed && now > k.deleted+moment(s.window.PurgeAuto.Microseconds()):
-		return "kms.secrets.purge", func(ctx context.Context) error {
-			fresh, rev, err := s.load(ctx, instance, k.id)
-			if err != nil || fresh.State != stateDestroyed {
-				return err
-			}
-			return s.purge(ctx, fresh, rev)
-		}
+		return duePurge
 	case k.state == stateActive && k.stateAt(now) == stateDeactivated:
-		return "kms.secrets.expire", func(ctx context.Context) error {
-			_, err := s.change(ctx, instance, k.id, func(k *keyRecord, _ time.Time) ([]record.Change, error) {
-				if k.State == stateActive {
-					k.State = stateDeactivated
-				}
-				return nil, nil
-			})
+		return dueExpire
+	case k.state == stateActive && k.rotateOn != 0 && now > k.rotateOn:
+		return dueRotate
+	}
+	return ""
+}
+
+func (s *Service) do(ctx context.Context, what, instance, id string) error {
+	switch what {
+	case duePurge:
+		k, rev, err := s.load(ctx, instance, id)
+		if err != nil || k.State != stateDestroyed {
 			return err
 		}
-	case k.state == stateActive && k.rotateOn != 0 && now > k.rotateOn:
-		return "kms.secrets.rotate", func(ctx context.Context) error {
-			return s.Rotate(ctx, instance, k.id, kmsapi.RotateRequest{})
-		}
+		return s.purge(ctx, k, rev)
+	case dueExpire:
+		_, err := s.change(ctx, instance, id, func(k *keyRecord, _ time.Time) ([]record.Change, error) {
+			if k.State == stateActive {
+				k.State = stateDeactivated
+			}
+			return nil, nil
+		})
+		return err
 	}
-	return "", nil
+	return s.Rotate(ctx, instance, id, kmsapi.RotateRequest{})
 }

@@ -57,7 +57,7 @@ func (s *Service) dropUnfinished(ctx context.Context) error {
 		if err := decode(&o.making); err != nil {
 			return err
 		}
-		if o.Over || s.now().After(o.At.Add(makingTime)) {
+		if o.Over || s.Time().After(o.At.Add(makingTime)) {
 			all = append(all, o)
 		}
 		return nil

@@ -57,7 +57,7 @@ func momentOf(t *time.Time) moment {
 	return moment(t.UnixMicro())
 }
 
-func (s *Service) moment() moment { return moment(s.now().UnixMicro()) }
+func (s *Service) moment() moment { return moment(s.late().UnixMicro()) }
 
 // stateAt is the key's state with its expiry taken into account.
 func (k *listed) stateAt(now moment) int8 {

@@ -132,7 +132,7 @@ func (s *Service) ImportToken(ctx context.Context, instance string) (kmsapi.Impo
 func (s *Service) importToken(ctx context.Context, instance string) (*tokenRecord, int64, error) {
 	var t tokenRecord
 	rev, err := s.store.Get(ctx, importTokenDir+instance, &t)
-	if errors.Is(err, record.ErrNotFound) || err == nil && !s.now().Before(t.Expires) {
+	if errors.Is(err, record.ErrNotFound) || err == nil && !s.Time().Before(t.Expires) {
 		return nil, 0, refusal(fault.Conflict, "", kmsapi.TokenExpired)
 	}
 	return &t, rev, err
@@ -142,7 +142,7 @@ func (s *Service) importToken(ctx context.Context, instance string) (*tokenRecor
 func (s *Service) dropEndedToken(ctx context.Context, instance string) error {
 	var t tokenRecord
 	rev, err := s.store.Get(ctx, importTokenDir+instance, &t)
-	if errors.Is(err, record.ErrNotFound) || err == nil && s.now().Before(t.Expires) {
+	if errors.Is(err, record.ErrNotFound) || err == nil && s.Time().Before(t.Expires) {
 		return nil
 	}
 	if err == nil {

@@ -51,6 +51,8 @@ var about = map[string]string{
 	"kmsctl.master.read":                       "Versions of the master keys, and how far the last change of them is.",
 	"kmsctl.master.rotate":                     "Change the master keys in the background, or go on with a change that was stopped.",
 	"kmsctl.master.stop":                       "Let a change of the master keys rest; starting it again goes on.",
+	"kmsctl.clock.read":                        "Show the machine's clock, the time that the life of keys goes by, and what would be due at once by the former.",
+	"kmsctl.clock.confirm":                     "Make the machine's clock, as it was looked at, the time that the life of keys goes by.",
 	"kmsctl.clear.settle":                      "Note that clearing was asked for while there was nothing to clear, so that the same request does not count later.",
 	"kmsctl.clear":                             "Take a confirmation and begin the clearing; /readyz is 503 until it has ended and the KMS has new master keys.",
 	"iam.service-ids.create":                   "Create a service ID.",

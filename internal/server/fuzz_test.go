@@ -60,7 +60,7 @@ func (x *target) renew(tb testing.TB) {
 	must(tb, x.kms.CreateRing(ctx, in.ID, "blue", me.String()))
 	x.by = client{w: x.world, token: tok.AccessToken, instance: in.ID}
 	x.fill = strings.NewReplacer("{id}", key.ID, "KEY", key.ID, "INSTANCE", in.ID, "CIPHERTEXT", wrapped.Ciphertext, "{service}", crew.ID, "CREW", crew.ID,
-		"NEW", fmt.Sprint("new-", x.n), "APIKEY", x.admin, "{crn}", "crn:v1:x", "{scope}", "n%252Fkube-system")
+		"NEW", fmt.Sprint("new-", x.n), "APIKEY", x.admin, "MOMENT", x.now().Format(time.RFC3339), "{crn}", "crn:v1:x", "{scope}", "n%252Fkube-system")
 	x.commits = x.store.commits.Load()
 }
 
@@ -160,6 +160,7 @@ var bodies = map[string][]string{
 	"POST /kmsctl/v1/iam/policies":            {`{"serviceId":"CREW","role":"Viewer","instance":"INSTANCE","key":"KEY"}`, `{"serviceId":"CREW","role":"Operator","instance":"INSTANCE","keyRing":"blue"}`},
 	"POST /kmsctl/v1/clear/plan":              {`{"name":"r","installation":"22222222"}`},
 	"POST /kmsctl/v1/clear":                   {`{"name":"r","installation":"22222222","confirmation":"no"}`},
+	"POST /kmsctl/v1/clock/confirm":           {`{"machine":"MOMENT"}`, `{"machine":"2036-01-02T15:04:05Z"}`, "null"},
 	"POST /kmsctl/v1/master/rotate":           {`{"destroyOld":true}`},
 	"POST /serviceids":                        {`{"name":"NEW","description":"text","boundTo":"crn:v1:icp"}`},
 	"POST /apikeys":                           {`{"name":"NEW","description":"text","boundTo":"crn:v1:icp:private:iam-identity:c:n/kube-system::serviceid:CREW"}`},

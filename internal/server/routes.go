@@ -105,6 +105,8 @@ func ownRoutes() []route {
 		{"GET", own("/master"), "kmsctl.master.read", "Master keys could not be looked at", iam.IAMManage, everywhere, http.StatusOK, readMaster},
 		{"POST", own("/master/rotate"), "kmsctl.master.rotate", "Master keys could not be rotated", iam.IAMManage, everywhere, http.StatusAccepted, rotateMaster},
 		{"POST", own("/master/stop"), "kmsctl.master.stop", "The rotation of the master keys could not be stopped", iam.IAMManage, everywhere, http.StatusOK, stopMaster},
+		{"GET", own("/clock"), "kmsctl.clock.read", "Clock could not be looked at", iam.IAMManage, everywhere, http.StatusOK, readClock},
+		{"POST", own("/clock/confirm"), "kmsctl.clock.confirm", "Clock could not be confirmed", iam.IAMManage, everywhere, http.StatusOK, confirmClock},
 		{"POST", own("/onboard"), "kmsctl.onboard", "Service could not be onboarded", iam.IAMGrant, managing, http.StatusCreated, onboard},
 		{"GET", own("/iam/signing-keys"), "iam.signing-keys.list", "Signing keys could not be retrieved", iam.IAMManage, everywhere, http.StatusOK, listSigningKeys},
 		{"POST", own("/iam/signing-keys/rotate"), "iam.signing-keys.rotate", "Signing key could not be rotated", iam.IAMManage, everywhere, http.StatusCreated, rotateSigningKey},

@@ -90,6 +90,13 @@ func New(c Config) *Server {
 	s.reviews = &reviews{ask: c.Review, now: c.Now}
 	s.metrics.ibm.name = s.instanceName
 	s.Gauge("kmsctl_store_view_age_seconds", "Age of the view of the store; above 1 every request is refused.", func() float64 { return c.Lag().Seconds() })
+	s.Gauge("kmsctl_clock_ahead_seconds", "How far the machine's clock is ahead of the time that the life of keys goes by; negative: behind.", func() float64 { return c.KMS.ClockAhead().Seconds() })
+	s.Gauge("kmsctl_clock_wrong", "1 when that is more than is believed: nothing is purged by the machine's clock.", func() float64 {
+		if c.KMS.ClockFault() != nil {
+			return 1
+		}
+		return 0
+	})
 	actions := map[string]route{}
 	for _, r := range routes() {
 		for _, p := range r.patterns() {
@@ -171,6 +178,9 @@ func serve(ctx context.Context, handler http.Handler, log *slog.Logger, l net.Li
 func (s *Server) readyz(w http.ResponseWriter, r *http.Request) {
 	h := kmsapi.Health{Reasons: s.reasons(r.Context())}
 	h.Ready = len(h.Reasons) == 0
+	if err := s.KMS.ClockFault(); err != nil {
+		h.Warnings = append(h.Warnings, "clock: "+err.Error()+" (see: kmsctl clock)")
+	}
 	status := http.StatusOK
 	if !h.Ready {
 		status = http.StatusServiceUnavailable
@@ -559,7 +569,7 @@ func publicError(err error) (code, lead, message string) {
 		return code, "", message
 	}
 	switch f.Reason {
-	case kmsapi.InvalidField, kmsapi.InvalidQuery, kmsapi.TooEarly:
+	case kmsapi.InvalidField, kmsapi.InvalidQuery, kmsapi.TooEarly, kmsapi.ClockAhead:
 		message = f.Err.Error()
 	case kmsapi.InvalidState, kmsapi.KeyExpired, kmsapi.AuthorizationsLack:
 		lead = f.Op

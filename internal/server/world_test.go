@@ -94,7 +94,8 @@ type world struct {
 	audit       *auditor
 	server      *server.Server
 	log         *bytes.Buffer
-	clock       atomic.Int64 // nanoseconds after start
+	passed      atomic.Int64 // nanoseconds since start
+	set         atomic.Int64 // nanoseconds by which the clock was set
 	lag         atomic.Int64
 	sick        atomic.Pointer[[]string]
 	admin       string   // an administrator's API key
@@ -104,8 +105,13 @@ type world struct {
 
 var start = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
-func (w *world) now() time.Time          { return start.Add(time.Duration(w.clock.Load())) }
-func (w *world) advance(d time.Duration) { w.clock.Add(int64(d)) }
+func (w *world) now() time.Time {
+	return start.Add(time.Duration(w.passed.Load() + w.set.Load()))
+}
+
+// advance lets time pass; jump sets the clock, and no time passes.
+func (w *world) advance(d time.Duration) { w.passed.Add(int64(d)) }
+func (w *world) jump(d time.Duration)    { w.set.Add(int64(d)) }
 
 // safeBuffer may be written by the server while the test reads.
 type safeBuffer struct {
@@ -151,6 +157,9 @@ func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Conf
 	}
 	w.iam = iam.New(w.store, iam.Config{SigningKey: k, Derive: derive, Now: w.now})
 	w.kms = kms.New(w.store, w.token, w.token, w.now, kms.DefaultWindows())
+	if err := w.kms.KeepTime(tb.Context(), func() time.Duration { return time.Duration(w.passed.Load()) }, true); err != nil {
+		tb.Fatal(err)
+	}
 	none := []string{}
 	w.sick.Store(&none)
 	log := slog.New(slog.NewJSONHandler(&safeBuffer{b: w.log}, nil))

@@ -82,6 +82,7 @@ const (
 	RegistrationAbsent = "REGISTRATION_NOT_FOUND_ERR" // ours
 	TooManyRequests    = "TOO_MANY_REQUESTS_ERR"      // ours
 	UsedUp             = "KEY_USED_UP_ERR"            // ours: AES-GCM must not encrypt more under one key
+	ClockAhead         = "CLOCK_NOT_CONFIRMED_ERR"    // ours
 	Conflict           = "CONFLICT_ERR"               // ours: another changed it first, or the name is taken
 	BadCiphertext      = "UNPROCESSABLE_CIPHERTEXT_ERR"
 	Unavailable        = "UNAVAILABLE_ERR"    // ours: text as ICP's when its HSM is down
@@ -100,7 +101,7 @@ var statuses = map[string]int{
 	WrongNonceIV: 400, SearchTooBroad: 400, ConfigRule: 403, ResourceOwner: 403, ServiceOnly: 403, FeatureRestricted: 403, AuthorizationsLack: 409,
 	ProtectedResource: 409, PreventDeletion: 409, CreateImportAccess: 409, NotDualAuth: 409, TooEarly: 409, TokenExpired: 409, RotationTooSoon: 409,
 	KeyDeleted: 410, InvalidKeyState: 422, RootRequiredReg: 422, VersionInvalid: 422, SignatureInvalid: 422, IncompleteMetadata: 500,
-	RingNotFound: 404, RingNotEmpty: 409, RingLimit: 409, AliasNotFound: 404, RegistrationAbsent: 404, TooManyRequests: 429, UsedUp: 409,
+	RingNotFound: 404, RingNotEmpty: 409, RingLimit: 409, AliasNotFound: 404, RegistrationAbsent: 404, TooManyRequests: 429, UsedUp: 409, ClockAhead: 409,
 }
 
 var messages = map[string]string{
@@ -147,6 +148,7 @@ var messages = map[string]string{
 	AliasNotFound:      "key alias does not exist",
 	RegistrationAbsent: "registration does not exist",
 	UsedUp:             "This version of the key has encrypted as many texts as are safe: Please rotate the key",
+	ClockAhead:         "The machine's clock is further ahead than time has passed: nothing is destroyed by it until it is set right or confirmed",
 	TooManyRequests:    "Too many requests: Please slow down",
 }
 

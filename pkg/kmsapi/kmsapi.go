@@ -409,10 +409,41 @@ type RotateSigningKey struct {
 	Now bool `json:"now,omitempty"`
 }
 
-// Health is the answer of /readyz.
+// Health is the answer of /readyz. Warnings need somebody's attention, and keep
+// nobody from using the KMS.
 type Health struct {
-	Ready   bool     `json:"ready"`
-	Reasons []string `json:"reasons,omitempty"`
+	Ready    bool     `json:"ready"`
+	Reasons  []string `json:"reasons,omitempty"`
+	Warnings []string `json:"warnings,omitempty"`
+}
+
+// States of the machine's clock, against the time that the KMS saw pass.
+const (
+	ClockRight    = "right"
+	ClockIsAhead  = "ahead"    // it is not followed: nothing is purged by it
+	ClockBehind   = "behind"   // time goes on as if it had not been set back
+	ClockStarting = "starting" // the KMS looks whether it was stopped all the while
+)
+
+// ClockStatus is the answer of GET /kmsctl/v1/clock and of the POST to
+// /kmsctl/v1/clock/confirm: the clock of the machine that answers, the time that
+// the life of keys goes by, and what would be due at once by the former.
+type ClockStatus struct {
+	State        string     `json:"state"`
+	Machine      time.Time  `json:"machine"`
+	Time         time.Time  `json:"time"`
+	AheadSeconds int64      `json:"aheadSeconds"` // of the machine; negative when it is behind
+	Purges       int        `json:"purges"`       // keys that would be purged
+	Expires      int        `json:"expires"`      // keys that would be deactivated for good
+	ConfirmedAt  *time.Time `json:"confirmedAt,omitempty"`
+	ConfirmedBy  string     `json:"confirmedBy,omitempty"`
+	Changed      bool       `json:"changed,omitempty"` // by this call
+}
+
+// ConfirmClock is the body of POST /kmsctl/v1/clock/confirm: the time that the
+// machine's clock showed when it was looked at.
+type ConfirmClock struct {
+	Machine time.Time `json:"machine"`
 }
 
 // ServiceID is somebody who is not a person.

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"math/big"
 	"net"
+	"net/http"
 	"os"
 	"time"
 
@@ -39,6 +40,7 @@ type KMSConfig struct {
 	Now      func() time.Time
 	Log      *slog.Logger
 	Windows  kms.Windows
+	Alone    bool                                                                // no other process can run on this store
 	Review   func(ctx context.Context, token string) (account string, err error) // see server.Config
 }
 
@@ -95,6 +97,13 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		return nil, err
 	}
 	k := &KMS{KMSConfig: c, Opened: opened, store: st, plain: plain, codec: codec, uses: uses, again: again}
+	began := time.Now()
+	k.kms = kms.New(st, c.Token, c.Token, c.Now, c.Windows)
+	k.kms.Count(uses)
+	if err := k.kms.KeepTime(ctx, func() time.Duration { return time.Since(began) }, c.Alone); err != nil {
+		st.Close()
+		return nil, err
+	}
 	k.IAM = iam.New(st, iam.Config{SigningKey: key, Derive: k.deriveSigningKey, Now: c.Now})
 	ac := c.Audit
 	ac.Sign, ac.PublicKey, ac.Now, ac.SaveHead = c.Token.Sign, opened.Master.PublicKey, c.Now, k.saveHead
@@ -107,8 +116,6 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		st.Close()
 		return nil, err
 	}
-	k.kms = kms.New(st, c.Token, c.Token, c.Now, c.Windows)
-	k.kms.Count(uses)
 	k.master = k.rotation()
 	k.kms.Follow(k.master.Masters)
 	k.Server = server.New(server.Config{KMS: k.kms, Review: c.Review, IAM: k.IAM, Audit: k.audit, Log: c.Log,
@@ -260,7 +267,11 @@ func (k *KMS) sweep(ctx context.Context) error {
 	for _, a := range acts {
 		e := audit.Event{Action: a.Action, Outcome: "success", Status: 204, Principal: "life-cycle", Instance: a.Instance, Key: a.Key}
 		if a.Err != nil {
-			e.Outcome, e.Status = "failure", 500
+			e.Outcome, e.Status = "failure", http.StatusInternalServerError
+			var f *fault.Error
+			if errors.As(a.Err, &f) && kmsapi.Known(f.Reason) {
+				e.Status, e.Detail = kmsapi.StatusOf(f.Reason), a.Err.Error()
+			}
 			k.Log.Error("life cycle", "action", a.Action, "key", a.Key, "error", a.Err)
 		}
 		err = errors.Join(err, k.audit.Append(ctx, e))
