@@ -10,6 +10,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cli/archivecmd"
 	"github.com/kmsctl/kmsctl/internal/cli/auditcmd"
 	"github.com/kmsctl/kmsctl/internal/cli/backupcmd"
+	"github.com/kmsctl/kmsctl/internal/cli/clockcmd"
 	"github.com/kmsctl/kmsctl/internal/cli/hsmcmd"
 	"github.com/kmsctl/kmsctl/internal/cli/keyscmd"
 	"github.com/kmsctl/kmsctl/internal/cli/loadcmd"
@@ -27,7 +28,7 @@ var program = cli.Program{
 	Long: `kmsctl delivers a Key Management Service (KMS) that is backed by a hardware security
 module (HSM) to a Kubernetes site that has no way out, and runs it.`,
 	Verbs: cli.Verbs{keyscmd.New, rendercmd.New, releasecmd.New, auditcmd.New, archivecmd.New, loadcmd.New,
-		addoncmd.New, hsmcmd.New, backupcmd.New, setupcmd.New, ofServer},
+		addoncmd.New, hsmcmd.New, backupcmd.New, clockcmd.New, setupcmd.New, ofServer},
 }
 
 // ofServer are the commands that open the KMS in their own process.
