@@ -132,7 +132,7 @@ func walkTar(r io.Reader, what string, lim Limits, links bool, visit func(f file
 			return badContent(fmt.Errorf("%s: %q is there twice", what, f.name)).WithHint(notOurs)
 		}
 		if seen[f.name] = true; len(seen) > lim.Entries {
-			return badContent(fmt.Errorf("%s: more than %d files", what, lim.Entries)).WithHint(notOurs)
+			return badContent(fmt.Errorf("%s: more than %d files", what, lim.Entries)).WithHint("if that is meant, raise --max-entries")
 		}
 		var body io.Reader
 		if f.link == "" {

@@ -1,6 +1,7 @@
 package testkit
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -45,12 +46,25 @@ func (m *Museum) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (m *Museum) put(w http.ResponseWriter, r *http.Request) {
 	b, err := io.ReadAll(r.Body)
+	if strings.HasPrefix(r.URL.Path, "/mgmt-repo/charts/form/") { // another server's way: a form, at another path
+		r.Body = io.NopCloser(bytes.NewReader(b))
+		f, _, ferr := r.FormFile("chart")
+		if ferr != nil {
+			http.Error(w, `{"error":"it is no form with a chart"}`, http.StatusBadRequest)
+			return
+		}
+		b, err = io.ReadAll(f)
+	}
 	name, version, ok := chartOf(b)
 	if err != nil || !ok {
 		http.Error(w, `{"error":"it is improperly formatted"}`, http.StatusBadRequest)
 		return
 	}
 	file := name + "-" + version + ".tgz"
+	if r.Method == http.MethodPut && !strings.HasSuffix(r.URL.Path, "/"+file) {
+		http.Error(w, `{"error":"no such path"}`, http.StatusNotFound)
+		return
+	}
 	if _, there := m.pkgs[file]; there && r.Method == http.MethodPost {
 		http.Error(w, `{"error":"file already exists"}`, http.StatusConflict)
 		return

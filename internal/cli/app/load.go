@@ -2,8 +2,12 @@ package app
 
 import (
 	"context"
+	"errors"
+
+	"github.com/spf13/pflag"
 
 	"github.com/kmsctl/kmsctl/internal/archive"
+	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/push"
 )
 
@@ -54,4 +58,25 @@ func (a *App) LoadArchive(ctx context.Context, l Load) (*push.Report, error) {
 		return nil, err
 	}
 	return report, err
+}
+
+// ArchiveLimits bound what an archive may ask of us.
+type ArchiveLimits struct{ archive.Limits }
+
+// Add puts the flags into fs.
+func (l *ArchiveLimits) Add(fs *pflag.FlagSet) {
+	fs.Int64Var(&l.Unpacked, "max-unpacked-size", archive.DefaultLimits.Unpacked, "bytes that the archive may unpack to")
+	fs.IntVar(&l.Entries, "max-entries", archive.DefaultLimits.Entries, "members that the archive may have, and files in the tar of an image")
+}
+
+// Check holds the rules of the flags.
+func (l *ArchiveLimits) Check() error {
+	var errs []error
+	if l.Unpacked <= 0 {
+		errs = append(errs, fault.Usagef("--max-unpacked-size: %d is not a size", l.Unpacked))
+	}
+	if l.Entries <= 0 {
+		errs = append(errs, fault.Usagef("--max-entries: %d is not a number of files", l.Entries))
+	}
+	return errors.Join(errs...)
 }

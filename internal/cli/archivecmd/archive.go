@@ -5,11 +5,9 @@ import (
 	"fmt"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"github.com/kmsctl/kmsctl/internal/archive"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
-	"github.com/kmsctl/kmsctl/internal/fault"
 )
 
 // New gives the commands of this package.
@@ -22,26 +20,6 @@ ARCHIVE is a file, a folder with the parts of a split archive (x.tar.gz.aa, x.ta
 or - for standard input.`}
 	cmd.AddCommand(newBuildCmd(a, nil), newInspectCmd(a, nil), newVerifyCmd(a, nil), newRepackCmd(a, nil), newDiffCmd(a, nil), newExtractCmd(a, nil))
 	return []*cobra.Command{cmd}
-}
-
-// limitFlags bound what an archive may ask of us.
-type limitFlags struct{ unpacked int64 }
-
-func (f *limitFlags) add(fs *pflag.FlagSet) {
-	fs.Int64Var(&f.unpacked, "max-unpacked-size", archive.DefaultLimits.Unpacked, "bytes that the archive may unpack to")
-}
-
-func (f *limitFlags) check() error {
-	if f.unpacked <= 0 {
-		return fault.Usagef("--max-unpacked-size: %d is not a size", f.unpacked)
-	}
-	return nil
-}
-
-func (f *limitFlags) limits() archive.Limits {
-	l := archive.DefaultLimits
-	l.Unpacked = f.unpacked
-	return l
 }
 
 // contents is what inspect and verify print.

@@ -19,7 +19,7 @@ type extractOptions struct {
 	archive string
 	members []string
 	dir     string
-	limits  limitFlags
+	limits  app.ArchiveLimits
 }
 
 func newExtractCmd(a *app.App, run func(context.Context, *extractOptions) error) *cobra.Command {
@@ -38,12 +38,12 @@ and devices are refused before anything of that member is written.`,
 		},
 	}
 	cmd.Flags().StringVar(&o.dir, "directory", ".", "folder to unpack into")
-	o.limits.add(cmd.Flags())
+	o.limits.Add(cmd.Flags())
 	return cmd
 }
 
 // Check holds the rules of the flags.
-func (o *extractOptions) Check() error { return o.limits.check() }
+func (o *extractOptions) Check() error { return o.limits.Check() }
 
 // extracted lists what was written.
 type extracted struct {
@@ -82,7 +82,7 @@ func runExtract(ctx context.Context, o *extractOptions) error {
 		return fault.New(fault.Other, "open folder", o.dir, err)
 	}
 	defer func() { _ = root.Close() }() // nothing is written through it any more
-	err = a.Walk(ctx, o.limits.limits(), nil, func(name string, size int64, r io.Reader) error {
+	err = a.Walk(ctx, o.limits.Limits, nil, func(name string, size int64, r io.Reader) error {
 		if !all && !wanted[name] {
 			return nil
 		}

@@ -13,13 +13,13 @@ import (
 type readOptions struct {
 	*app.App
 	archive string
-	limits  limitFlags
+	limits  app.ArchiveLimits
 	key     string // of verify
 	sbom    bool   // of inspect
 }
 
 // Check holds the rules of the flags.
-func (o *readOptions) Check() error { return o.limits.check() }
+func (o *readOptions) Check() error { return o.limits.Check() }
 
 func newInspectCmd(a *app.App, run func(context.Context, *readOptions) error) *cobra.Command {
 	o := &readOptions{App: a}
@@ -40,7 +40,7 @@ With -o json it is the CycloneDX document itself.`,
 			return app.Run(cmd.Context(), o, run)
 		},
 	}
-	o.limits.add(cmd.Flags())
+	o.limits.Add(cmd.Flags())
 	cmd.Flags().BoolVar(&o.sbom, "sbom", false, "show the archive's bill of materials")
 	return cmd
 }
@@ -67,13 +67,13 @@ func runInspect(ctx context.Context, o *readOptions) error {
 	}
 	defer a.Close()
 	if o.sbom {
-		b, err := pack.ReadSBOM(ctx, a, o.limits.limits())
+		b, err := pack.ReadSBOM(ctx, a, o.limits.Limits)
 		if err != nil {
 			return err
 		}
 		return o.Print(bill{b})
 	}
-	c, err := a.Inspect(ctx, o.limits.limits())
+	c, err := a.Inspect(ctx, o.limits.Limits)
 	if err != nil {
 		return err
 	}

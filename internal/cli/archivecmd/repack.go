@@ -49,7 +49,7 @@ type repackOptions struct {
 	batch      bool
 	temp       string
 	level      int
-	limits     limitFlags
+	limits     app.ArchiveLimits
 	sign       signFlags
 }
 
@@ -75,14 +75,14 @@ a name.`,
 	fs.BoolVar(&o.batch, "batch-images", false, "put all images into one member, each layer once")
 	fs.StringVar(&o.temp, "temp-dir", "", "folder for the layers meanwhile; without it, that of the output file")
 	fs.IntVar(&o.level, "level", 6, "gzip level of layers that stand uncompressed, 1 to 9")
-	o.limits.add(fs)
+	o.limits.Add(fs)
 	o.sign.add(fs)
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *repackOptions) Check() error {
-	errs := []error{o.limits.check(), o.sign.password.Check()}
+	errs := []error{o.limits.Check(), o.sign.password.Check()}
 	if o.outputFile == "" {
 		errs = append(errs, fault.Usagef("--output-file: missing"))
 	}
@@ -101,7 +101,7 @@ func runRepack(ctx context.Context, o *repackOptions) error {
 	if o.temp == "" {
 		o.temp = filepath.Dir(o.outputFile)
 	}
-	p := &pack.Repack{Limits: o.limits.limits(), Batch: o.batch, Temp: o.temp, Level: o.level}
+	p := &pack.Repack{Limits: o.limits.Limits, Batch: o.batch, Temp: o.temp, Level: o.level}
 	defer p.Close()
 	b, err := p.Build(ctx, a)
 	if err != nil {

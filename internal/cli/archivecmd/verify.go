@@ -26,7 +26,7 @@ the images' configurations, and, in one of kmsctl's own, of every member by the 
 			return app.Run(cmd.Context(), o, run)
 		},
 	}
-	o.limits.add(cmd.Flags())
+	o.limits.Add(cmd.Flags())
 	cmd.Flags().StringVar(&o.key, "key", "", "minisign public key file by which the archive must be signed")
 	return cmd
 }
@@ -42,7 +42,7 @@ func runVerify(ctx context.Context, o *readOptions) error {
 			return err
 		}
 	}
-	c, err := a.Verify(ctx, o.limits.limits())
+	c, err := a.Verify(ctx, o.limits.Limits)
 	if err != nil {
 		return err
 	}

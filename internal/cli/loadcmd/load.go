@@ -33,7 +33,7 @@ type loadOptions struct {
 	staging     string
 	spool       string
 	key         string
-	maxUnpacked int64
+	limits      app.ArchiveLimits
 }
 
 var compressions = []string{app.DefaultCompression, "zstd", "none"}
@@ -71,7 +71,7 @@ the registry has it.`,
 	fs.StringVar(&o.staging, "staging-repository", "", "repository for layers whose own is not known yet, when standard input has the manifest behind the images")
 	fs.StringVar(&o.key, "key", "", "minisign public key file by which the archive must be signed")
 	fs.StringVar(&o.spool, "spool-dir", "", "folder that keeps standard input on disk for the time of the load, so that any archive can be read from there")
-	fs.Int64Var(&o.maxUnpacked, "max-unpacked-size", archive.DefaultLimits.Unpacked, "bytes that the archive may unpack to")
+	o.limits.Add(fs)
 	_ = cmd.RegisterFlagCompletionFunc("layer-compression", cobra.FixedCompletions(compressions, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
@@ -88,9 +88,7 @@ func (o *loadOptions) Check() error {
 	if o.spool != "" && o.archive != "-" {
 		errs = append(errs, fault.Usagef("--spool-dir: is for standard input (-)"))
 	}
-	if o.maxUnpacked <= 0 {
-		errs = append(errs, fault.Usagef("--max-unpacked-size: %d is not a size", o.maxUnpacked))
-	}
+	errs = append(errs, o.limits.Check())
 	return errors.Join(errs...)
 }
 
@@ -111,9 +109,7 @@ func runLoad(ctx context.Context, o *loadOptions) error {
 			return err
 		}
 	}
-	limits := archive.DefaultLimits
-	limits.Unpacked = o.maxUnpacked
-	report, err := o.LoadArchive(ctx, app.Load{Archive: a, Delivery: &o.delivery, Jobs: o.jobs, DryRun: o.dryRun, Compression: o.compression, Staging: o.staging, Limits: limits})
+	report, err := o.LoadArchive(ctx, app.Load{Archive: a, Delivery: &o.delivery, Jobs: o.jobs, DryRun: o.dryRun, Compression: o.compression, Staging: o.staging, Limits: o.limits.Limits})
 	if report == nil {
 		return err
 	}
