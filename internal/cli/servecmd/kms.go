@@ -97,10 +97,9 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		return nil, err
 	}
 	k := &KMS{KMSConfig: c, Opened: opened, store: st, plain: plain, codec: codec, uses: uses, again: again}
-	began := time.Now()
 	k.kms = kms.New(st, c.Token, c.Token, c.Now, c.Windows)
 	k.kms.Count(uses)
-	if err := k.kms.KeepTime(ctx, func() time.Duration { return time.Since(began) }, c.Alone); err != nil {
+	if err := k.kms.KeepTime(ctx, steady, c.Alone); err != nil {
 		st.Close()
 		return nil, err
 	}
