@@ -129,7 +129,7 @@ func (c *calls) unmet() (out []string) {
 
 // takesNothing are endpoints to which nothing can be said that is wrong.
 var takesNothing = []string{"GET /livez", "GET /readyz", "GET /metrics", "GET /openapi.json",
-	"GET /kmsctl/v1/audit/heads", "GET /kmsctl/v1/backup", "GET /kmsctl/v1/clear", "POST /kmsctl/v1/clear/settle",
+	"GET /kmsctl/v1/audit/heads", "GET /kmsctl/v1/backup", "GET /kmsctl/v1/clear", "POST /kmsctl/v1/clear/settle", "GET /kmsctl/v1/clock",
 	"GET /kmsctl/v1/iam/service-ids", "GET /kmsctl/v1/iam/signing-keys", "GET /kmsctl/v1/master", "POST /kmsctl/v1/master/stop", "GET /serviceids"}
 
 // refusesAlways does nothing else.
