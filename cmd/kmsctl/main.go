@@ -36,7 +36,7 @@ func ofServer(a *app.App) []*cobra.Command {
 	return []*cobra.Command{
 		a.Delegate("serve", "Run the embedded KMS: API, storage and HSM connector in one"),
 		a.Delegate("run", "Run one workload of the KMS, as the chart's pods do"),
-		a.Delegate("restore FILE", "Bring a backup's records back into a data folder"),
+		a.Delegate("restore FILE | --undo", "Bring a backup's records back into a KMS"),
 		a.Delegate("plugin", "Let a Kubernetes API server encrypt its Secrets by a root key (KMS v2)"),
 	}
 }

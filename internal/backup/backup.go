@@ -188,6 +188,7 @@ type Decoder interface {
 // Reader reads a copy from its begin to its end.
 type Reader struct {
 	Header Header
+	id     string // of the copy
 	r      *bufio.Reader
 	sum    hash.Hash
 	line   int
@@ -209,7 +210,9 @@ func NewReader(r io.Reader) (*Reader, error) {
 	if first.Header.Version != Version {
 		return nil, fault.Newf(fault.BadContent, "read backup", "", "its version is %d, this program reads %d", first.Header.Version, Version).WithHint("use the kmsctl that wrote it")
 	}
-	o.Header = *first.Header
+	// The header names the store, its revision and the time, and the copy's
+	// seal covers it.
+	o.Header, o.id = *first.Header, hex.EncodeToString(o.sum.Sum(nil))
 	return o, nil
 }
 

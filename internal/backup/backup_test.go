@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/kmsctl/kmsctl/internal/backup"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/hsm"
@@ -122,23 +124,41 @@ func paths(t *testing.T, c store.EtcdClient) []string {
 	return all
 }
 
-func prepare(t *testing.T, b []byte, c store.EtcdClient, later map[string]string) (*backup.Plan, *store.Restorer) {
+// begin closes a store and plans a restore into it.
+func begin(t *testing.T, b []byte, to backup.Target, choice backup.Choice, later map[string]string) *backup.Plan {
 	t.Helper()
-	target := store.NewRestorer(c)
-	p, err := backup.Prepare(t.Context(), reader(t, b), codec(t, 1), target, later)
+	p, err := backup.Begin(t.Context(), reader(t, b), to, choice)
+	if err == nil {
+		err = p.Read(t.Context(), reader(t, b), codec(t, 1), later)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	return p, target
+	return p
 }
 
-func run(t *testing.T, p *backup.Plan, b []byte, to *store.Restorer, revive bool) int {
+func run(t *testing.T, p *backup.Plan, b []byte) int {
 	t.Helper()
-	n, err := p.Run(t.Context(), reader(t, b), codec(t, 1), to, revive)
+	n, err := p.Run(t.Context(), reader(t, b), codec(t, 1))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return n
+}
+
+// refused is the error of Begin or, with the store undone, of Read.
+func refused(t *testing.T, r *backup.Reader, again []byte, c store.EtcdClient, dec backup.Decoder) error {
+	t.Helper()
+	to := store.NewRestorer(c)
+	p, err := backup.Begin(t.Context(), r, to, backup.Ask)
+	if err != nil {
+		return err
+	}
+	err = p.Read(t.Context(), reader(t, again), dec, nil)
+	if uerr := to.Undo(t.Context()); uerr != nil {
+		t.Error(uerr)
+	}
+	return err
 }
 
 func TestBackupSaysWhatItHoldsAndLacks(t *testing.T) {
@@ -194,8 +214,8 @@ func TestRestoreIntoAnEmptyStore(t *testing.T) {
 	from, s := fill(t, 250)
 	b := take(t, s)
 	to := etcd(t)
-	p, target := prepare(t, b, to, nil)
-	if n := run(t, p, b, target, false); n != 256 || len(p.Removed) != 0 {
+	p := begin(t, b, store.NewRestorer(to), backup.Ask, nil)
+	if n := run(t, p, b); n != 256 || len(p.Removed) != 0 {
 		t.Errorf("%d written, removed %v", n, p.Removed)
 	}
 	want := slices.DeleteFunc(paths(t, from), func(p string) bool { return strings.HasPrefix(p, "audit/") })
@@ -211,8 +231,8 @@ func TestRestoreIntoAnEmptyStore(t *testing.T) {
 		t.Errorf("%+v %v", k, err)
 	}
 	// A second run finds everything there.
-	p, target = prepare(t, b, to, nil)
-	if n := run(t, p, b, target, false); n != 0 || len(p.Removed)+len(p.Kept) != 0 {
+	p = begin(t, b, store.NewRestorer(to), backup.Ask, nil)
+	if n := run(t, p, b); n != 0 || len(p.Removed)+len(p.Kept) != 0 {
 		t.Errorf("again: %d written, %+v", n, p)
 	}
 }
@@ -225,7 +245,7 @@ type dying struct {
 
 var errKilled = errors.New("killed")
 
-func (d *dying) Put(ctx context.Context, r []record.Raw) error {
+func (d *dying) Put(ctx context.Context, r []record.Swap) error {
 	if d.left--; d.left < 0 {
 		return errKilled
 	}
@@ -243,20 +263,20 @@ func TestAKilledRestoreKeepsTheStoreClosedAndGoesOn(t *testing.T) {
 	_, s := fill(t, 250)
 	b := take(t, s)
 	_, other := fill(t, 1)
-	for left := range 4 { // 3 batches and the end
+	for left := range 7 { // 6 batches and the end
 		to := etcd(t)
-		p, target := prepare(t, b, to, nil)
-		if _, err := p.Run(t.Context(), reader(t, b), codec(t, 1), &dying{target, left}, false); !errors.Is(err, errKilled) {
+		p := begin(t, b, &dying{store.NewRestorer(to), left}, backup.Ask, nil)
+		if _, err := p.Run(t.Context(), reader(t, b), codec(t, 1)); !errors.Is(err, errKilled) {
 			t.Fatalf("after %d: %v", left, err)
 		}
 		if err := store.NewPlain(to).Whole(t.Context()); fault.KindOf(err) != fault.NotReady || fault.HintOf(err) == "" {
 			t.Errorf("after %d the store is open: %v", left, err)
 		}
-		if _, err := backup.Prepare(t.Context(), reader(t, take(t, other)), codec(t, 1), store.NewRestorer(to), nil); fault.KindOf(err) != fault.Conflict {
+		if _, err := backup.Begin(t.Context(), reader(t, take(t, other)), store.NewRestorer(to), backup.Ask); fault.KindOf(err) != fault.Conflict {
 			t.Errorf("after %d another backup: %v", left, err)
 		}
-		p, target = prepare(t, b, to, nil)
-		if run(t, p, b, target, false); !p.Begun || len(paths(t, to)) != 256 || store.NewPlain(to).Whole(t.Context()) != nil {
+		p = begin(t, b, store.NewRestorer(to), backup.Ask, nil)
+		if run(t, p, b); !p.Begun || len(paths(t, to)) != 256 || store.NewPlain(to).Whole(t.Context()) != nil {
 			t.Errorf("after %d: begun %v, %d records", left, p.Begun, len(paths(t, to)))
 		}
 	}
@@ -272,7 +292,8 @@ func TestNothingRemovedComesBackInPassing(t *testing.T) {
 	}
 	put(t, s, keyPath(1), key{State: 5})
 	put(t, s, keyPath(2), key{State: 2, Version: map[string]any{"blob": []byte("newer")}})
-	p, target := prepare(t, b, c, nil)
+	to := store.NewRestorer(c)
+	p := begin(t, b, to, backup.Ask, nil)
 	var removed []string
 	for _, r := range p.Removed {
 		removed = append(removed, r.Path)
@@ -280,11 +301,15 @@ func TestNothingRemovedComesBackInPassing(t *testing.T) {
 	if !slices.Equal(removed, []string{"iam/policies/ServiceId-1/p1", keyPath(0), keyPath(1)}) || !slices.Equal(p.Kept, []string{keyPath(2)}) {
 		t.Fatalf("removed %v, kept %v", removed, p.Kept)
 	}
-	if n := run(t, p, b, target, false); n != 0 {
-		t.Errorf("%d records written without --revive", n)
+	if !p.Undecided() || to.Undo(t.Context()) != nil {
+		t.Error("nobody was asked")
 	}
-	p, target = prepare(t, b, c, nil)
-	if n := run(t, p, b, target, true); n != 3 {
+	p = begin(t, b, to, backup.LeaveOut, nil)
+	if n := run(t, p, b); n != 0 || p.Undecided() {
+		t.Errorf("%d records written with --leave-out", n)
+	}
+	p = begin(t, b, to, backup.Revive, nil)
+	if n := run(t, p, b); n != 3 || p.Undecided() {
 		t.Errorf("%d records revived", n)
 	}
 	var k key
@@ -298,8 +323,8 @@ func TestAuditLogTellsWhatWasRemoved(t *testing.T) {
 	b := take(t, s)
 	for _, name := range []string{"orders", "ServiceId-1"} { // a service ID by its name, and by its id
 		to := etcd(t)
-		p, target := prepare(t, b, to, map[string]string{"key-0001": "purged", name: "deleted"})
-		run(t, p, b, target, false)
+		p := begin(t, b, store.NewRestorer(to), backup.LeaveOut, map[string]string{"key-0001": "purged", name: "deleted"})
+		run(t, p, b)
 		got := paths(t, to)
 		for _, gone := range []string{keyPath(1), "iam/names/orders", "iam/serviceids/ServiceId-1", "iam/policies/ServiceId-1/p1"} {
 			if slices.Contains(got, gone) {
@@ -315,15 +340,16 @@ func TestAuditLogTellsWhatWasRemoved(t *testing.T) {
 func TestRestoreRefuses(t *testing.T) {
 	_, s := fill(t, 3)
 	b := take(t, s)
-	foreign, _ := fill(t, 1)
+	foreign, used := fill(t, 1)
+	put(t, used, "instances/other", map[string]string{"id": "other"})
 	if _, err := foreign.Put(t.Context(), "/kmsctl/v1/plain/install", `{"id":"i2","serial":"s2"}`); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := backup.Prepare(t.Context(), reader(t, b), codec(t, 1), store.NewRestorer(foreign), nil); fault.KindOf(err) != fault.Conflict {
+	if err := refused(t, reader(t, b), b, foreign, codec(t, 1)); fault.KindOf(err) != fault.Conflict {
 		t.Errorf("another installation's store: %v", err)
 	}
 	to := etcd(t)
-	if _, err := backup.Prepare(t.Context(), reader(t, b), codec(t, 2), store.NewRestorer(to), nil); fault.KindOf(err) != fault.BadContent {
+	if err := refused(t, reader(t, b), b, to, codec(t, 2)); fault.KindOf(err) != fault.BadContent {
 		t.Errorf("another HSM's key: %v", err)
 	}
 	if err := reader(t, b).Header.Same("s2"); fault.KindOf(err) != fault.BadContent || fault.HintOf(err) == "" {
@@ -334,12 +360,183 @@ func TestRestoreRefuses(t *testing.T) {
 	}
 }
 
+// content is all that a store holds, with the installation and the mark.
+func content(t *testing.T, c store.EtcdClient) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	in, mark, err := store.NewRestorer(c).Present(t.Context(), func(r record.Raw) error {
+		all[r.Path] = string(r.Value)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	all["(install)"], all["(marked)"] = string(in), fmt.Sprint(mark != nil)
+	return all
+}
+
+// unusedStore is another installation, which has what its start makes.
+func unusedStore(t *testing.T) store.EtcdClient {
+	t.Helper()
+	c := etcd(t)
+	if _, err := store.NewPlain(c).Put(t.Context(), "install", json.RawMessage(`{"id":"i2","serial":"s1"}`), 0); err != nil {
+		t.Fatal(err)
+	}
+	s, err := store.Open(t.Context(), c, codec(t, 2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	put(t, s, "iam/apikeys/first", map[string]any{"id": "first", "admin": true})
+	put(t, s, "audit/embedded", map[string]int{"seq": 3})
+	return c
+}
+
+// usedStore is a newer state of the copy's own installation: some keys are
+// gone, one was destroyed, one is newer.
+func usedStore(t *testing.T) (c store.EtcdClient, b []byte) {
+	t.Helper()
+	c, s := fill(t, 120)
+	b = take(t, s)
+	for i := range 60 {
+		if err := s.Commit(t.Context(), record.Change{Path: keyPath(i), Rev: revOf(t, s, keyPath(i))}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(t, s, keyPath(60), key{State: 5})
+	put(t, s, keyPath(61), key{State: 2})
+	return c, b
+}
+
+func TestAnUnusedInstallationIsReplaced(t *testing.T) {
+	_, s := fill(t, 3)
+	b := take(t, s)
+	to := unusedStore(t)
+	p := begin(t, b, store.NewRestorer(to), backup.Ask, nil)
+	if n := run(t, p, b); n != 9 || p.Replaced != "i2" || len(p.Kept)+len(p.Removed) != 0 {
+		t.Errorf("%d written, %+v", n, p)
+	}
+	got := content(t, to)
+	if got["(install)"] != install || got["iam/apikeys/first"] != "" || got["audit/embedded"] != "" || got[keyPath(2)] == "" {
+		t.Errorf("%v", got)
+	}
+	var head struct{ Seq int }
+	if _, err := store.NewPlain(to).Get(t.Context(), "heads/embedded", &head); err != nil || head.Seq != 3 {
+		t.Errorf("the head of the audit log is lost: %+v %v", head, err)
+	}
+	open(t, to) // every record is authentic
+}
+
+// TestUndo: wherever a restore was killed, undoing it leaves what was there
+// before.
+func TestUndo(t *testing.T) {
+	_, s := fill(t, 120)
+	all := take(t, s)
+	for name, fresh := range map[string]func() (store.EtcdClient, []byte){
+		"empty":  func() (store.EtcdClient, []byte) { return etcd(t), all },
+		"unused": func() (store.EtcdClient, []byte) { return unusedStore(t), all },
+		"used":   func() (store.EtcdClient, []byte) { return usedStore(t) },
+	} {
+		c, b := fresh()
+		before := content(t, c)
+		for left := range 4 { // batches and the end
+			p := begin(t, b, &dying{store.NewRestorer(c), left}, backup.Revive, nil)
+			if n, err := p.Run(t.Context(), reader(t, b), codec(t, 1)); err == nil {
+				t.Logf("%s: %d batches are all, %d records", name, left, n)
+				break
+			}
+			during := content(t, c)
+			if during["(marked)"] != "true" || during["(install)"] != "" || (left > 0 && len(during) == len(before)) {
+				t.Errorf("%s: after %d nothing is under way", name, left)
+			}
+			if err := store.NewRestorer(c).Undo(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(before, content(t, c)); diff != "" {
+				t.Errorf("%s: after %d: %s", name, left, diff)
+			}
+		}
+		if err := store.NewRestorer(etcd(t)).Undo(t.Context()); !errors.Is(err, record.ErrNotFound) {
+			t.Errorf("nothing to undo: %v", err)
+		}
+	}
+}
+
+// TestARestoreThatWasTakenOverStops: of two commands for one store the later
+// one counts, and a restore that is being undone does not go on.
+func TestARestoreThatWasTakenOverStops(t *testing.T) {
+	_, s := fill(t, 3)
+	b := take(t, s)
+	c := etcd(t)
+	first := begin(t, b, store.NewRestorer(c), backup.Ask, nil)
+	second := begin(t, b, store.NewRestorer(c), backup.Revive, nil)
+	if _, err := first.Run(t.Context(), reader(t, b), codec(t, 1)); fault.KindOf(err) != fault.Conflict || fault.HintOf(err) == "" {
+		t.Errorf("the first run: %v", err)
+	}
+	if !second.Begun || !second.Revive {
+		t.Errorf("%+v", second)
+	}
+	if _, err := backup.Begin(t.Context(), reader(t, b), store.NewRestorer(c), backup.LeaveOut); fault.KindOf(err) != fault.Conflict {
+		t.Errorf("begun with --revive, now --leave-out: %v", err)
+	}
+	to := store.NewRestorer(c)
+	_, m, err := to.Present(t.Context(), func(record.Raw) error { return nil })
+	if err == nil {
+		m.Undo = true // as an undoing that was killed leaves it
+		err = to.Mark(t.Context(), *m)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := second.Run(t.Context(), reader(t, b), codec(t, 1)); fault.KindOf(err) != fault.Conflict {
+		t.Errorf("the second run: %v", err)
+	}
+	if _, err := backup.Begin(t.Context(), reader(t, b), to, backup.Ask); fault.KindOf(err) != fault.Conflict {
+		t.Errorf("a new run: %v", err)
+	}
+	if err := to.Undo(t.Context()); err != nil || len(content(t, c)) != 2 {
+		t.Errorf("%v, left: %v", err, content(t, c))
+	}
+}
+
+// TestARestoreKeepsEverybodyOut: who has the store open, in this process or in
+// another, is told that it comes to its end; nobody writes; no installation is
+// made meanwhile.
+func TestARestoreKeepsEverybodyOut(t *testing.T) {
+	c, s := fill(t, 3)
+	b := take(t, s)
+	replica := open(t, c)
+	p := begin(t, b, store.NewRestorer(c), backup.LeaveOut, nil)
+	for _, s := range []*store.Store{s, replica} {
+		select {
+		case <-s.Ended():
+		case <-t.Context().Done():
+			t.Fatal("a replica was told nothing")
+		}
+		if err := s.Commit(t.Context(), record.Change{Path: "instances/late", Value: 1}); fault.KindOf(err) != fault.NotReady {
+			t.Errorf("a late write: %v", err)
+		}
+	}
+	if _, err := store.NewPlain(c).Put(t.Context(), "install", json.RawMessage(`{"id":"i3"}`), 0); fault.KindOf(err) != fault.NotReady {
+		t.Errorf("a new installation: %v", err)
+	}
+	run(t, p, b)
+	if err := s.Commit(t.Context(), record.Change{Path: "instances/late", Value: 1}); fault.KindOf(err) != fault.NotReady {
+		t.Errorf("a late write, after the end: %v", err)
+	}
+	back := open(t, c)
+	put(t, back, "instances/new", map[string]string{"id": "new"})
+	if got := content(t, c); got["(install)"] != install || got["instances/late"] != "" {
+		t.Errorf("%v", got)
+	}
+}
+
 // TestEveryChangeOfABackupIsSeen flips, cuts and moves: by the one who has
 // the HSM each is refused, and what breaks the form is refused by anybody.
 func TestEveryChangeOfABackupIsSeen(t *testing.T) {
 	_, s := fill(t, 2)
 	good := take(t, s)
-	to := store.NewRestorer(etcd(t))
+	to := etcd(t)
 	lines := bytes.SplitAfter(good, []byte("\n"))
 	lines = lines[:len(lines)-1]
 	bad := map[string][]byte{
@@ -362,7 +559,7 @@ func TestEveryChangeOfABackupIsSeen(t *testing.T) {
 		b[i] ^= 1
 		r, err := backup.NewReader(bytes.NewReader(b))
 		if err == nil {
-			_, err = backup.Prepare(t.Context(), r, codec(t, 1), to, nil)
+			err = refused(t, r, b, to, codec(t, 1))
 		}
 		if err == nil {
 			t.Fatalf("byte %d flipped (%q): not seen", i, good[max(0, i-10):i+1])

@@ -15,14 +15,25 @@ import (
 	"github.com/kmsctl/kmsctl/internal/record"
 )
 
-// Target is a store that a copy goes into. Nobody else may use it between
-// Begin and Finish, killed runs included.
+// Target is a store that a copy goes into. From Begin or Mark to Finish or
+// Undo nobody else writes into it, killed runs included.
 type Target interface {
-	Present(ctx context.Context, each func(record.Raw) error) (install, mark json.RawMessage, err error)
-	Begin(ctx context.Context, mark any) error
-	Put(ctx context.Context, records []record.Raw) error
+	Present(ctx context.Context, each func(record.Raw) error) (install json.RawMessage, mark *record.RestoreMark, err error)
+	Begin(ctx context.Context, m record.RestoreMark) error
+	Mark(ctx context.Context, m record.RestoreMark) error // changes the mark that Present saw
+	Put(ctx context.Context, swaps []record.Swap) error
 	Finish(ctx context.Context, install json.RawMessage) error
 }
+
+// Choice is what becomes of that which was removed after the copy was made.
+type Choice int
+
+// The choices; without one, a restore that would revive something stops.
+const (
+	Ask Choice = iota
+	Revive
+	LeaveOut
+)
 
 // Removed is something that the copy has and that was taken away after it
 // was made: to restore it would revive it.
@@ -31,26 +42,33 @@ type Removed struct {
 	Why  string `json:"why"`
 }
 
-// Plan is what a restore would do.
+// Plan is a restore: what it does, and how far it is.
 type Plan struct {
 	Header  Header
 	Summary Summary
 	Removed []Removed
 	// Kept are records that the store has in a newer form; they stay.
 	Kept []string
+	// Replaced is another installation, which nobody had used yet and which
+	// goes; empty when there is none.
+	Replaced string
 	// Begun says that a run which was killed is gone on with; Revive is what
-	// was decided then.
+	// was decided.
 	Begun, Revive bool
 
-	digest string
-	merge  bool            // into a store that is in use
-	write  map[string]bool // false: only to revive
+	t       Target
+	choice  Choice
+	install json.RawMessage // of the store before; nil: there was none
+	merge   bool            // into a store of the same installation
+	digest  string
+	aside   []record.Swap // records of the installation that is replaced
+	write   map[string]planned
 }
 
-// mark is what lies in the store while a restore is under way.
-type mark struct {
-	Backup string `json:"backup"`
-	Revive bool   `json:"revive"`
+// planned is a record of the copy that goes into the store.
+type planned struct {
+	revive bool   // only to revive
+	before []byte // what it replaces
 }
 
 // Same says whether a token with this serial number can be the one that a
@@ -67,35 +85,100 @@ func (h Header) Same(serial string) error {
 	return nil
 }
 
-// Prepare reads the whole copy, checks it, and compares it with the store. It
-// writes nothing. later tells of ids that were removed after the copy was
-// made, and how that is known (from an audit log).
-func Prepare(ctx context.Context, r *Reader, dec Decoder, t Target, later map[string]string) (*Plan, error) {
-	have := map[string][]byte{}
-	install, begun, err := t.Present(ctx, func(e record.Raw) error {
-		have[e.Path] = e.Value
+// Begin closes the store of t for everybody else, or takes over where a run
+// for the same copy was killed. What cannot be restored into is refused before
+// that. r has read the copy's header.
+func Begin(ctx context.Context, r *Reader, t Target, choice Choice) (*Plan, error) {
+	records := 0
+	install, begun, err := t.Present(ctx, func(record.Raw) error {
+		records++
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	p := &Plan{Header: r.Header, merge: install != nil, write: map[string]bool{}}
-	if err := p.sameStore(install, begun, len(have)); err != nil {
+	p := &Plan{Header: r.Header, t: t, choice: choice, install: install, Revive: choice == Revive}
+	if begun != nil {
+		p.install = begun.Install
+	}
+	if err := p.sameStore(records, begun != nil); err != nil {
 		return nil, err
 	}
+	if begun != nil {
+		return p, p.goOn(ctx, r.id, *begun)
+	}
+	err = t.Begin(ctx, record.RestoreMark{Backup: r.id, Revive: p.Revive, Install: install})
+	if errors.Is(err, record.ErrConflict) {
+		return nil, fault.New(fault.Conflict, "restore into", "the store", errors.New("somebody else changed it at this moment")).WithHint("try again")
+	}
+	return p, err
+}
+
+// goOn takes over a mark.
+func (p *Plan) goOn(ctx context.Context, id string, m record.RestoreMark) error {
+	const undo = "take it back with `kmsctl restore --undo`"
+	refuse := func(hint, format string, a ...any) error {
+		return fault.Newf(fault.Conflict, "restore into", "the store", format, a...).WithHint("%s", hint)
+	}
+	switch {
+	case m.Backup != id:
+		return refuse("finish it with its own file, or "+undo, "a restore of another backup was not finished")
+	case m.Undo:
+		return refuse("finish that with `kmsctl restore --undo`", "a restore is being undone")
+	case m.Revive && p.choice == LeaveOut:
+		return refuse(undo, "this restore was begun with --revive")
+	}
+	p.Begun = true
+	if p.choice == Revive {
+		m.Revive = true
+	}
+	p.Revive = m.Revive
+	return p.t.Mark(ctx, m)
+}
+
+// Install is the installation's record under which the copy's records and
+// those of the store open: the store's own when it is of the same
+// installation, since it may know newer master keys.
+func (p *Plan) Install() json.RawMessage {
+	if p.merge {
+		return p.install
+	}
+	return p.Header.Install
+}
+
+// Read reads the whole copy, checks it, and compares it with the store. It
+// writes nothing. later tells of ids that were removed after the copy was
+// made, and how that is known (from an audit log).
+func (p *Plan) Read(ctx context.Context, r *Reader, dec Decoder, later map[string]string) error {
+	have := map[string][]byte{}
+	_, _, err := p.t.Present(ctx, func(e record.Raw) error {
+		have[e.Path] = e.Value
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if have[record.EndPath] != nil {
+		return fault.Newf(fault.Conflict, "restore into", "the store", "its data are being cleared").WithHint("wait until the KMS serves again, then try again")
+	}
+	p.write = map[string]planned{}
 	named := map[string][]byte{}
 	p.Summary, err = r.Each(dec, func(e record.Raw) error {
 		now, there := have[e.Path]
+		delete(have, e.Path)
 		switch {
 		case there && bytes.Equal(now, e.Value):
-		case there && destroyed(e.Path, now) && !destroyed(e.Path, e.Value):
-			p.remove(e.Path, "it was destroyed in the store")
-		case there:
+		case p.merge && there && destroyed(e.Path, now) && !destroyed(e.Path, e.Value):
+			p.remove(e.Path, now, "it was destroyed in the store")
+		case p.merge && there:
 			p.Kept = append(p.Kept, e.Path)
 		case p.merge:
-			p.remove(e.Path, "it was removed from the store")
+			p.remove(e.Path, nil, "it was removed from the store")
 		default:
-			p.write[e.Path] = true
+			if there {
+				have[e.Path] = now
+			}
+			p.write[e.Path] = planned{before: now}
 			named[e.Path] = nil
 			if strings.HasPrefix(e.Path, namesDir) {
 				named[e.Path] = record.Body(e.Value)
@@ -104,37 +187,76 @@ func Prepare(ctx context.Context, r *Reader, dec Decoder, t Target, later map[st
 		return nil
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	p.digest = hex.EncodeToString(r.sum.Sum(nil))
 	p.leaveOut(named, later)
-	if begun != nil {
-		return p, p.goOn(begun)
+	if p.merge {
+		return nil
 	}
-	return p, nil
+	return p.setAside(have)
+}
+
+// setAside takes what is left of another installation out of the way, if
+// nobody had used that yet.
+func (p *Plan) setAside(rest map[string][]byte) error {
+	for _, path := range slices.Sorted(maps.Keys(rest)) {
+		if !unused(path, rest[path]) {
+			return fault.Newf(fault.Conflict, "restore into", "the store", "it belongs to another installation than the backup, which has been used: it holds %s", path).
+				WithHint("restore into a new release, or clear this one before with `kmsctl hsm clear`; nothing was written")
+		}
+		if w, ok := p.write[path]; !ok || w.revive {
+			p.aside = append(p.aside, record.Swap{Path: path, Before: rest[path]})
+		}
+	}
+	if p.install != nil {
+		id, _, err := installOf(p.install)
+		p.Replaced = id
+		return err
+	}
+	return nil
+}
+
+// unused says whether an installation has a record by itself, before anybody
+// uses it: heads of its audit log, its clock, keys that sign its tokens, the count of what
+// its master key sealed, and the administrators' keys that its start registers.
+func unused(path string, value []byte) bool {
+	for _, own := range []string{auditDir, "clock/", "iam/signing-keys/", "uses/master/"} {
+		if strings.HasPrefix(path, own) {
+			return true
+		}
+	}
+	var k struct {
+		Admin bool `json:"admin"`
+	}
+	return strings.HasPrefix(path, "iam/apikeys/") && json.Unmarshal(record.Body(value), &k) == nil && k.Admin
 }
 
 // namesDir maps the names of service IDs to their ids: an audit line may have
 // either.
 const namesDir = "iam/names/"
 
-// sameStore refuses a store that is neither empty nor of the same
-// installation.
-func (p *Plan) sameStore(install, begun json.RawMessage, records int) error {
+// sameStore refuses a store that has records and no installation, and master
+// keys that do not go together.
+func (p *Plan) sameStore(records int, begun bool) error {
 	want, _, err := installOf(p.Header.Install)
 	if err != nil {
 		return broken("%v", err)
 	}
-	if install == nil {
-		if records > 0 && begun == nil {
-			return fault.Newf(fault.Conflict, "restore into", "the store", "it holds %d records of no installation", records).WithHint("begin with an empty data folder")
+	if p.install == nil {
+		if records > 0 && !begun {
+			return fault.Newf(fault.Conflict, "restore into", "the store", "it holds %d records of no installation", records).WithHint("begin with an empty store")
 		}
 		return nil
 	}
-	if id, _, err := installOf(install); err != nil || id != want {
-		return fault.Newf(fault.Conflict, "restore into", "the store", "it belongs to another installation than the backup").WithHint("begin with an empty data folder")
+	id, _, err := installOf(p.install)
+	if err != nil {
+		return err
 	}
-	return sameMasters(p.Header.Install, install)
+	if p.merge = id == want; !p.merge {
+		return nil
+	}
+	return sameMasters(p.Header.Install, p.install)
 }
 
 // sameMasters refuses a backup whose records a version of the master keys made
@@ -167,18 +289,8 @@ func (m masters) all() []uint16 {
 	return out
 }
 
-func (p *Plan) goOn(begun json.RawMessage) error {
-	var m mark
-	if err := json.Unmarshal(begun, &m); err != nil || m.Backup != p.digest {
-		return fault.Newf(fault.Conflict, "restore into", "the store", "a restore of another backup was not finished").
-			WithHint("finish it with its own file, or begin with an empty data folder")
-	}
-	p.Begun, p.Revive = true, m.Revive
-	return nil
-}
-
-func (p *Plan) remove(path, why string) {
-	p.write[path] = false
+func (p *Plan) remove(path string, before []byte, why string) {
+	p.write[path] = planned{revive: true, before: before}
 	p.Removed = append(p.Removed, Removed{path, why})
 }
 
@@ -204,7 +316,7 @@ func (p *Plan) leaveOut(named map[string][]byte, later map[string]string) {
 		}
 		for _, part := range parts {
 			if why, gone := ids[part]; gone {
-				p.remove(path, why)
+				p.remove(path, p.write[path].before, why)
 				break
 			}
 		}
@@ -216,69 +328,71 @@ func destroyed(path string, value []byte) bool {
 	return ok && k.State == stateDestroyed
 }
 
-// Bounds of one transaction.
+// Undecided says that something would be revived, and nobody chose.
+func (p *Plan) Undecided() bool { return len(p.Removed) > 0 && !p.Revive && p.choice == Ask }
+
+// Bounds of one transaction. A record may come with what it replaces.
 const (
-	batchRecords = 100
-	batchBytes   = 1 << 20
+	batchRecords = 50
+	batchBytes   = 512 << 10
 )
 
 // Run writes what was planned, from a second reading of the same copy, and
 // gives the number of records written. Killed at any moment, the store stays
-// closed until Run has been called again and has ended well.
-func (p *Plan) Run(ctx context.Context, r *Reader, dec Decoder, t Target, revive bool) (int, error) {
-	if p.Begun {
-		revive = p.Revive
-	}
-	if err := t.Begin(ctx, mark{p.digest, revive}); err != nil {
-		return 0, err
-	}
-	b := batch{t: t}
-	_, err := r.Each(dec, func(e record.Raw) error {
-		if always, planned := p.write[e.Path]; !planned || (!always && !revive) {
-			return nil
+// closed until a run for the same copy has ended well, or was undone.
+func (p *Plan) Run(ctx context.Context, r *Reader, dec Decoder) (int, error) {
+	b := batch{t: p.t}
+	for _, s := range p.aside {
+		if err := b.add(ctx, s); err != nil {
+			return 0, err
 		}
-		return b.add(ctx, e)
+	}
+	_, err := r.Each(dec, func(e record.Raw) error {
+		if w, ok := p.write[e.Path]; ok && (!w.revive || p.Revive) {
+			return b.add(ctx, record.Swap{Path: e.Path, Value: e.Value, Before: w.before})
+		}
+		return nil
 	})
+	if err == nil && hex.EncodeToString(r.sum.Sum(nil)) != p.digest {
+		err = broken("it changed while it was read")
+	}
+	if err == nil {
+		err = b.flush(ctx)
+	}
 	if err != nil {
-		return b.done, err
+		return b.written, err
 	}
-	if hex.EncodeToString(r.sum.Sum(nil)) != p.digest {
-		return b.done, broken("it changed while it was read")
-	}
-	if err := b.flush(ctx); err != nil {
-		return b.done, err
-	}
-	install := p.Header.Install
-	if p.merge {
-		install = nil // the store's own is newer
-	}
-	return b.done, t.Finish(ctx, install)
+	return b.written, p.t.Finish(ctx, p.Install())
 }
 
 type batch struct {
 	t       Target
-	records []record.Raw
+	swaps   []record.Swap
 	bytes   int
-	done    int
+	written int
 }
 
-func (b *batch) add(ctx context.Context, e record.Raw) error {
-	b.records = append(b.records, e)
-	b.bytes += len(e.Value)
-	if len(b.records) < batchRecords && b.bytes < batchBytes {
+func (b *batch) add(ctx context.Context, s record.Swap) error {
+	b.swaps = append(b.swaps, s)
+	b.bytes += len(s.Value) + len(s.Before)
+	if len(b.swaps) < batchRecords && b.bytes < batchBytes {
 		return nil
 	}
 	return b.flush(ctx)
 }
 
 func (b *batch) flush(ctx context.Context) error {
-	if len(b.records) == 0 {
+	if len(b.swaps) == 0 {
 		return nil
 	}
-	err := b.t.Put(ctx, b.records)
-	if err == nil {
-		b.done += len(b.records)
+	if err := b.t.Put(ctx, b.swaps); err != nil {
+		return err
 	}
-	b.records, b.bytes = nil, 0
-	return err
+	for _, s := range b.swaps {
+		if s.Value != nil {
+			b.written++
+		}
+	}
+	b.swaps, b.bytes = nil, 0
+	return nil
 }

@@ -6,6 +6,7 @@ package fault
 import (
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // Kind says what sort of failure it was. Scripts decide by it, so a new kind
@@ -44,6 +45,9 @@ func (k Kind) String() string {
 	}
 	return names[k]
 }
+
+// KindNamed is the kind of a name that String gave; Other for any other name.
+func KindNamed(name string) Kind { return Kind(max(slices.Index(names[:], name), 0)) }
 
 // Error is a failure that a person reads. Op and Object say what was tried on
 // what ("push image", "reg.example/kms:1"), Err is the cause, Hint the next

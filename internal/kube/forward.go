@@ -58,19 +58,28 @@ func (c *Cluster) Forward(ctx context.Context, namespace, service string, port i
 
 // readyPod picks a ready pod of a service.
 func (c *Cluster) readyPod(ctx context.Context, namespace, service string) (string, error) {
-	object := namespace + "/" + service
-	svc, err := c.client.CoreV1().Services(namespace).Get(ctx, service, metav1.GetOptions{})
+	pods, err := c.podsOf(ctx, namespace, service)
 	if err != nil {
-		return "", c.fault("find service", object, err)
+		return "", err
 	}
-	l, err := c.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: labels.FormatLabels(svc.Spec.Selector)})
-	if err != nil {
-		return "", c.fault("list pods of service", object, err)
-	}
-	for i := range l.Items {
-		if p := &l.Items[i]; ready(p) && p.DeletionTimestamp == nil && p.Status.Phase == corev1.PodRunning {
+	for i := range pods {
+		if p := &pods[i]; ready(p) && p.DeletionTimestamp == nil && p.Status.Phase == corev1.PodRunning {
 			return p.Name, nil
 		}
 	}
-	return "", fault.Newf(fault.NotReady, "reach service", object, "none of its %d pods is ready", len(l.Items)).WithHint("see `kmsctl status`")
+	return "", fault.Newf(fault.NotReady, "reach service", namespace+"/"+service, "none of its %d pods is ready", len(pods)).WithHint("see `kmsctl status`")
+}
+
+// podsOf lists the pods of a service.
+func (c *Cluster) podsOf(ctx context.Context, namespace, service string) ([]corev1.Pod, error) {
+	object := namespace + "/" + service
+	svc, err := c.client.CoreV1().Services(namespace).Get(ctx, service, metav1.GetOptions{})
+	if err != nil {
+		return nil, c.fault("find service", object, err)
+	}
+	l, err := c.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: labels.FormatLabels(svc.Spec.Selector)})
+	if err != nil {
+		return nil, c.fault("list pods of service", object, err)
+	}
+	return l.Items, nil
 }

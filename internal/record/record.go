@@ -59,6 +59,24 @@ type Raw struct {
 	Rev   int64
 }
 
+// Swap is what a restore does to a record: it writes Value, or removes it when
+// Value is nil. Before is what is there, nil when nothing is.
+type Swap struct {
+	Path          string
+	Value, Before []byte
+}
+
+// RestoreMark lies in a store while a restore is under way, in the place of
+// the installation's record: without that, nobody opens the store or writes
+// into it.
+type RestoreMark struct {
+	Backup  string          `json:"backup"` // which one
+	Run     string          `json:"run"`    // of a command: one that takes over stops the one before
+	Revive  bool            `json:"revive"`
+	Undo    bool            `json:"undo,omitempty"`    // it is being undone
+	Install json.RawMessage `json:"install,omitempty"` // the installation's record before; absent: there was none
+}
+
 // Codec authenticates records under one key. Safe for concurrent use.
 type Codec struct{ key [32]byte }
 

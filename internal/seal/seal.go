@@ -153,17 +153,28 @@ func NewWriter(w io.Writer, recipients []string, passphrase secret.Value) (io.Wr
 	if err != nil {
 		return nil, nil, err
 	}
-	var once []byte
 	if len(recipients) > 0 {
-		id, err := age.GenerateX25519Identity()
-		if err != nil {
-			return nil, nil, fmt.Errorf("encrypt: %w", err)
-		}
-		to, once = append(to, id.Recipient()), []byte(id.String())
+		return withOnce(w, to)
 	}
 	out, err := age.Encrypt(w, to...)
 	if err != nil {
 		return nil, nil, fmt.Errorf("encrypt: %w", err)
 	}
-	return out, once, nil
+	return out, nil, nil
+}
+
+// NewSpool is NewWriter for who alone reads the file again: only the identity
+// of one use that it gives opens it.
+func NewSpool(w io.Writer) (io.WriteCloser, []byte, error) { return withOnce(w, nil) }
+
+func withOnce(w io.Writer, to []age.Recipient) (io.WriteCloser, []byte, error) {
+	id, err := age.GenerateX25519Identity()
+	if err != nil {
+		return nil, nil, fmt.Errorf("encrypt: %w", err)
+	}
+	out, err := age.Encrypt(w, append(to, id.Recipient())...)
+	if err != nil {
+		return nil, nil, fmt.Errorf("encrypt: %w", err)
+	}
+	return out, []byte(id.String()), nil
 }

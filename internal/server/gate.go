@@ -76,6 +76,6 @@ func (g *Gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		writeJSON(w, http.StatusServiceUnavailable, kmsapi.Health{Reasons: []string{*g.reason.Load()}})
 	default:
 		w.Header().Set("Retry-After", "5")
-		writeError(w, kmsapi.Unavailable, "Request could not be served", "")
+		writeError(w, kmsapi.Unavailable, "Request could not be served", *g.reason.Load())
 	}
 }

@@ -18,7 +18,8 @@ import (
 // (record.EndPath), every process that works on the store stops, and one of
 // them resets it. What is written late, by a process that has not seen the
 // record, falls with the rest; after the reset it is fenced off, since the
-// installation that it belongs to is not there.
+// installation that it belongs to is not there. A restore takes that away, too
+// (see Restorer).
 
 const (
 	// keptPlain are the folders and names that outlive a reset: the ledger of
@@ -75,7 +76,7 @@ func (s *Store) fenced(kvs []*mvccpb.KeyValue) error {
 }
 
 func errEnded() error {
-	return fault.Newf(fault.NotReady, "use the store", "", "its data were cleared").WithHint("the KMS opens again by itself; then try again")
+	return fault.Newf(fault.NotReady, "use the store", "", "its data were cleared, or a backup is being restored").WithHint("the KMS opens again by itself; then try again")
 }
 
 // Ending reads the record that ends the store, unproven, and gives its

@@ -59,7 +59,8 @@ func (p *Plain) Get(ctx context.Context, name string, v any) (int64, error) {
 }
 
 // Put writes v at name if its revision is still rev (0: it must not exist),
-// and gives the new revision; record.ErrConflict otherwise.
+// and gives the new revision; record.ErrConflict otherwise. While a restore is
+// unfinished there is no installation, and none is made: fault.NotReady.
 func (p *Plain) Put(ctx context.Context, name string, v any, rev int64) (int64, error) {
 	b, err := json.Marshal(v)
 	if err != nil {
@@ -67,15 +68,22 @@ func (p *Plain) Put(ctx context.Context, name string, v any, rev int64) (int64, 
 	}
 	ctx, cancel := bound(ctx)
 	defer cancel()
-	key := plain + name
-	res, err := p.c.Txn(ctx).If(clientv3.Compare(clientv3.ModRevision(key), "=", rev)).Then(clientv3.OpPut(key, string(b))).Commit()
+	key, mark := plain+name, plain+markName
+	cmps := []clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(key), "=", rev)}
+	if name == installName {
+		cmps = append(cmps, clientv3.Compare(clientv3.CreateRevision(mark), "=", 0))
+	}
+	res, err := p.c.Txn(ctx).If(cmps...).Then(clientv3.OpPut(key, string(b))).Else(clientv3.OpGet(mark, clientv3.WithKeysOnly())).Commit()
 	if err != nil {
 		return 0, unreachable("write", name, err)
 	}
-	if !res.Succeeded {
-		return 0, fmt.Errorf("write %q: %w", name, record.ErrConflict)
+	if res.Succeeded {
+		return res.Header.Revision, nil
 	}
-	return res.Header.Revision, nil
+	if name == installName && len(res.Responses[0].GetResponseRange().Kvs) > 0 {
+		return 0, errHalf()
+	}
+	return 0, fmt.Errorf("write %q: %w", name, record.ErrConflict)
 }
 
 // Store holds the authenticated records, with a local view of all of them.
@@ -193,6 +201,10 @@ func (s *Store) load(ctx context.Context) error {
 		}
 		from = string(res.Kvs[len(res.Kvs)-1].Key) + "\x00"
 	}
+	// The watch begins at rev: what ended the installation before is seen here.
+	if err := s.same(ctx); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	s.kv = kv
 	s.diary, s.since = nil, rev
@@ -232,7 +244,7 @@ func (s *Store) watch(ctx context.Context) {
 		from := s.rev
 		s.mu.RUnlock()
 		wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
-		ch := s.c.Watch(wctx, rec, clientv3.WithPrefix(), clientv3.WithRev(from), clientv3.WithProgressNotify())
+		ch := s.c.Watch(wctx, root, clientv3.WithPrefix(), clientv3.WithRev(from), clientv3.WithProgressNotify())
 		compacted := s.follow(wctx, ch)
 		cancel()
 		if compacted && ctx.Err() == nil {
@@ -284,7 +296,13 @@ func (s *Store) apply(res clientv3.WatchResponse) {
 	for _, e := range res.Events {
 		// While a watch catches up, the header is ahead of the events.
 		upTo = e.Kv.ModRevision
-		path := strings.TrimPrefix(string(e.Kv.Key), rec)
+		path, ok := strings.CutPrefix(string(e.Kv.Key), rec)
+		if !ok { // the installation goes when it is cleared, or something is restored
+			if e.Type == clientv3.EventTypeDelete && string(e.Kv.Key) == plain+installName {
+				s.end()
+			}
+			continue
+		}
 		s.vers[folder(path)] = e.Kv.ModRevision
 		s.note(change{path, e.Kv.ModRevision})
 		if e.Type == clientv3.EventTypeDelete {

@@ -83,6 +83,10 @@ func TestSecretsLeakNowhere(t *testing.T) {
 	w.processes(t, c, server.Process.Pid, childOf(t, server.Process.Pid))
 	stop(t, server)
 	w.does(t, "audit", "verify", "--data", "d")
+	if err := os.CopyFS(filepath.Join(dir, "new", "softhsm"), os.DirFS(filepath.Join(dir, "d", "softhsm"))); err != nil {
+		t.Fatal(err)
+	}
+	w.does(t, "restore", "copy.age", "--data", "new", "--secret", "secret.age", "--values", "overrides.yaml")
 
 	for name, out := range w.printed {
 		c.absent(t, "what `kmsctl "+name+"` printed", []byte(out))

@@ -19,7 +19,6 @@ import (
 	"github.com/kmsctl/kmsctl/internal/install"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 	"github.com/kmsctl/kmsctl/pkg/kmsclient"
-	"github.com/kmsctl/kmsctl/templates"
 )
 
 // ClientFlags say which KMS a command talks to, and as whom.
@@ -66,11 +65,7 @@ func (f *ClientFlags) Add(fs *pflag.FlagSet, a *App) {
 	fs.StringVar(&f.CAFile, "ca-file", "", "PEM file of the CA that signed the server's certificate")
 	fs.StringVar(&f.APIKeyFile, "api-key-file", "", "file with the API key (or KMSCTL_API_KEY in the environment)")
 	fs.BoolVar(&f.APIKeyStdin, "api-key-stdin", false, "read the API key from standard input")
-	fs.BoolVar(&f.InCluster, "in-cluster-service", false, "reach the release in the cluster of the kubeconfig, through its API server")
-	fs.StringVar(&f.kube.Kubeconfig, "kubeconfig", "", "kubeconfig of the cluster; without it, as kubectl finds it")
-	fs.StringVar(&f.kube.Context, "context", "", "context in the kubeconfig")
-	fs.StringVar(&f.kube.Release, "release", templates.ChartName, "name of the release")
-	fs.StringVar(&f.kube.Namespace, "release-namespace", "kube-system", "namespace of the release")
+	f.kube.AddInCluster(fs, &f.InCluster)
 	DataFlag(fs, a, &f.Data)
 }
 

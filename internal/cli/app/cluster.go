@@ -52,6 +52,15 @@ func (f *KubeFlags) AddCluster(fs *pflag.FlagSet) {
 	fs.StringVar(&f.Context, "context", "", "context in the kubeconfig")
 }
 
+// AddInCluster puts the flags into fs by which a command that works with a KMS
+// works with the one of a release.
+func (f *KubeFlags) AddInCluster(fs *pflag.FlagSet, inCluster *bool) {
+	fs.BoolVar(inCluster, "in-cluster-service", false, "reach the release in the cluster of the kubeconfig, through its API server")
+	f.AddCluster(fs)
+	fs.StringVar(&f.Release, "release", templates.ChartName, "name of the release")
+	fs.StringVar(&f.Namespace, "release-namespace", "kube-system", "namespace of the release")
+}
+
 // Cluster opens the cluster.
 func (a *App) Cluster(f *KubeFlags) (*kube.Cluster, error) {
 	if a.OpenCluster != nil {

@@ -140,13 +140,7 @@ func (r CallReply) Err() error {
 	if r.Socket != "" {
 		return nil
 	}
-	kind := fault.Other
-	for _, k := range fault.Kinds() {
-		if k.String() == r.Kind {
-			kind = k
-		}
-	}
-	return fault.New(kind, r.Op, r.Object, errors.New(r.Cause)).WithHint("%s", r.Hint)
+	return fault.New(fault.KindNamed(r.Kind), r.Op, r.Object, errors.New(r.Cause)).WithHint("%s", r.Hint)
 }
 
 // Descriptors of a KMS that is started for one call: it writes its reply to

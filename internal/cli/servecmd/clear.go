@@ -14,19 +14,20 @@ import (
 )
 
 const (
-	// clearingReason is what /readyz says between a clearing's two halves.
-	clearingReason = "the application data are being cleared"
-	drainTime      = 10 * time.Second
+	// endedReason is what /readyz says between a clearing's two halves, and when
+	// a restore begins.
+	endedReason = "the application data are being cleared or restored"
+	drainTime   = 10 * time.Second
 )
 
 // Ended is closed when the KMS must be closed and opened again: its data are
-// being cleared.
+// being cleared or restored.
 func (k *KMS) Ended() <-chan struct{} { return k.store.Ended() }
 
-// CloseEnded closes a KMS whose data are being cleared: nobody gets in any
+// CloseEnded closes a KMS that has ended: nobody gets in any
 // more, and who is in gets an answer.
 func (k *KMS) CloseEnded(g *server.Gate) {
-	g.Close(clearingReason, drainTime)
+	g.Close(endedReason, drainTime)
 	k.Close()
 }
 

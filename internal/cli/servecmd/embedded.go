@@ -165,7 +165,7 @@ func (r *RunningKMS) keepOpen(ctx context.Context, log *slog.Logger, k openKMS, 
 			if k, err = open(ctx); err == nil {
 				break
 			}
-			r.Gate.Shut(clearingReason + ": " + err.Error())
+			r.Gate.Shut(endedReason + ": " + err.Error())
 			log.Error("clear", "error", err)
 			select {
 			case <-ctx.Done():

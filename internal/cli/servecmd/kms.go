@@ -381,7 +381,7 @@ func (k *KMS) healthy(ctx context.Context) []string {
 	}
 	select {
 	case <-k.Ended():
-		out = append(out, clearingReason)
+		out = append(out, endedReason)
 	default:
 	}
 	if k.store.Full() {

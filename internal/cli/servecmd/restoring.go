@@ -7,9 +7,11 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/kmsctl/kmsctl/internal/backup"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/connector"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/kms"
 	"github.com/kmsctl/kmsctl/internal/record"
@@ -26,34 +28,34 @@ func (k *KMS) backup(ctx context.Context, w io.Writer) error {
 	return err
 }
 
-// Restoring is the data folder of an embedded KMS that nobody serves, with its
-// HSM open for a backup's records.
-type Restoring struct {
-	Target *store.Restorer
-	Codec  *record.Codec
-	stop   []func()
+// restoring is a store that a copy goes into, with the HSM that opens it.
+type restoring struct {
+	etcd  store.EtcdClient
+	token *connector.Client
+	name  string // of the store, for errors
+	stop  []func()
 }
 
-// Close ends it, last part first.
-func (r *Restoring) Close() {
+// close ends it, last part first.
+func (r *restoring) close() {
 	for i := len(r.stop) - 1; i >= 0; i-- {
 		r.stop[i]()
 	}
 }
 
-// OpenForRestore opens the folder's HSM and store for a restore. A token that
-// is not the backup's is refused before anything is made in the folder. The
-// caller holds the folder's lock.
-func (e *Embedded) OpenForRestore(ctx context.Context, a *app.App, head backup.Header) (restoring *Restoring, err error) {
+// openForRestore opens the HSM and the store of a data folder that nobody
+// serves. A token that is not the backup's is refused before anything is made
+// in the folder. The caller holds the folder's lock.
+func (e *Embedded) openForRestore(ctx context.Context, a *app.App, head backup.Header) (_ *restoring, err error) {
 	sec, set, err := e.settings(a)
 	if err != nil {
 		return nil, err
 	}
 	defer sec.Password.Zero()
-	r := &Restoring{}
+	r := &restoring{name: e.Data}
 	defer func() {
 		if err != nil {
-			r.Close()
+			r.close()
 		}
 	}()
 	if dir := filepath.Join(e.Data, "softhsm"); set.Model == "softhsm" && e.Label == "" && e.Serial == "" && e.Slot == "" {
@@ -62,45 +64,58 @@ func (e *Embedded) OpenForRestore(ctx context.Context, a *app.App, head backup.H
 				WithHint("put the folder softhsm of the backed-up KMS there: a new token could not open the backup")
 		}
 	}
-	token, err := e.connector(ctx, a, sec, set, io.Discard)
+	if r.token, err = e.connector(ctx, a, sec, set, io.Discard); err != nil {
+		return nil, err
+	}
+	r.stop = append(r.stop, r.token.Close)
+	if err := r.same(ctx, head); err != nil {
+		return nil, err
+	}
+	return r, r.openStore(ctx, e.Data)
+}
+
+// openStore opens the store of a data folder that nobody serves.
+func (r *restoring) openStore(ctx context.Context, data string) error {
+	member, err := store.OpenEmbedded(ctx, filepath.Join(data, "etcd"))
 	if err != nil {
-		return nil, err
+		return err
 	}
-	r.stop = append(r.stop, token.Close)
-	info, err := token.Describe(ctx)
+	r.etcd = member.Client()
+	r.stop = append(r.stop, member.Close, func() { _ = r.etcd.Close() }) // the member behind it ends next
+	return nil
+}
+
+// same refuses a token that is not the backup's.
+func (r *restoring) same(ctx context.Context, head backup.Header) error {
+	info, err := r.token.Members()[0].Describe(connector.Only(ctx))
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if err := head.Same(info.Serial); err != nil {
-		return nil, err
-	}
-	member, err := store.OpenEmbedded(ctx, filepath.Join(e.Data, "etcd"))
-	if err != nil {
-		return nil, err
-	}
-	r.stop = append(r.stop, member.Close)
-	client := member.Client()
-	r.stop = append(r.stop, func() { _ = client.Close() }) // the member behind it ends next
-	opened, err := kms.Unlock(ctx, installed{store.NewPlain(client), head}, token, a.Now)
+	return head.Same(info.Serial)
+}
+
+// unlock opens the installation's master keys in the HSM, and gives what
+// proves its records. Nobody else may use another installation of the HSM's:
+// a connector has the master keys of one open.
+func (r *restoring) unlock(ctx context.Context, install json.RawMessage, now func() time.Time) (*record.Codec, error) {
+	opened, err := kms.Unlock(connector.Only(ctx), installed{store.NewPlain(r.etcd), install}, r.token.Members()[0], now)
 	if err != nil {
 		return nil, err
 	}
 	defer opened.Zero()
-	r.Codec, err = record.NewCodec(opened.RecordKey)
-	r.Target = store.NewRestorer(client)
-	return r, err
+	return record.NewCodec(opened.RecordKey)
 }
 
-// installed answers with the backup's installation; the ledger of logins is
-// the folder's own.
+// installed answers with an installation that is not in the store at the
+// moment; the ledger of logins is the store's own.
 type installed struct {
 	*store.Plain
-	head backup.Header
+	install json.RawMessage
 }
 
 func (i installed) Get(ctx context.Context, name string, v any) (int64, error) {
 	if name == "install" {
-		return 1, json.Unmarshal(i.head.Install, v)
+		return 1, json.Unmarshal(i.install, v)
 	}
 	return i.Plain.Get(ctx, name, v)
 }

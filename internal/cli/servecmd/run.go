@@ -9,13 +9,11 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
-	"github.com/kmsctl/kmsctl/internal/connector"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/kube"
 	"github.com/kmsctl/kmsctl/internal/server"
@@ -25,8 +23,7 @@ import (
 type apiOptions struct {
 	*app.App
 	listen      string
-	sockets     []string
-	etcd        store.Remote
+	behind      behindFlags
 	cert, key   string
 	clientCA    string
 	accounts    bool
@@ -55,11 +52,7 @@ refused is not tried again until the secret changes.`,
 	}
 	fs := cmd.Flags()
 	fs.StringVar(&o.listen, "listen", ":28674", "address of the API")
-	fs.StringSliceVar(&o.sockets, "connector-socket", nil, "unix socket of kms-connector; several of them serve HSMs with the same master keys")
-	fs.StringSliceVar(&o.etcd.Endpoints, "etcd-endpoints", nil, "https:// addresses of etcd")
-	fs.StringVar(&o.etcd.CAFile, "etcd-ca-file", "", "CA of etcd's certificates")
-	fs.StringVar(&o.etcd.CertFile, "etcd-cert-file", "", "client certificate for etcd")
-	fs.StringVar(&o.etcd.KeyFile, "etcd-key-file", "", "its key")
+	o.behind.Add(fs)
 	fs.StringVar(&o.cert, "tls-cert-file", "", "certificate of the API")
 	fs.StringVar(&o.key, "tls-key-file", "", "its key")
 	fs.StringVar(&o.clientCA, "client-ca-file", "", "CA of client certificates, by which service IDs can be proved")
@@ -77,18 +70,14 @@ refused is not tried again until the secret changes.`,
 
 // Check holds the rules of the flags.
 func (o *apiOptions) Check() error {
-	errs := []error{o.audit.Check(), o.limit.Check(), o.trace.Check()}
-	for name, v := range map[string]string{"connector-socket": strings.Join(o.sockets, ","), "etcd-ca-file": o.etcd.CAFile, "etcd-cert-file": o.etcd.CertFile,
-		"etcd-key-file": o.etcd.KeyFile, "tls-cert-file": o.cert, "tls-key-file": o.key, "audit-dir": o.auditDir} {
+	errs := []error{o.behind.Check(), o.audit.Check(), o.limit.Check(), o.trace.Check()}
+	for name, v := range map[string]string{"tls-cert-file": o.cert, "tls-key-file": o.key, "audit-dir": o.auditDir} {
 		if v == "" {
 			errs = append(errs, fault.Usagef("--%s: missing", name))
 		}
 	}
 	if len(o.audiences) > 0 && !o.accounts {
 		errs = append(errs, fault.Usagef("--token-audience: needs --service-account-tokens"))
-	}
-	if len(o.etcd.Endpoints) == 0 {
-		errs = append(errs, fault.Usagef("--etcd-endpoints: missing"))
 	}
 	if _, err := o.windows.Windows(); err != nil {
 		errs = append(errs, err)
@@ -127,7 +116,6 @@ func runAPI(ctx context.Context, o *apiOptions) error {
 const (
 	firstPause = 200 * time.Millisecond
 	longPause  = 10 * time.Second
-	dialWait   = 3 * time.Second // then /readyz says that the connector is not there
 )
 
 // openBehind opens the KMS behind the gate, and tries until it opens. It
@@ -138,7 +126,7 @@ func (o *apiOptions) openBehind(ctx context.Context, gate *server.Gate, log *slo
 		if ctx.Err() != nil {
 			return
 		}
-		if errors.Is(err, errCleared) {
+		if errors.Is(err, errEnded) {
 			pause = firstPause
 		}
 		gate.Shut(err.Error())
@@ -151,24 +139,19 @@ func (o *apiOptions) openBehind(ctx context.Context, gate *server.Gate, log *slo
 	}
 }
 
-// errCleared says that the KMS was open, and its data are being cleared.
-var errCleared = errors.New("the application data are being cleared")
+// errEnded says that the KMS was open, and its data are being cleared or
+// restored.
+var errEnded = errors.New(endedReason)
 
-// openOnce opens the KMS and keeps it until ctx ends or its data are cleared,
-// or says why it cannot. The opening after that finishes the clearing.
+// openOnce opens the KMS and keeps it until ctx or the KMS ends, or says why it
+// cannot. The opening after that finishes a clearing, and fails until a restore
+// is finished.
 func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.Logger) error {
-	client, err := store.Dial(ctx, o.etcd)
+	client, token, closeBoth, err := o.behind.Open(ctx)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = client.Close() }() // the connection may be broken already
-	dial, cancel := context.WithTimeout(ctx, dialWait)
-	token, err := connector.DialAny(dial, o.sockets...)
-	cancel()
-	if err != nil {
-		return err
-	}
-	defer token.Close()
+	defer closeBoth()
 	name := o.name
 	if name == "" {
 		if name, err = os.Hostname(); err != nil {
@@ -210,7 +193,7 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 	select {
 	case <-ctx.Done():
 	case <-k.Ended():
-		err = errCleared
+		err = errEnded
 	}
 	stopSweeping()
 	if closed = err != nil; closed {

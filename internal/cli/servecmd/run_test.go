@@ -29,6 +29,8 @@ type cluster struct {
 
 func newCluster(t *testing.T) *cluster {
 	t.Helper()
+	testkit.Connector(t) // here, where nobody waits for what they start
+	testkit.Server(t)
 	c := &cluster{dir: t.TempDir()}
 	c.socket, c.pin = filepath.Join(c.dir, "c.sock"), filepath.Join(c.dir, "pin")
 	ca, err := pki.NewCA("test", time.Now())
