@@ -201,7 +201,7 @@ func (p *Plan) Read(ctx context.Context, r *Reader, dec Decoder, later map[strin
 // nobody had used that yet.
 func (p *Plan) setAside(rest map[string][]byte) error {
 	for _, path := range slices.Sorted(maps.Keys(rest)) {
-		if !unused(path, rest[path]) {
+		if !record.WrittenUnused(path, rest[path]) {
 			return fault.Newf(fault.Conflict, "restore into", "the store", "it belongs to another installation than the backup, which has been used: it holds %s", path).
 				WithHint("restore into a new release, or clear this one before with `kmsctl hsm clear`; nothing was written")
 		}
@@ -215,21 +215,6 @@ func (p *Plan) setAside(rest map[string][]byte) error {
 		return err
 	}
 	return nil
-}
-
-// unused says whether an installation has a record by itself, before anybody
-// uses it: heads of its audit log, its clock, keys that sign its tokens, the count of what
-// its master key sealed, and the administrators' keys that its start registers.
-func unused(path string, value []byte) bool {
-	for _, own := range []string{auditDir, "clock/", "iam/signing-keys/", "uses/master/"} {
-		if strings.HasPrefix(path, own) {
-			return true
-		}
-	}
-	var k struct {
-		Admin bool `json:"admin"`
-	}
-	return strings.HasPrefix(path, "iam/apikeys/") && json.Unmarshal(record.Body(value), &k) == nil && k.Admin
 }
 
 // namesDir maps the names of service IDs to their ids: an audit line may have

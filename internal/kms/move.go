@@ -2,9 +2,7 @@ package kms
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"strings"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/record"
@@ -73,17 +71,8 @@ func LeaveToken[T Token](ctx context.Context, s MovableStore, members []T) (*Mov
 // mayGo refuses a record that anybody might miss. What a KMS that serves
 // nobody writes by itself may go.
 func (m *Moved) mayGo(r record.Raw) error {
-	var key struct {
-		Admin bool `json:"admin"`
-	}
-	dir, _, _ := strings.Cut(strings.TrimPrefix(r.Path, "iam/"), "/")
-	switch dir {
-	case "audit", "clear", "master", "signing-keys":
+	if record.WrittenUnused(r.Path, r.Value) {
 		return nil
-	case "apikeys":
-		if json.Unmarshal(record.Body(r.Value), &key) == nil && key.Admin {
-			return nil
-		}
 	}
 	return fault.Newf(fault.BadContent, "begin anew on token", m.To, "the store was cleared on token %q, and holds something since, as %q", m.From, r.Path).
 		WithHint("connect token %q again, and clear it once more with `kmsctl hsm clear`; nothing was changed", m.From)
