@@ -60,6 +60,7 @@ type Client struct {
 	peers []*Client     // further members, when c is the head of a group
 	turn  atomic.Uint32 // of the member that is asked next
 	away  atomic.Bool   // a member that is asked last
+	move  move          // to another HSM
 }
 
 // link is one way to one running connector.
@@ -131,6 +132,9 @@ func (l *link) await(ctx context.Context) error {
 func (c *Client) Close() {
 	for _, p := range c.peers {
 		p.Close()
+	}
+	if c.move.next != nil {
+		c.move.next.Close()
 	}
 	c.end()
 	c.tasks.Wait()
@@ -435,28 +439,42 @@ func (c *Client) DestroyMaster(ctx context.Context, ids hsm.MasterIDs) error {
 
 // Rewrap takes the root key of a blob over to the master keys of today.
 func (c *Client) Rewrap(ctx context.Context, blob []byte) (hsm.NewKey, error) {
-	return newKey(call(ctx, c, "rewrap root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
+	m := c.Maker()
+	if c.holder(hsm.VersionOf(blob, nil)) != m {
+		return c.Carry(ctx, blob)
+	}
+	return newKey(call(ctx, m, "rewrap root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
 		return r.Rewrap(ctx, &wire.Bytes{Data: blob})
 	}))
 }
 
-// Reseal does the same with what Seal made.
+// Reseal does the same with what Seal made. Between two HSMs the text passes
+// through this process, as it does when it is used.
 func (c *Client) Reseal(ctx context.Context, sealed, aad []byte) ([]byte, error) {
-	return data(call(ctx, c, "reseal", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
+	m := c.Maker()
+	if c.holder(hsm.VersionOf(nil, sealed)) != m {
+		text, err := c.Unseal(ctx, sealed, aad)
+		if err != nil {
+			return nil, err
+		}
+		defer clear(text)
+		return m.Seal(ctx, text, aad)
+	}
+	return data(call(ctx, m, "reseal", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
 		return r.Reseal(ctx, &wire.UnsealRequest{Sealed: sealed, Aad: aad})
 	}))
 }
 
 // CreateRootKey makes a root key in the token and wraps it out.
 func (c *Client) CreateRootKey(ctx context.Context) (hsm.NewKey, error) {
-	return newKey(call(ctx, c, "create root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
+	return newKey(call(ctx, c.Maker(), "create root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
 		return r.CreateRootKey(ctx, &wire.CreateRootKeyRequest{})
 	}))
 }
 
 // ImportRootKey brings material of 16, 24 or 32 bytes into the token.
 func (c *Client) ImportRootKey(ctx context.Context, material secret.Value) (hsm.NewKey, error) {
-	return newKey(call(ctx, c, "import root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
+	return newKey(call(ctx, c.Maker(), "import root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) {
 		return r.ImportRootKey(ctx, &wire.Bytes{Data: material.Reveal()})
 	}))
 }
@@ -472,6 +490,7 @@ func (c *Client) ImportPlacedKey(ctx context.Context, id []byte, material secret
 }
 
 func (c *Client) place(ctx context.Context, id, material []byte) (hsm.NewKey, error) {
+	c = c.Maker()
 	if err := c.mayPlace(); err != nil {
 		return hsm.NewKey{}, err
 	}
@@ -493,6 +512,7 @@ func (c *Client) mayPlace() error {
 // are several tokens its private half is sealed, since one of them only could
 // hold it under the CKA_ID.
 func (c *Client) NewImportPair(ctx context.Context, id, aad []byte) (hsm.ImportPair, error) {
+	c = c.Maker()
 	q := &wire.NewImportPairRequest{Aad: aad}
 	if len(c.peers) == 0 {
 		q.Id = id
@@ -506,6 +526,13 @@ func (c *Client) NewImportPair(ctx context.Context, id, aad []byte) (hsm.ImportP
 // ImportSent brings in material that travelled under an import pair, and gives
 // its bits. What is wrong with the material is one of hsm.Refusals.
 func (c *Client) ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m hsm.Sent, place []byte) (hsm.NewKey, int, error) {
+	if c.holder(hsm.VersionOf(nil, p.Sealed)) != c.Maker() && p.Sealed != nil {
+		var err error
+		if p.Sealed, err = c.Reseal(ctx, p.Sealed, aad); err != nil {
+			return hsm.NewKey{}, 0, err
+		}
+	}
+	c = c.Maker() // a pair that the other token held is gone with it
 	q := &wire.ImportSentRequest{Pair: &wire.ImportPair{Held: p.Held, Sealed: p.Sealed}, Aad: aad, Sha1: m.SHA1, Material: m.Material, Nonce: m.Nonce, Iv: m.IV, Want: m.Want, Place: place}
 	if len(place) > 0 {
 		if err := c.mayPlace(); err != nil {
@@ -532,7 +559,7 @@ func newKey(k *wire.NewKey, err error) (hsm.NewKey, error) {
 }
 
 func (c *Client) wrap(ctx context.Context, q *wire.WrapRequest) (*wire.WrapReply, hsm.Sealed, error) {
-	op, err := c.do(ctx, "wrap", func() *wire.Op { return &wire.Op{Body: &wire.Op_Wrap{Wrap: q}} })
+	op, err := c.do(ctx, "wrap", q.Blob, func() *wire.Op { return &wire.Op{Body: &wire.Op_Wrap{Wrap: q}} })
 	if err != nil {
 		return nil, hsm.Sealed{}, err
 	}
@@ -541,13 +568,15 @@ func (c *Client) wrap(ctx context.Context, q *wire.WrapRequest) (*wire.WrapReply
 }
 
 // do makes one request on the connection for them.
-func (c *Client) do(ctx context.Context, what string, op func() *wire.Op) (*wire.Op, error) {
-	return callOn(ctx, c, what, quickCall, func(ctx context.Context, l *link) (*wire.Op, error) {
-		w, err := l.openWork(ctx)
-		if err != nil {
-			return nil, err
-		}
-		return w.do(ctx, op())
+func (c *Client) do(ctx context.Context, what string, blob []byte, op func() *wire.Op) (*wire.Op, error) {
+	return forKey(c, blob, func(c *Client) (*wire.Op, error) {
+		return callOn(ctx, c, what, quickCall, func(ctx context.Context, l *link) (*wire.Op, error) {
+			w, err := l.openWork(ctx)
+			if err != nil {
+				return nil, err
+			}
+			return w.do(ctx, op())
+		})
 	})
 }
 
@@ -569,7 +598,7 @@ func (c *Client) WrapNew(ctx context.Context, blob []byte, n int, aad []byte) ([
 // Unwrap opens what Wrap made.
 func (c *Client) Unwrap(ctx context.Context, blob []byte, s hsm.Sealed, aad []byte) ([]byte, error) {
 	q := &wire.UnwrapRequest{Blob: blob, Sealed: &wire.Sealed{Suite: uint32(s.Suite), Iv: s.IV, Ciphertext: s.Ciphertext}, Aad: aad}
-	op, err := c.do(ctx, "unwrap", func() *wire.Op { return &wire.Op{Body: &wire.Op_Unwrap{Unwrap: q}} })
+	op, err := c.do(ctx, "unwrap", blob, func() *wire.Op { return &wire.Op{Body: &wire.Op_Unwrap{Unwrap: q}} })
 	return data(op.GetUnwrapped(), err)
 }
 
@@ -584,17 +613,18 @@ func (c *Client) SealRandom(ctx context.Context, n int, aad []byte) ([]byte, err
 }
 
 func (c *Client) seal(ctx context.Context, q *wire.SealRequest) ([]byte, error) {
-	return data(call(ctx, c, "seal", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) { return r.Seal(ctx, q) }))
+	return data(call(ctx, c.Maker(), "seal", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) { return r.Seal(ctx, q) }))
 }
 
 // Unseal opens what Seal made.
 func (c *Client) Unseal(ctx context.Context, sealed, aad []byte) ([]byte, error) {
-	return data(call(ctx, c, "unseal", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
+	return data(call(ctx, c.holder(hsm.VersionOf(nil, sealed)), "unseal", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
 		return r.Unseal(ctx, &wire.UnsealRequest{Sealed: sealed, Aad: aad})
 	}))
 }
 
-// Sign gives the ECDSA signature of message's SHA-256, in ASN.1 DER.
+// Sign gives the signature of message's SHA-256 by this HSM's key, which has no
+// successor: who checks it knows the key.
 func (c *Client) Sign(ctx context.Context, message []byte) ([]byte, error) {
 	return data(call(ctx, c, "sign", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
 		return r.Sign(ctx, &wire.Bytes{Data: message})
@@ -603,7 +633,7 @@ func (c *Client) Sign(ctx context.Context, message []byte) ([]byte, error) {
 
 // Random gives n bytes of the token's generator.
 func (c *Client) Random(ctx context.Context, n int) ([]byte, error) {
-	return data(call(ctx, c, "make random bytes", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
+	return data(call(ctx, c.Maker(), "make random bytes", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
 		return r.Random(ctx, &wire.RandomRequest{N: uint32(n)})
 	}))
 }

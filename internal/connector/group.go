@@ -122,8 +122,13 @@ func once[R any](ctx context.Context, c *Client, op string, f func(context.Conte
 	return none, toFault(op, err)
 }
 
-// Ready says what keeps all members from working; nil when one works.
+// Ready says what keeps all members from working; nil when one works. While
+// keys are in two HSMs both are needed.
 func (c *Client) Ready(ctx context.Context) error {
+	return c.both(func(c *Client) error { return c.oneReady(ctx) })
+}
+
+func (c *Client) oneReady(ctx context.Context) error {
 	var errs []error
 	for _, m := range c.Members() {
 		info, err := m.Describe(Only(ctx))
@@ -141,6 +146,10 @@ func (c *Client) Ready(ctx context.Context) error {
 // Evict makes every member forget a root key that it holds in its cache. One
 // that is not open holds none.
 func (c *Client) Evict(ctx context.Context, blob []byte) error {
+	return c.both(func(c *Client) error { return c.evict(ctx, blob) })
+}
+
+func (c *Client) evict(ctx context.Context, blob []byte) error {
 	var errs []error
 	for _, m := range c.Members() {
 		_, err := call(Only(ctx), m, "forget a root key", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.EvictReply, error) {
@@ -159,8 +168,10 @@ func (c *Client) Destroy(ctx context.Context, blob []byte) error {
 	if hsm.HeldID(blob) == nil {
 		return c.Evict(ctx, blob)
 	}
-	_, err := call(ctx, c, "destroy a key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.EvictReply, error) {
-		return r.DestroyRootKey(ctx, &wire.Bytes{Data: blob})
+	return c.both(func(c *Client) error {
+		_, err := call(ctx, c, "destroy a key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.EvictReply, error) {
+			return r.DestroyRootKey(ctx, &wire.Bytes{Data: blob})
+		})
+		return err
 	})
-	return err
 }

@@ -34,6 +34,7 @@ type Options struct {
 	TokenSerial string
 	Slot        *uint64
 	SoftHSMDir  string        // make the token here when there is none
+	GivesKeys   bool          // root keys may leave for another token
 	Sessions    int           // calls that the token works on at once; 0 leaves it to the connector
 	CallTimeout time.Duration // a call of the library that takes longer ends the connector; 0 means 20 s
 	PIN         secret.Value
@@ -118,6 +119,9 @@ func newStarter(o Options) *starter {
 	add("--softhsm-dir", o.SoftHSMDir)
 	if o.Slot != nil {
 		add("--slot", strconv.FormatUint(*o.Slot, 10))
+	}
+	if o.GivesKeys {
+		s.args = append(s.args, "--gives-keys")
 	}
 	if o.Sessions > 0 {
 		add("--sessions", strconv.Itoa(o.Sessions))

@@ -82,3 +82,12 @@ type NewKey struct {
 	Blob []byte // opaque: header and wrapped key, only the same master key opens it
 	KCV  []byte // check value, see SameKey
 }
+
+// Carried is a root key on its way from one token to another, wrapped by
+// RSA-OAEP under a public key of the other: itself and, where there is one, its
+// MAC key.
+type Carried struct {
+	Parts [][]byte
+	SHA1  bool   // OAEP over SHA-1; else SHA-256
+	KCV   []byte // check value, see SameKey
+}

@@ -83,7 +83,7 @@ func (t *Token) explore(all bool) (*abilities, error) {
 	}
 	err = t.with(func(s pkcs11.SessionHandle) error {
 		x := &explorer{Token: t, s: s, a: a, all: all}
-		for _, step := range []func() error{x.imports, x.guards, x.suites, x.wraps, x.unwraps, x.byUnwrap, x.sent} {
+		for _, step := range []func() error{x.imports, x.guards, x.suites, x.macs, x.wraps, x.unwraps, x.byUnwrap, x.sent} {
 			if err := step(); err != nil {
 				return err
 			}
@@ -351,6 +351,10 @@ func (x *explorer) otherSession(f func(pkcs11.SessionHandle) error) error {
 	defer func() { _ = x.ctx.CloseSession(o) }()
 	return f(o)
 }
+
+// macs finds a kind of MAC key on every token: keys may have come from one that
+// needs them.
+func (x *explorer) macs() error { return gone(x.macKind()) }
 
 // macKey finds a kind of MAC key that works and equals Go's HMAC.
 func (x *explorer) macKind() error {

@@ -7,7 +7,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/hsm"
 )
 
-func init() { pairBits = 1024 } // RSA-4096 takes seconds each
+func init() { pairBits, carryBits = 1024, 1024 } // RSA-4096 takes seconds each
 
 // OpenOAEP is openOAEP, for its own test.
 var OpenOAEP = openOAEP

@@ -384,16 +384,9 @@ func (t *Token) Rewrap(blob []byte) (out hsm.NewKey, err error) {
 			return err
 		}
 		defer t.forget(k)
-		var parts [][]byte
-		for _, h := range []pkcs11.ObjectHandle{k.enc, k.mac} {
-			if h == 0 {
-				continue
-			}
-			p, err := t.wrapKey(s, a.way, a.mac, m.wrap, h)
-			if err != nil {
-				return err
-			}
-			parts = append(parts, p)
+		parts, err := t.wrapPair(s, a, m, k)
+		if err != nil {
+			return err
 		}
 		kcv, err := t.checkValue(s, k.enc)
 		out = hsm.NewKey{Blob: makeBlob(a.way.form, m.ids.Version, parts...), KCV: kcv}

@@ -55,6 +55,8 @@ type Token struct {
 	master  *masterKeys // makes what is new
 	masters map[uint16]*masterKeys
 	cache   *cache
+
+	carrying carrying // of keys from another token
 }
 
 // DefaultSessions is how many sessions a token gets that is not told otherwise.

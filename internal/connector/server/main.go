@@ -36,6 +36,7 @@ type options struct {
 	label, serial   string
 	slot            string
 	softHSM         string
+	givesKeys       bool
 	sessions        int
 	callTimeout     time.Duration
 }
@@ -102,6 +103,7 @@ func parse(args []string, toServe bool, stderr io.Writer) (options, error) {
 	fs.StringVar(&o.serial, "token-serial", "", "serial number of the token")
 	fs.StringVar(&o.slot, "slot", "", "slot id; slots can move, so prefer label or serial")
 	fs.StringVar(&o.softHSM, "softhsm-dir", "", "folder of a SoftHSM token, made when it is not there")
+	fs.BoolVar(&o.givesKeys, "gives-keys", false, "let root keys leave for another token, wrapped under its public key; for the time of a move")
 	fs.IntVar(&o.sessions, "sessions", token.DefaultSessions, "calls that the token works on at the same time")
 	fs.DurationVar(&o.callTimeout, "call-timeout", 20*time.Second, "a call of the library that takes longer ends the connector")
 	if err := fs.Parse(args); err != nil {
@@ -166,7 +168,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	log := slog.New(slog.NewJSONHandler(stderr, nil)).With("program", "kms-connector")
 	set, missed := Harden()
-	cfg := Config{Token: o.token(), SoftHSMDir: o.softHSM,
+	cfg := Config{Token: o.token(), SoftHSMDir: o.softHSM, GivesKeys: o.givesKeys,
 		CallTimeout: o.callTimeout, Log: log, Hung: func(d time.Duration) {
 			log.Error("a call of the PKCS#11 library does not return; the connector ends, to be started again", "after", d.String())
 			os.Exit(exitHung)

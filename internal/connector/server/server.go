@@ -30,6 +30,7 @@ import (
 type Config struct {
 	Token       token.Config
 	SoftHSMDir  string        // make a SoftHSM token here when there is none
+	GivesKeys   bool          // root keys may leave, wrapped under another token's public key
 	CallTimeout time.Duration // a call of the library that takes longer ends the process
 	PIN         func() (secret.Value, error)
 	Log         *slog.Logger
@@ -43,6 +44,7 @@ const queue = 128
 type Server struct {
 	wire.UnimplementedConnectorServer
 	pin   func() (secret.Value, error)
+	gives bool
 	dev   *device
 	slots chan struct{} // one for each session
 	line  chan struct{} // bounds those that wait
@@ -60,7 +62,7 @@ func New(c Config) *Server {
 		c.Token.Label = "kms"
 	}
 	pin := checked(c.PIN)
-	return &Server{pin: pin, dev: &device{open: opener(c, pin), log: c.Log},
+	return &Server{pin: pin, gives: c.GivesKeys, dev: &device{open: opener(c, pin), log: c.Log},
 		slots: make(chan struct{}, c.Token.Sessions), line: make(chan struct{}, queue*c.Token.Sessions),
 		dog: &watchdog{limit: c.CallTimeout, hung: c.Hung, calls: map[uint64]time.Time{}}}
 }
@@ -257,6 +259,31 @@ func (s *Server) Rewrap(ctx context.Context, q *wire.Bytes) (*wire.NewKey, error
 // Reseal does the same with what Seal made.
 func (s *Server) Reseal(ctx context.Context, q *wire.UnsealRequest) (*wire.Bytes, error) {
 	return use(ctx, s, func(t *token.Token) (*wire.Bytes, error) { return asBytes(t.Reseal(q.Sealed, q.Aad)) })
+}
+
+// CarryKey gives the public key under which root keys come in.
+func (s *Server) CarryKey(ctx context.Context, _ *wire.CarryKeyRequest) (*wire.Bytes, error) {
+	return useFor(ctx, s, pairTime, func(t *token.Token) (*wire.Bytes, error) { return asBytes(t.CarryKey()) })
+}
+
+// GiveKey wraps a root key under another token's public key. Whoever may call
+// could so have any root key wrapped under a key of his own: it is refused but
+// in a connector that was started for a move, by who has the PIN.
+func (s *Server) GiveKey(ctx context.Context, q *wire.GiveKeyRequest) (*wire.Carried, error) {
+	if !s.gives {
+		return nil, wireError(fault.Newf(fault.Denied, "give a root key", "", "the connector was not started for it").
+			WithHint("it gives keys to another token only when it was started with --gives-keys"))
+	}
+	return use(ctx, s, func(t *token.Token) (*wire.Carried, error) {
+		c, err := t.GiveKey(q.Blob, q.Public, q.Sha1)
+		return &wire.Carried{Parts: c.Parts, Sha1: c.SHA1, Kcv: c.KCV}, err
+	})
+}
+
+// TakeKey takes a root key in that another token gave.
+func (s *Server) TakeKey(ctx context.Context, q *wire.TakeKeyRequest) (*wire.NewKey, error) {
+	c := hsm.Carried{Parts: q.Carried.GetParts(), SHA1: q.Carried.GetSha1(), KCV: q.Carried.GetKcv()}
+	return use(ctx, s, func(t *token.Token) (*wire.NewKey, error) { return asNewKey(t.TakeKey(c, q.Public)) })
 }
 
 // CreateRootKey makes a root key.

@@ -982,6 +982,214 @@ func (x *NewKey) GetKcv() []byte {
 	return nil
 }
 
+type CarryKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CarryKeyRequest) Reset() {
+	*x = CarryKeyRequest{}
+	mi := &file_connector_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CarryKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CarryKeyRequest) ProtoMessage() {}
+
+func (x *CarryKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_connector_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CarryKeyRequest.ProtoReflect.Descriptor instead.
+func (*CarryKeyRequest) Descriptor() ([]byte, []int) {
+	return file_connector_proto_rawDescGZIP(), []int{16}
+}
+
+type GiveKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Blob          []byte                 `protobuf:"bytes,1,opt,name=blob,proto3" json:"blob,omitempty"`
+	Public        []byte                 `protobuf:"bytes,2,opt,name=public,proto3" json:"public,omitempty"`
+	Sha1          bool                   `protobuf:"varint,3,opt,name=sha1,proto3" json:"sha1,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GiveKeyRequest) Reset() {
+	*x = GiveKeyRequest{}
+	mi := &file_connector_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GiveKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GiveKeyRequest) ProtoMessage() {}
+
+func (x *GiveKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_connector_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GiveKeyRequest.ProtoReflect.Descriptor instead.
+func (*GiveKeyRequest) Descriptor() ([]byte, []int) {
+	return file_connector_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *GiveKeyRequest) GetBlob() []byte {
+	if x != nil {
+		return x.Blob
+	}
+	return nil
+}
+
+func (x *GiveKeyRequest) GetPublic() []byte {
+	if x != nil {
+		return x.Public
+	}
+	return nil
+}
+
+func (x *GiveKeyRequest) GetSha1() bool {
+	if x != nil {
+		return x.Sha1
+	}
+	return false
+}
+
+type Carried struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Parts         [][]byte               `protobuf:"bytes,1,rep,name=parts,proto3" json:"parts,omitempty"`
+	Sha1          bool                   `protobuf:"varint,2,opt,name=sha1,proto3" json:"sha1,omitempty"`
+	Kcv           []byte                 `protobuf:"bytes,3,opt,name=kcv,proto3" json:"kcv,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Carried) Reset() {
+	*x = Carried{}
+	mi := &file_connector_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Carried) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Carried) ProtoMessage() {}
+
+func (x *Carried) ProtoReflect() protoreflect.Message {
+	mi := &file_connector_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Carried.ProtoReflect.Descriptor instead.
+func (*Carried) Descriptor() ([]byte, []int) {
+	return file_connector_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Carried) GetParts() [][]byte {
+	if x != nil {
+		return x.Parts
+	}
+	return nil
+}
+
+func (x *Carried) GetSha1() bool {
+	if x != nil {
+		return x.Sha1
+	}
+	return false
+}
+
+func (x *Carried) GetKcv() []byte {
+	if x != nil {
+		return x.Kcv
+	}
+	return nil
+}
+
+type TakeKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Carried       *Carried               `protobuf:"bytes,1,opt,name=carried,proto3" json:"carried,omitempty"`
+	Public        []byte                 `protobuf:"bytes,2,opt,name=public,proto3" json:"public,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TakeKeyRequest) Reset() {
+	*x = TakeKeyRequest{}
+	mi := &file_connector_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TakeKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TakeKeyRequest) ProtoMessage() {}
+
+func (x *TakeKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_connector_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TakeKeyRequest.ProtoReflect.Descriptor instead.
+func (*TakeKeyRequest) Descriptor() ([]byte, []int) {
+	return file_connector_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *TakeKeyRequest) GetCarried() *Carried {
+	if x != nil {
+		return x.Carried
+	}
+	return nil
+}
+
+func (x *TakeKeyRequest) GetPublic() []byte {
+	if x != nil {
+		return x.Public
+	}
+	return nil
+}
+
 type Sealed struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Suite         uint32                 `protobuf:"varint,1,opt,name=suite,proto3" json:"suite,omitempty"`
@@ -993,7 +1201,7 @@ type Sealed struct {
 
 func (x *Sealed) Reset() {
 	*x = Sealed{}
-	mi := &file_connector_proto_msgTypes[16]
+	mi := &file_connector_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1005,7 +1213,7 @@ func (x *Sealed) String() string {
 func (*Sealed) ProtoMessage() {}
 
 func (x *Sealed) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[16]
+	mi := &file_connector_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1018,7 +1226,7 @@ func (x *Sealed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sealed.ProtoReflect.Descriptor instead.
 func (*Sealed) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{16}
+	return file_connector_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Sealed) GetSuite() uint32 {
@@ -1056,7 +1264,7 @@ type WrapRequest struct {
 
 func (x *WrapRequest) Reset() {
 	*x = WrapRequest{}
-	mi := &file_connector_proto_msgTypes[17]
+	mi := &file_connector_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1068,7 +1276,7 @@ func (x *WrapRequest) String() string {
 func (*WrapRequest) ProtoMessage() {}
 
 func (x *WrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[17]
+	mi := &file_connector_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1081,7 +1289,7 @@ func (x *WrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrapRequest.ProtoReflect.Descriptor instead.
 func (*WrapRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{17}
+	return file_connector_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *WrapRequest) GetBlob() []byte {
@@ -1122,7 +1330,7 @@ type WrapReply struct {
 
 func (x *WrapReply) Reset() {
 	*x = WrapReply{}
-	mi := &file_connector_proto_msgTypes[18]
+	mi := &file_connector_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1134,7 +1342,7 @@ func (x *WrapReply) String() string {
 func (*WrapReply) ProtoMessage() {}
 
 func (x *WrapReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[18]
+	mi := &file_connector_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1147,7 +1355,7 @@ func (x *WrapReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrapReply.ProtoReflect.Descriptor instead.
 func (*WrapReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{18}
+	return file_connector_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *WrapReply) GetSealed() *Sealed {
@@ -1175,7 +1383,7 @@ type UnwrapRequest struct {
 
 func (x *UnwrapRequest) Reset() {
 	*x = UnwrapRequest{}
-	mi := &file_connector_proto_msgTypes[19]
+	mi := &file_connector_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1187,7 +1395,7 @@ func (x *UnwrapRequest) String() string {
 func (*UnwrapRequest) ProtoMessage() {}
 
 func (x *UnwrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[19]
+	mi := &file_connector_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1200,7 +1408,7 @@ func (x *UnwrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnwrapRequest.ProtoReflect.Descriptor instead.
 func (*UnwrapRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{19}
+	return file_connector_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *UnwrapRequest) GetBlob() []byte {
@@ -1232,7 +1440,7 @@ type EvictReply struct {
 
 func (x *EvictReply) Reset() {
 	*x = EvictReply{}
-	mi := &file_connector_proto_msgTypes[20]
+	mi := &file_connector_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1244,7 +1452,7 @@ func (x *EvictReply) String() string {
 func (*EvictReply) ProtoMessage() {}
 
 func (x *EvictReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[20]
+	mi := &file_connector_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1257,7 +1465,7 @@ func (x *EvictReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReply.ProtoReflect.Descriptor instead.
 func (*EvictReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{20}
+	return file_connector_proto_rawDescGZIP(), []int{24}
 }
 
 // random > 0: seal that many random bytes of the token, which do not leave
@@ -1273,7 +1481,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_connector_proto_msgTypes[21]
+	mi := &file_connector_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1285,7 +1493,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[21]
+	mi := &file_connector_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1298,7 +1506,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{21}
+	return file_connector_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SealRequest) GetPlaintext() []byte {
@@ -1332,7 +1540,7 @@ type UnsealRequest struct {
 
 func (x *UnsealRequest) Reset() {
 	*x = UnsealRequest{}
-	mi := &file_connector_proto_msgTypes[22]
+	mi := &file_connector_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1344,7 +1552,7 @@ func (x *UnsealRequest) String() string {
 func (*UnsealRequest) ProtoMessage() {}
 
 func (x *UnsealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[22]
+	mi := &file_connector_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1357,7 +1565,7 @@ func (x *UnsealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnsealRequest.ProtoReflect.Descriptor instead.
 func (*UnsealRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{22}
+	return file_connector_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *UnsealRequest) GetSealed() []byte {
@@ -1383,7 +1591,7 @@ type RandomRequest struct {
 
 func (x *RandomRequest) Reset() {
 	*x = RandomRequest{}
-	mi := &file_connector_proto_msgTypes[23]
+	mi := &file_connector_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1603,7 @@ func (x *RandomRequest) String() string {
 func (*RandomRequest) ProtoMessage() {}
 
 func (x *RandomRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[23]
+	mi := &file_connector_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1616,7 @@ func (x *RandomRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RandomRequest.ProtoReflect.Descriptor instead.
 func (*RandomRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{23}
+	return file_connector_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RandomRequest) GetN() uint32 {
@@ -1426,7 +1634,7 @@ type InstallationsRequest struct {
 
 func (x *InstallationsRequest) Reset() {
 	*x = InstallationsRequest{}
-	mi := &file_connector_proto_msgTypes[24]
+	mi := &file_connector_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1438,7 +1646,7 @@ func (x *InstallationsRequest) String() string {
 func (*InstallationsRequest) ProtoMessage() {}
 
 func (x *InstallationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[24]
+	mi := &file_connector_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1451,7 +1659,7 @@ func (x *InstallationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallationsRequest.ProtoReflect.Descriptor instead.
 func (*InstallationsRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{24}
+	return file_connector_proto_rawDescGZIP(), []int{28}
 }
 
 type InstallationsReply struct {
@@ -1463,7 +1671,7 @@ type InstallationsReply struct {
 
 func (x *InstallationsReply) Reset() {
 	*x = InstallationsReply{}
-	mi := &file_connector_proto_msgTypes[25]
+	mi := &file_connector_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1475,7 +1683,7 @@ func (x *InstallationsReply) String() string {
 func (*InstallationsReply) ProtoMessage() {}
 
 func (x *InstallationsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[25]
+	mi := &file_connector_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1488,7 +1696,7 @@ func (x *InstallationsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallationsReply.ProtoReflect.Descriptor instead.
 func (*InstallationsReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{25}
+	return file_connector_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *InstallationsReply) GetInstallations() []*Installation {
@@ -1508,7 +1716,7 @@ type Installation struct {
 
 func (x *Installation) Reset() {
 	*x = Installation{}
-	mi := &file_connector_proto_msgTypes[26]
+	mi := &file_connector_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1520,7 +1728,7 @@ func (x *Installation) String() string {
 func (*Installation) ProtoMessage() {}
 
 func (x *Installation) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[26]
+	mi := &file_connector_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1533,7 +1741,7 @@ func (x *Installation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Installation.ProtoReflect.Descriptor instead.
 func (*Installation) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{26}
+	return file_connector_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Installation) GetId() string {
@@ -1562,7 +1770,7 @@ type ClearRequest struct {
 
 func (x *ClearRequest) Reset() {
 	*x = ClearRequest{}
-	mi := &file_connector_proto_msgTypes[27]
+	mi := &file_connector_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1574,7 +1782,7 @@ func (x *ClearRequest) String() string {
 func (*ClearRequest) ProtoMessage() {}
 
 func (x *ClearRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[27]
+	mi := &file_connector_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1587,7 +1795,7 @@ func (x *ClearRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClearRequest.ProtoReflect.Descriptor instead.
 func (*ClearRequest) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{27}
+	return file_connector_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ClearRequest) GetInstall() string {
@@ -1620,7 +1828,7 @@ type ClearReply struct {
 
 func (x *ClearReply) Reset() {
 	*x = ClearReply{}
-	mi := &file_connector_proto_msgTypes[28]
+	mi := &file_connector_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1632,7 +1840,7 @@ func (x *ClearReply) String() string {
 func (*ClearReply) ProtoMessage() {}
 
 func (x *ClearReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[28]
+	mi := &file_connector_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1645,7 +1853,7 @@ func (x *ClearReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClearReply.ProtoReflect.Descriptor instead.
 func (*ClearReply) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{28}
+	return file_connector_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ClearReply) GetObjects() uint32 {
@@ -1670,7 +1878,7 @@ type Fault struct {
 
 func (x *Fault) Reset() {
 	*x = Fault{}
-	mi := &file_connector_proto_msgTypes[29]
+	mi := &file_connector_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1682,7 +1890,7 @@ func (x *Fault) String() string {
 func (*Fault) ProtoMessage() {}
 
 func (x *Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[29]
+	mi := &file_connector_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1695,7 +1903,7 @@ func (x *Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fault.ProtoReflect.Descriptor instead.
 func (*Fault) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{29}
+	return file_connector_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Fault) GetKind() string {
@@ -1759,7 +1967,7 @@ type Op struct {
 
 func (x *Op) Reset() {
 	*x = Op{}
-	mi := &file_connector_proto_msgTypes[30]
+	mi := &file_connector_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1771,7 +1979,7 @@ func (x *Op) String() string {
 func (*Op) ProtoMessage() {}
 
 func (x *Op) ProtoReflect() protoreflect.Message {
-	mi := &file_connector_proto_msgTypes[30]
+	mi := &file_connector_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1784,7 +1992,7 @@ func (x *Op) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Op.ProtoReflect.Descriptor instead.
 func (*Op) Descriptor() ([]byte, []int) {
-	return file_connector_proto_rawDescGZIP(), []int{30}
+	return file_connector_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Op) GetWithinMs() uint32 {
@@ -1959,7 +2167,19 @@ const file_connector_proto_rawDesc = "" +
 	"\arefused\x18\x03 \x01(\rR\arefused\".\n" +
 	"\x06NewKey\x12\x12\n" +
 	"\x04blob\x18\x01 \x01(\fR\x04blob\x12\x10\n" +
-	"\x03kcv\x18\x02 \x01(\fR\x03kcv\"N\n" +
+	"\x03kcv\x18\x02 \x01(\fR\x03kcv\"\x11\n" +
+	"\x0fCarryKeyRequest\"P\n" +
+	"\x0eGiveKeyRequest\x12\x12\n" +
+	"\x04blob\x18\x01 \x01(\fR\x04blob\x12\x16\n" +
+	"\x06public\x18\x02 \x01(\fR\x06public\x12\x12\n" +
+	"\x04sha1\x18\x03 \x01(\bR\x04sha1\"E\n" +
+	"\aCarried\x12\x14\n" +
+	"\x05parts\x18\x01 \x03(\fR\x05parts\x12\x12\n" +
+	"\x04sha1\x18\x02 \x01(\bR\x04sha1\x12\x10\n" +
+	"\x03kcv\x18\x03 \x01(\fR\x03kcv\"`\n" +
+	"\x0eTakeKeyRequest\x126\n" +
+	"\acarried\x18\x01 \x01(\v2\x1c.kmsctl.connector.v1.CarriedR\acarried\x12\x16\n" +
+	"\x06public\x18\x02 \x01(\fR\x06public\"N\n" +
 	"\x06Sealed\x12\x14\n" +
 	"\x05suite\x18\x01 \x01(\rR\x05suite\x12\x0e\n" +
 	"\x02iv\x18\x02 \x01(\fR\x02iv\x12\x1e\n" +
@@ -2017,7 +2237,7 @@ const file_connector_proto_rawDesc = "" +
 	"\tunwrapped\x18\x06 \x01(\v2\x1a.kmsctl.connector.v1.BytesH\x00R\tunwrapped\x122\n" +
 	"\x05fault\x18\a \x01(\v2\x1a.kmsctl.connector.v1.FaultH\x00R\x05fault\x12\x12\n" +
 	"\x04code\x18\b \x01(\rR\x04codeB\x06\n" +
-	"\x04body2\xe1\f\n" +
+	"\x04body2\xca\x0e\n" +
 	"\tConnector\x12T\n" +
 	"\bDescribe\x12$.kmsctl.connector.v1.DescribeRequest\x1a\".kmsctl.connector.v1.DescribeReply\x12R\n" +
 	"\vFingerprint\x12'.kmsctl.connector.v1.FingerprintRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12K\n" +
@@ -2036,7 +2256,10 @@ const file_connector_proto_rawDesc = "" +
 	"\x06Unseal\x12\".kmsctl.connector.v1.UnsealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12A\n" +
 	"\x06Rewrap\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1b.kmsctl.connector.v1.NewKey\x12H\n" +
 	"\x06Reseal\x12\".kmsctl.connector.v1.UnsealRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12`\n" +
-	"\rDestroyMaster\x12&.kmsctl.connector.v1.OpenMasterRequest\x1a'.kmsctl.connector.v1.DestroyMasterReply\x12>\n" +
+	"\rDestroyMaster\x12&.kmsctl.connector.v1.OpenMasterRequest\x1a'.kmsctl.connector.v1.DestroyMasterReply\x12L\n" +
+	"\bCarryKey\x12$.kmsctl.connector.v1.CarryKeyRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12L\n" +
+	"\aGiveKey\x12#.kmsctl.connector.v1.GiveKeyRequest\x1a\x1c.kmsctl.connector.v1.Carried\x12K\n" +
+	"\aTakeKey\x12#.kmsctl.connector.v1.TakeKeyRequest\x1a\x1b.kmsctl.connector.v1.NewKey\x12>\n" +
 	"\x04Sign\x12\x1a.kmsctl.connector.v1.Bytes\x1a\x1a.kmsctl.connector.v1.Bytes\x12H\n" +
 	"\x06Random\x12\".kmsctl.connector.v1.RandomRequest\x1a\x1a.kmsctl.connector.v1.Bytes\x12c\n" +
 	"\rInstallations\x12).kmsctl.connector.v1.InstallationsRequest\x1a'.kmsctl.connector.v1.InstallationsReply\x12K\n" +
@@ -2054,7 +2277,7 @@ func file_connector_proto_rawDescGZIP() []byte {
 	return file_connector_proto_rawDescData
 }
 
-var file_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_connector_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_connector_proto_goTypes = []any{
 	(*Bytes)(nil),                // 0: kmsctl.connector.v1.Bytes
 	(*DescribeRequest)(nil),      // 1: kmsctl.connector.v1.DescribeRequest
@@ -2072,78 +2295,89 @@ var file_connector_proto_goTypes = []any{
 	(*ImportSentRequest)(nil),    // 13: kmsctl.connector.v1.ImportSentRequest
 	(*ImportSentReply)(nil),      // 14: kmsctl.connector.v1.ImportSentReply
 	(*NewKey)(nil),               // 15: kmsctl.connector.v1.NewKey
-	(*Sealed)(nil),               // 16: kmsctl.connector.v1.Sealed
-	(*WrapRequest)(nil),          // 17: kmsctl.connector.v1.WrapRequest
-	(*WrapReply)(nil),            // 18: kmsctl.connector.v1.WrapReply
-	(*UnwrapRequest)(nil),        // 19: kmsctl.connector.v1.UnwrapRequest
-	(*EvictReply)(nil),           // 20: kmsctl.connector.v1.EvictReply
-	(*SealRequest)(nil),          // 21: kmsctl.connector.v1.SealRequest
-	(*UnsealRequest)(nil),        // 22: kmsctl.connector.v1.UnsealRequest
-	(*RandomRequest)(nil),        // 23: kmsctl.connector.v1.RandomRequest
-	(*InstallationsRequest)(nil), // 24: kmsctl.connector.v1.InstallationsRequest
-	(*InstallationsReply)(nil),   // 25: kmsctl.connector.v1.InstallationsReply
-	(*Installation)(nil),         // 26: kmsctl.connector.v1.Installation
-	(*ClearRequest)(nil),         // 27: kmsctl.connector.v1.ClearRequest
-	(*ClearReply)(nil),           // 28: kmsctl.connector.v1.ClearReply
-	(*Fault)(nil),                // 29: kmsctl.connector.v1.Fault
-	(*Op)(nil),                   // 30: kmsctl.connector.v1.Op
+	(*CarryKeyRequest)(nil),      // 16: kmsctl.connector.v1.CarryKeyRequest
+	(*GiveKeyRequest)(nil),       // 17: kmsctl.connector.v1.GiveKeyRequest
+	(*Carried)(nil),              // 18: kmsctl.connector.v1.Carried
+	(*TakeKeyRequest)(nil),       // 19: kmsctl.connector.v1.TakeKeyRequest
+	(*Sealed)(nil),               // 20: kmsctl.connector.v1.Sealed
+	(*WrapRequest)(nil),          // 21: kmsctl.connector.v1.WrapRequest
+	(*WrapReply)(nil),            // 22: kmsctl.connector.v1.WrapReply
+	(*UnwrapRequest)(nil),        // 23: kmsctl.connector.v1.UnwrapRequest
+	(*EvictReply)(nil),           // 24: kmsctl.connector.v1.EvictReply
+	(*SealRequest)(nil),          // 25: kmsctl.connector.v1.SealRequest
+	(*UnsealRequest)(nil),        // 26: kmsctl.connector.v1.UnsealRequest
+	(*RandomRequest)(nil),        // 27: kmsctl.connector.v1.RandomRequest
+	(*InstallationsRequest)(nil), // 28: kmsctl.connector.v1.InstallationsRequest
+	(*InstallationsReply)(nil),   // 29: kmsctl.connector.v1.InstallationsReply
+	(*Installation)(nil),         // 30: kmsctl.connector.v1.Installation
+	(*ClearRequest)(nil),         // 31: kmsctl.connector.v1.ClearRequest
+	(*ClearReply)(nil),           // 32: kmsctl.connector.v1.ClearReply
+	(*Fault)(nil),                // 33: kmsctl.connector.v1.Fault
+	(*Op)(nil),                   // 34: kmsctl.connector.v1.Op
 }
 var file_connector_proto_depIdxs = []int32{
 	12, // 0: kmsctl.connector.v1.ImportSentRequest.pair:type_name -> kmsctl.connector.v1.ImportPair
 	15, // 1: kmsctl.connector.v1.ImportSentReply.key:type_name -> kmsctl.connector.v1.NewKey
-	16, // 2: kmsctl.connector.v1.WrapReply.sealed:type_name -> kmsctl.connector.v1.Sealed
-	16, // 3: kmsctl.connector.v1.UnwrapRequest.sealed:type_name -> kmsctl.connector.v1.Sealed
-	26, // 4: kmsctl.connector.v1.InstallationsReply.installations:type_name -> kmsctl.connector.v1.Installation
-	17, // 5: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
-	19, // 6: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
-	18, // 7: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
-	0,  // 8: kmsctl.connector.v1.Op.unwrapped:type_name -> kmsctl.connector.v1.Bytes
-	29, // 9: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
-	1,  // 10: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
-	3,  // 11: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
-	4,  // 12: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
-	6,  // 13: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
-	9,  // 14: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
-	0,  // 15: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
-	10, // 16: kmsctl.connector.v1.Connector.PlaceRootKey:input_type -> kmsctl.connector.v1.PlaceRootKeyRequest
-	11, // 17: kmsctl.connector.v1.Connector.NewImportPair:input_type -> kmsctl.connector.v1.NewImportPairRequest
-	13, // 18: kmsctl.connector.v1.Connector.ImportSent:input_type -> kmsctl.connector.v1.ImportSentRequest
-	0,  // 19: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
-	0,  // 20: kmsctl.connector.v1.Connector.DestroyRootKey:input_type -> kmsctl.connector.v1.Bytes
-	21, // 21: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
-	22, // 22: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
-	0,  // 23: kmsctl.connector.v1.Connector.Rewrap:input_type -> kmsctl.connector.v1.Bytes
-	22, // 24: kmsctl.connector.v1.Connector.Reseal:input_type -> kmsctl.connector.v1.UnsealRequest
-	6,  // 25: kmsctl.connector.v1.Connector.DestroyMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
-	0,  // 26: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
-	23, // 27: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
-	24, // 28: kmsctl.connector.v1.Connector.Installations:input_type -> kmsctl.connector.v1.InstallationsRequest
-	27, // 29: kmsctl.connector.v1.Connector.Clear:input_type -> kmsctl.connector.v1.ClearRequest
-	2,  // 30: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
-	0,  // 31: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
-	5,  // 32: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
-	8,  // 33: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
-	15, // 34: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
-	15, // 35: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
-	15, // 36: kmsctl.connector.v1.Connector.PlaceRootKey:output_type -> kmsctl.connector.v1.NewKey
-	12, // 37: kmsctl.connector.v1.Connector.NewImportPair:output_type -> kmsctl.connector.v1.ImportPair
-	14, // 38: kmsctl.connector.v1.Connector.ImportSent:output_type -> kmsctl.connector.v1.ImportSentReply
-	20, // 39: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
-	20, // 40: kmsctl.connector.v1.Connector.DestroyRootKey:output_type -> kmsctl.connector.v1.EvictReply
-	0,  // 41: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 42: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
-	15, // 43: kmsctl.connector.v1.Connector.Rewrap:output_type -> kmsctl.connector.v1.NewKey
-	0,  // 44: kmsctl.connector.v1.Connector.Reseal:output_type -> kmsctl.connector.v1.Bytes
-	7,  // 45: kmsctl.connector.v1.Connector.DestroyMaster:output_type -> kmsctl.connector.v1.DestroyMasterReply
-	0,  // 46: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
-	0,  // 47: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
-	25, // 48: kmsctl.connector.v1.Connector.Installations:output_type -> kmsctl.connector.v1.InstallationsReply
-	28, // 49: kmsctl.connector.v1.Connector.Clear:output_type -> kmsctl.connector.v1.ClearReply
-	30, // [30:50] is the sub-list for method output_type
-	10, // [10:30] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	18, // 2: kmsctl.connector.v1.TakeKeyRequest.carried:type_name -> kmsctl.connector.v1.Carried
+	20, // 3: kmsctl.connector.v1.WrapReply.sealed:type_name -> kmsctl.connector.v1.Sealed
+	20, // 4: kmsctl.connector.v1.UnwrapRequest.sealed:type_name -> kmsctl.connector.v1.Sealed
+	30, // 5: kmsctl.connector.v1.InstallationsReply.installations:type_name -> kmsctl.connector.v1.Installation
+	21, // 6: kmsctl.connector.v1.Op.wrap:type_name -> kmsctl.connector.v1.WrapRequest
+	23, // 7: kmsctl.connector.v1.Op.unwrap:type_name -> kmsctl.connector.v1.UnwrapRequest
+	22, // 8: kmsctl.connector.v1.Op.wrapped:type_name -> kmsctl.connector.v1.WrapReply
+	0,  // 9: kmsctl.connector.v1.Op.unwrapped:type_name -> kmsctl.connector.v1.Bytes
+	33, // 10: kmsctl.connector.v1.Op.fault:type_name -> kmsctl.connector.v1.Fault
+	1,  // 11: kmsctl.connector.v1.Connector.Describe:input_type -> kmsctl.connector.v1.DescribeRequest
+	3,  // 12: kmsctl.connector.v1.Connector.Fingerprint:input_type -> kmsctl.connector.v1.FingerprintRequest
+	4,  // 13: kmsctl.connector.v1.Connector.Login:input_type -> kmsctl.connector.v1.LoginRequest
+	6,  // 14: kmsctl.connector.v1.Connector.OpenMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
+	9,  // 15: kmsctl.connector.v1.Connector.CreateRootKey:input_type -> kmsctl.connector.v1.CreateRootKeyRequest
+	0,  // 16: kmsctl.connector.v1.Connector.ImportRootKey:input_type -> kmsctl.connector.v1.Bytes
+	10, // 17: kmsctl.connector.v1.Connector.PlaceRootKey:input_type -> kmsctl.connector.v1.PlaceRootKeyRequest
+	11, // 18: kmsctl.connector.v1.Connector.NewImportPair:input_type -> kmsctl.connector.v1.NewImportPairRequest
+	13, // 19: kmsctl.connector.v1.Connector.ImportSent:input_type -> kmsctl.connector.v1.ImportSentRequest
+	0,  // 20: kmsctl.connector.v1.Connector.Evict:input_type -> kmsctl.connector.v1.Bytes
+	0,  // 21: kmsctl.connector.v1.Connector.DestroyRootKey:input_type -> kmsctl.connector.v1.Bytes
+	25, // 22: kmsctl.connector.v1.Connector.Seal:input_type -> kmsctl.connector.v1.SealRequest
+	26, // 23: kmsctl.connector.v1.Connector.Unseal:input_type -> kmsctl.connector.v1.UnsealRequest
+	0,  // 24: kmsctl.connector.v1.Connector.Rewrap:input_type -> kmsctl.connector.v1.Bytes
+	26, // 25: kmsctl.connector.v1.Connector.Reseal:input_type -> kmsctl.connector.v1.UnsealRequest
+	6,  // 26: kmsctl.connector.v1.Connector.DestroyMaster:input_type -> kmsctl.connector.v1.OpenMasterRequest
+	16, // 27: kmsctl.connector.v1.Connector.CarryKey:input_type -> kmsctl.connector.v1.CarryKeyRequest
+	17, // 28: kmsctl.connector.v1.Connector.GiveKey:input_type -> kmsctl.connector.v1.GiveKeyRequest
+	19, // 29: kmsctl.connector.v1.Connector.TakeKey:input_type -> kmsctl.connector.v1.TakeKeyRequest
+	0,  // 30: kmsctl.connector.v1.Connector.Sign:input_type -> kmsctl.connector.v1.Bytes
+	27, // 31: kmsctl.connector.v1.Connector.Random:input_type -> kmsctl.connector.v1.RandomRequest
+	28, // 32: kmsctl.connector.v1.Connector.Installations:input_type -> kmsctl.connector.v1.InstallationsRequest
+	31, // 33: kmsctl.connector.v1.Connector.Clear:input_type -> kmsctl.connector.v1.ClearRequest
+	2,  // 34: kmsctl.connector.v1.Connector.Describe:output_type -> kmsctl.connector.v1.DescribeReply
+	0,  // 35: kmsctl.connector.v1.Connector.Fingerprint:output_type -> kmsctl.connector.v1.Bytes
+	5,  // 36: kmsctl.connector.v1.Connector.Login:output_type -> kmsctl.connector.v1.LoginReply
+	8,  // 37: kmsctl.connector.v1.Connector.OpenMaster:output_type -> kmsctl.connector.v1.OpenMasterReply
+	15, // 38: kmsctl.connector.v1.Connector.CreateRootKey:output_type -> kmsctl.connector.v1.NewKey
+	15, // 39: kmsctl.connector.v1.Connector.ImportRootKey:output_type -> kmsctl.connector.v1.NewKey
+	15, // 40: kmsctl.connector.v1.Connector.PlaceRootKey:output_type -> kmsctl.connector.v1.NewKey
+	12, // 41: kmsctl.connector.v1.Connector.NewImportPair:output_type -> kmsctl.connector.v1.ImportPair
+	14, // 42: kmsctl.connector.v1.Connector.ImportSent:output_type -> kmsctl.connector.v1.ImportSentReply
+	24, // 43: kmsctl.connector.v1.Connector.Evict:output_type -> kmsctl.connector.v1.EvictReply
+	24, // 44: kmsctl.connector.v1.Connector.DestroyRootKey:output_type -> kmsctl.connector.v1.EvictReply
+	0,  // 45: kmsctl.connector.v1.Connector.Seal:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 46: kmsctl.connector.v1.Connector.Unseal:output_type -> kmsctl.connector.v1.Bytes
+	15, // 47: kmsctl.connector.v1.Connector.Rewrap:output_type -> kmsctl.connector.v1.NewKey
+	0,  // 48: kmsctl.connector.v1.Connector.Reseal:output_type -> kmsctl.connector.v1.Bytes
+	7,  // 49: kmsctl.connector.v1.Connector.DestroyMaster:output_type -> kmsctl.connector.v1.DestroyMasterReply
+	0,  // 50: kmsctl.connector.v1.Connector.CarryKey:output_type -> kmsctl.connector.v1.Bytes
+	18, // 51: kmsctl.connector.v1.Connector.GiveKey:output_type -> kmsctl.connector.v1.Carried
+	15, // 52: kmsctl.connector.v1.Connector.TakeKey:output_type -> kmsctl.connector.v1.NewKey
+	0,  // 53: kmsctl.connector.v1.Connector.Sign:output_type -> kmsctl.connector.v1.Bytes
+	0,  // 54: kmsctl.connector.v1.Connector.Random:output_type -> kmsctl.connector.v1.Bytes
+	29, // 55: kmsctl.connector.v1.Connector.Installations:output_type -> kmsctl.connector.v1.InstallationsReply
+	32, // 56: kmsctl.connector.v1.Connector.Clear:output_type -> kmsctl.connector.v1.ClearReply
+	34, // [34:57] is the sub-list for method output_type
+	11, // [11:34] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_connector_proto_init() }
@@ -2151,7 +2385,7 @@ func file_connector_proto_init() {
 	if File_connector_proto != nil {
 		return
 	}
-	file_connector_proto_msgTypes[30].OneofWrappers = []any{
+	file_connector_proto_msgTypes[34].OneofWrappers = []any{
 		(*Op_Wrap)(nil),
 		(*Op_Unwrap)(nil),
 		(*Op_Wrapped)(nil),
@@ -2164,7 +2398,7 @@ func file_connector_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connector_proto_rawDesc), len(file_connector_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

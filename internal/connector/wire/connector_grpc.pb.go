@@ -38,6 +38,9 @@ const (
 	Connector_Rewrap_FullMethodName         = "/kmsctl.connector.v1.Connector/Rewrap"
 	Connector_Reseal_FullMethodName         = "/kmsctl.connector.v1.Connector/Reseal"
 	Connector_DestroyMaster_FullMethodName  = "/kmsctl.connector.v1.Connector/DestroyMaster"
+	Connector_CarryKey_FullMethodName       = "/kmsctl.connector.v1.Connector/CarryKey"
+	Connector_GiveKey_FullMethodName        = "/kmsctl.connector.v1.Connector/GiveKey"
+	Connector_TakeKey_FullMethodName        = "/kmsctl.connector.v1.Connector/TakeKey"
 	Connector_Sign_FullMethodName           = "/kmsctl.connector.v1.Connector/Sign"
 	Connector_Random_FullMethodName         = "/kmsctl.connector.v1.Connector/Random"
 	Connector_Installations_FullMethodName  = "/kmsctl.connector.v1.Connector/Installations"
@@ -78,6 +81,12 @@ type ConnectorClient interface {
 	Reseal(ctx context.Context, in *UnsealRequest, opts ...grpc.CallOption) (*Bytes, error)
 	// DestroyMaster destroys the master keys of a version that is a spare one.
 	DestroyMaster(ctx context.Context, in *OpenMasterRequest, opts ...grpc.CallOption) (*DestroyMasterReply, error)
+	// CarryKey gives the public key under which this token takes root keys from
+	// another, GiveKey wraps a root key under another token's, and TakeKey takes
+	// one in.
+	CarryKey(ctx context.Context, in *CarryKeyRequest, opts ...grpc.CallOption) (*Bytes, error)
+	GiveKey(ctx context.Context, in *GiveKeyRequest, opts ...grpc.CallOption) (*Carried, error)
+	TakeKey(ctx context.Context, in *TakeKeyRequest, opts ...grpc.CallOption) (*NewKey, error)
 	Sign(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*Bytes, error)
 	Random(ctx context.Context, in *RandomRequest, opts ...grpc.CallOption) (*Bytes, error)
 	// Installations lists what installations of this product left in the token.
@@ -254,6 +263,36 @@ func (c *connectorClient) DestroyMaster(ctx context.Context, in *OpenMasterReque
 	return out, nil
 }
 
+func (c *connectorClient) CarryKey(ctx context.Context, in *CarryKeyRequest, opts ...grpc.CallOption) (*Bytes, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Bytes)
+	err := c.cc.Invoke(ctx, Connector_CarryKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *connectorClient) GiveKey(ctx context.Context, in *GiveKeyRequest, opts ...grpc.CallOption) (*Carried, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Carried)
+	err := c.cc.Invoke(ctx, Connector_GiveKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *connectorClient) TakeKey(ctx context.Context, in *TakeKeyRequest, opts ...grpc.CallOption) (*NewKey, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(NewKey)
+	err := c.cc.Invoke(ctx, Connector_TakeKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *connectorClient) Sign(ctx context.Context, in *Bytes, opts ...grpc.CallOption) (*Bytes, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(Bytes)
@@ -328,6 +367,12 @@ type ConnectorServer interface {
 	Reseal(context.Context, *UnsealRequest) (*Bytes, error)
 	// DestroyMaster destroys the master keys of a version that is a spare one.
 	DestroyMaster(context.Context, *OpenMasterRequest) (*DestroyMasterReply, error)
+	// CarryKey gives the public key under which this token takes root keys from
+	// another, GiveKey wraps a root key under another token's, and TakeKey takes
+	// one in.
+	CarryKey(context.Context, *CarryKeyRequest) (*Bytes, error)
+	GiveKey(context.Context, *GiveKeyRequest) (*Carried, error)
+	TakeKey(context.Context, *TakeKeyRequest) (*NewKey, error)
 	Sign(context.Context, *Bytes) (*Bytes, error)
 	Random(context.Context, *RandomRequest) (*Bytes, error)
 	// Installations lists what installations of this product left in the token.
@@ -391,6 +436,15 @@ func (UnimplementedConnectorServer) Reseal(context.Context, *UnsealRequest) (*By
 }
 func (UnimplementedConnectorServer) DestroyMaster(context.Context, *OpenMasterRequest) (*DestroyMasterReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method DestroyMaster not implemented")
+}
+func (UnimplementedConnectorServer) CarryKey(context.Context, *CarryKeyRequest) (*Bytes, error) {
+	return nil, status.Error(codes.Unimplemented, "method CarryKey not implemented")
+}
+func (UnimplementedConnectorServer) GiveKey(context.Context, *GiveKeyRequest) (*Carried, error) {
+	return nil, status.Error(codes.Unimplemented, "method GiveKey not implemented")
+}
+func (UnimplementedConnectorServer) TakeKey(context.Context, *TakeKeyRequest) (*NewKey, error) {
+	return nil, status.Error(codes.Unimplemented, "method TakeKey not implemented")
 }
 func (UnimplementedConnectorServer) Sign(context.Context, *Bytes) (*Bytes, error) {
 	return nil, status.Error(codes.Unimplemented, "method Sign not implemented")
@@ -713,6 +767,60 @@ func _Connector_DestroyMaster_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Connector_CarryKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CarryKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).CarryKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_CarryKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).CarryKey(ctx, req.(*CarryKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Connector_GiveKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GiveKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).GiveKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_GiveKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).GiveKey(ctx, req.(*GiveKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Connector_TakeKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TakeKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectorServer).TakeKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Connector_TakeKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectorServer).TakeKey(ctx, req.(*TakeKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Connector_Sign_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(Bytes)
 	if err := dec(in); err != nil {
@@ -855,6 +963,18 @@ var Connector_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DestroyMaster",
 			Handler:    _Connector_DestroyMaster_Handler,
+		},
+		{
+			MethodName: "CarryKey",
+			Handler:    _Connector_CarryKey_Handler,
+		},
+		{
+			MethodName: "GiveKey",
+			Handler:    _Connector_GiveKey_Handler,
+		},
+		{
+			MethodName: "TakeKey",
+			Handler:    _Connector_TakeKey_Handler,
 		},
 		{
 			MethodName: "Sign",
