@@ -202,6 +202,39 @@ func Open(dir string, cfg Config) (*Log, error) {
 	return l, nil
 }
 
+// Resign lets another key of an HSM sign from now on: the log names it in its
+// chain, as an opening does, behind what the key before signed.
+func (l *Log) Resign(ctx context.Context, sign func(ctx context.Context, message []byte) ([]byte, error), public []byte) error {
+	l.writing.Lock()
+	defer l.writing.Unlock()
+	if bytes.Equal(public, l.cfg.PublicKey) {
+		return nil
+	}
+	if err := keepKey(filepath.Join(l.dir, KeyName), public); err != nil {
+		return err
+	}
+	var b bytes.Buffer
+	l.mu.Lock()
+	seq, prev := l.seq, l.prev
+	l.gap(&b)
+	l.add(&b, line{Kind: "open", PublicKey: public})
+	l.mu.Unlock()
+	err := l.write(&b)
+	l.settle(err, seq, prev)
+	if err != nil {
+		return err
+	}
+	l.cfg.Sign, l.cfg.PublicKey = sign, public
+	return l.signHead(ctx, false)
+}
+
+// PublicKey is the key that signs now.
+func (l *Log) PublicKey() []byte {
+	l.writing.Lock()
+	defer l.writing.Unlock()
+	return l.cfg.PublicKey
+}
+
 // keepKey writes the public key beside the log, behind those that signed
 // earlier parts of it.
 func keepKey(path string, der []byte) error {

@@ -47,6 +47,8 @@ type Clearing struct {
 	Tokens []Inventory // every member of the group
 	Opened Opened
 	Now    func() time.Time
+	// Moving: there are two tokens, and Tokens are one of them.
+	Moving bool
 }
 
 const (
@@ -146,6 +148,9 @@ func (c *Clearing) Confirm(ctx context.Context, by string, in kmsapi.ClearReques
 	p, err := c.Plan(ctx)
 	if err != nil {
 		return p, err
+	}
+	if c.Moving {
+		return p, fault.Newf(fault.Conflict, "clear installation", c.target(in), "two tokens are configured, and keys can be in both: serve with one")
 	}
 	if in.Name == "" {
 		return p, invalid("name", "the release's name, or the installation's id")

@@ -46,8 +46,9 @@ type Rewrapper interface {
 type Rotation struct {
 	Store   ClearStore
 	Plain   Plain
-	HSM     Rewrapper
-	Tokens  []MasterToken // every member of the group
+	HSM     Mover
+	Next    NextToken            // to which keys can move; nil: there is none
+	Tokens  func() []MasterToken // every member of the group that makes what is new
 	Masters *Masters
 	Uses    *Uses
 	Name    string // of this process, for the others
@@ -89,7 +90,7 @@ func (r *Rotation) Status(ctx context.Context) (kmsapi.MasterStatus, error) {
 	if _, err := r.Plain.Get(ctx, "install", &in); err != nil {
 		return kmsapi.MasterStatus{}, err
 	}
-	out := kmsapi.MasterStatus{Installation: in.ID, Version: in.version(), Older: []uint16{}}
+	out := kmsapi.MasterStatus{Installation: in.ID, Token: in.Serial, Version: in.version(), Older: []uint16{}}
 	for _, o := range in.Others {
 		out.Older = append(out.Older, o.Version)
 	}
@@ -115,6 +116,9 @@ func (r *Rotation) Start(ctx context.Context, by string, in kmsapi.MasterRotatio
 	if err != nil {
 		return false, err
 	}
+	if job.To != nil && job.State != kmsapi.RotationDone {
+		return false, fault.Newf(fault.Conflict, "rotate", "the master keys", "the keys are on their way to token %q: finish that first, with migrate", job.To.Label)
+	}
 	if job.State == kmsapi.RotationRunning && (job.DestroyOld || !in.DestroyOld) {
 		return false, nil
 	}
@@ -129,11 +133,15 @@ func (r *Rotation) Start(ctx context.Context, by string, in kmsapi.MasterRotatio
 	if err := conflict(r.Store.Commit(ctx, record.Change{Path: rotationPath, Value: job, Rev: rev})); err != nil {
 		return false, err
 	}
+	r.wake()
+	return began, nil
+}
+
+func (r *Rotation) wake() {
 	select {
 	case r.kick <- struct{}{}:
 	default:
 	}
-	return began, nil
 }
 
 // plan is a new job. The ids are written down before the keys are made, so
@@ -197,7 +205,11 @@ func (r *Rotation) work(ctx context.Context) error {
 	if err := r.update(ctx, func(j *rotationRecord) { j.Worker = r.Name; job = *j }); err != nil {
 		return err
 	}
-	if err := r.bring(ctx, job); err != nil {
+	bring := r.bring
+	if job.To != nil {
+		bring = r.bringNext
+	}
+	if err := bring(ctx, job); err != nil {
 		return err
 	}
 	if err := r.resealSecrets(ctx); err != nil {
@@ -206,14 +218,20 @@ func (r *Rotation) work(ctx context.Context) error {
 	if err := r.takeOver(ctx, job.Version); err != nil {
 		return err
 	}
-	if job, _, err := r.job(ctx); err != nil { // it may have been asked for meanwhile
+	action, detail := "kmsctl.master.rotated", fmt.Sprintf("version %d", job.Version)
+	if job, _, err := r.job(ctx); err != nil { // what is to go, and to stay, may have been said meanwhile
 		return err
+	} else if job.To != nil {
+		action, detail = "kmsctl.master.migrated", fmt.Sprintf("%s, token %s", detail, job.To.Serial)
+		if err := r.leave(ctx, job); err != nil {
+			return err
+		}
 	} else if job.DestroyOld {
 		if err := r.destroyOld(ctx); err != nil {
 			return err
 		}
 	}
-	if err := r.Note(ctx, "kmsctl.master.rotated", job.By, fmt.Sprintf("version %d", job.Version)); err != nil {
+	if err := r.Note(ctx, action, job.By, detail); err != nil {
 		return err
 	}
 	return r.update(ctx, func(j *rotationRecord) {
@@ -252,7 +270,7 @@ func (r *Rotation) bring(ctx context.Context, job rotationRecord) error {
 	ids := job.IDs
 	ids.Version, ids.Spare = job.Version, true
 	var made hsm.Master
-	for i, t := range r.Tokens {
+	for i, t := range r.Tokens() {
 		m, err := t.OpenMaster(ctx, ids, i == 0)
 		if i > 0 && fault.KindOf(err) == fault.NotFound {
 			return fault.New(fault.NotReady, "rotate master keys of", in.ID, err).
@@ -463,7 +481,7 @@ func (r *Rotation) destroyOld(ctx context.Context) error {
 	for _, o := range doomed {
 		ids := o.IDs
 		ids.Version = o.Version
-		for _, t := range r.Tokens {
+		for _, t := range r.Tokens() {
 			if err := t.DestroyMaster(ctx, ids); err != nil {
 				return err
 			}

@@ -1,6 +1,7 @@
 package kms
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/subtle"
@@ -67,6 +68,9 @@ type otherMaster struct {
 	Version uint16        `json:"version"`
 	IDs     hsm.MasterIDs `json:"ids"`
 	Master  hsm.Master    `json:"master"`
+	// Serial is that of the token from which keys move away; absent where all
+	// versions are in one token.
+	Serial string `json:"serial,omitempty"`
 }
 
 // Epoch is a state of the installation whose master keys the HSM has open.
@@ -77,24 +81,35 @@ type Epoch struct {
 
 func (in *install) version() uint16 { return max(in.Version, hsm.FirstMaster) }
 
-// open opens all versions in a token. The newest comes last, so that it makes
-// what is new. One that is not the store's is refused.
-func (in *install) open(ctx context.Context, t Token, label string) (hsm.Master, error) {
+// in says whether a version is in the token with this serial number.
+func (o otherMaster) in(now, serial string) bool { return cmp.Or(o.Serial, now) == serial }
+
+// open opens all versions that are in a token. The newest comes last, so that
+// it makes what is new there. One that is not the store's is refused.
+func (in *install) open(ctx context.Context, t Token, info hsm.TokenInfo) (m hsm.Master, err error) {
+	var here []otherMaster
 	for _, o := range in.Others {
-		o.IDs.Version, o.IDs.Spare = o.Version, true
-		m, err := t.OpenMaster(ctx, o.IDs, false)
+		if o.in(in.Serial, info.Serial) {
+			here = append(here, o)
+		}
+	}
+	if in.Serial == info.Serial && in.Master != nil {
+		here = append(here, otherMaster{Version: in.version(), IDs: in.IDs, Master: *in.Master})
+	}
+	for i, o := range here {
+		o.IDs.Version, o.IDs.Spare = o.Version, i < len(here)-1
+		m, err = t.OpenMaster(ctx, o.IDs, false)
 		if err == nil {
-			err = sameMaster(o.Master, m, label)
+			err = sameMaster(o.Master, m, info.Label)
 		}
 		if err != nil {
 			return m, err
 		}
 	}
-	ids := in.IDs
-	ids.Version = in.version()
-	m, err := t.OpenMaster(ctx, ids, in.Master == nil)
-	if err == nil && in.Master != nil {
-		err = sameMaster(*in.Master, m, label)
+	if in.Serial == info.Serial && in.Master == nil {
+		ids := in.IDs
+		ids.Version = in.version()
+		m, err = t.OpenMaster(ctx, ids, true)
 	}
 	return m, err
 }
@@ -140,7 +155,7 @@ func openInstall(ctx context.Context, p Plain, t Token, info hsm.TokenInfo) (*in
 		if err != nil {
 			return nil, hsm.Master{}, 0, err
 		}
-		m, err := in.open(ctx, t, info.Label)
+		m, err := in.open(ctx, t, info)
 		if err != nil {
 			return nil, m, 0, err
 		}

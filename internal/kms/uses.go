@@ -79,7 +79,7 @@ func NewUses(limit uint64) *Uses {
 // Saw notes the cipher suite that a token encrypts by. From the first that is
 // GCM on everything counts: the tokens of a group may differ.
 func (u *Uses) Saw(suite uint8) {
-	if suite == hsm.SuiteGCM || suite == hsm.SuiteGCMToken {
+	if u != nil && (suite == hsm.SuiteGCM || suite == hsm.SuiteGCMToken) {
 		u.gcm.Store(true)
 	}
 }

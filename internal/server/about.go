@@ -50,6 +50,7 @@ var about = map[string]string{
 	"kmsctl.clear.plan":                        "Say the same and make a confirmation, which clears once, for one name and one token, within ten minutes.",
 	"kmsctl.master.read":                       "Versions of the master keys, and how far the last change of them is.",
 	"kmsctl.master.rotate":                     "Change the master keys in the background, or go on with a change that was stopped.",
+	"kmsctl.master.migrate":                    "Move all keys to the second token that the KMS is served with, in the background, or go on with a move that was stopped.",
 	"kmsctl.master.stop":                       "Let a change of the master keys rest; starting it again goes on.",
 	"kmsctl.clock.read":                        "Show the machine's clock, the time that the life of keys goes by, and what would be due at once by the former.",
 	"kmsctl.clock.confirm":                     "Make the machine's clock, as it was looked at, the time that the life of keys goes by.",

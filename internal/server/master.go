@@ -25,6 +25,18 @@ func rotateMaster(ctx context.Context, c *call) (any, error) {
 	return c.masterStatus(ctx, began, err)
 }
 
+func migrateMaster(ctx context.Context, c *call) (any, error) {
+	var in kmsapi.MigrationRequest
+	if err := c.mustBeAdmin(); err != nil {
+		return nil, err
+	}
+	if err := c.decode(&in); err != nil {
+		return nil, err
+	}
+	began, err := c.Rotation.Migrate(ctx, c.who.String(), in)
+	return c.masterStatus(ctx, began, err)
+}
+
 func stopMaster(ctx context.Context, c *call) (any, error) {
 	if err := c.mustBeAdmin(); err != nil {
 		return nil, err

@@ -35,6 +35,8 @@ func TestMaster(t *testing.T) {
 		{"GET", "", "", 200, false, "", false},
 		{"POST", "/stop", "", 200, false, "", false},
 		{"POST", "/rotate", `{"destroyold":`, 400, false, "", false},
+		{"POST", "/migrate", `{"leavePlaced":`, 400, false, "", false},
+		{"POST", "/migrate", "{}", 409, false, "", false},
 		{"POST", "/rotate", "{}", 202, true, kmsapi.RotationRunning, false},
 		{"POST", "/rotate", "{}", 202, false, kmsapi.RotationRunning, false},
 		{"POST", "/rotate", `{"destroyOld":true}`, 202, false, kmsapi.RotationRunning, true},

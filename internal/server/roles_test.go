@@ -111,7 +111,7 @@ func TestRolesAndEndpoints(t *testing.T) {
 		for _, p := range []string{"GET /kmsctl/v1/instances", "POST /kmsctl/v1/instances", "DELETE /kmsctl/v1/instance", "GET /kmsctl/v1/audit/heads", "GET /kmsctl/v1/backup",
 			"GET /kmsctl/v1/iam/signing-keys", "POST /kmsctl/v1/iam/signing-keys/rotate",
 			"GET /kmsctl/v1/clear", "POST /kmsctl/v1/clear", "POST /kmsctl/v1/clear/plan", "POST /kmsctl/v1/clear/settle",
-			"GET /kmsctl/v1/master", "POST /kmsctl/v1/master/rotate", "POST /kmsctl/v1/master/stop",
+			"GET /kmsctl/v1/master", "POST /kmsctl/v1/master/rotate", "POST /kmsctl/v1/master/migrate", "POST /kmsctl/v1/master/stop",
 			"GET /kmsctl/v1/clock", "POST /kmsctl/v1/clock/confirm"} {
 			method, path, _ := strings.Cut(p, " ")
 			if r := all.do(t, method, path, "{}"); r.status != 403 {

@@ -603,10 +603,11 @@ const (
 )
 
 // MasterStatus is the answer of GET /kmsctl/v1/master, and of the POSTs to
-// /kmsctl/v1/master/rotate and /kmsctl/v1/master/stop: the versions of the
+// /kmsctl/v1/master/rotate, /migrate and /stop: the versions of the
 // master keys, and the last change of them.
 type MasterStatus struct {
 	Installation string          `json:"installation"`
+	Token        string          `json:"token"`   // serial number of the token that makes what is new
 	Version      uint16          `json:"version"` // that makes what is new
 	Older        []uint16        `json:"older"`   // that still open what they made
 	Rotation     *MasterRotation `json:"rotation,omitempty"`
@@ -626,6 +627,21 @@ type MasterRotation struct {
 	Ended      *time.Time `json:"ended,omitempty"`
 	Worker     string     `json:"worker,omitempty"` // process that works on it
 	Fault      string     `json:"fault,omitempty"`  // why it does not go on; it is tried again
+	// To is the token to which all keys move; absent: they stay in theirs.
+	To          *MasterToken `json:"to,omitempty"`
+	LeavePlaced bool         `json:"leavePlaced,omitempty"` // keys that cannot leave the old token stay behind
+}
+
+// MasterToken names a token.
+type MasterToken struct {
+	Label  string `json:"label"`
+	Serial string `json:"serial"`
+}
+
+// MigrationRequest is the body of POST /kmsctl/v1/master/migrate. LeavePlaced
+// leaves keys behind that stay in the old token by their instance's placement.
+type MigrationRequest struct {
+	LeavePlaced bool `json:"leavePlaced,omitempty"`
 }
 
 // MasterRotationRequest is the body of POST /kmsctl/v1/master/rotate.

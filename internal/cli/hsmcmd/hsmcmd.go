@@ -11,7 +11,7 @@ import (
 // New gives the commands of this package.
 func New(a *app.App) []*cobra.Command {
 	cmd := &cobra.Command{Use: "hsm", Short: "Look after the HSM: its clients' certificates, its token, its data"}
-	cmd.AddCommand(newProbeCmd(a, nil), newClearCmd(a, nil), newRotateCmd(a), newLunaCertCmd(a))
+	cmd.AddCommand(newProbeCmd(a, nil), newClearCmd(a, nil), newRotateCmd(a), newMigrateCmd(a), newLunaCertCmd(a))
 	return []*cobra.Command{cmd}
 }
 

@@ -15,11 +15,15 @@ import (
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
+// rotateOptions are those of the job that changes the master keys, in their
+// token or to another.
 type rotateOptions struct {
 	*app.App
 	client  app.ClientFlags
 	confirm app.ConfirmFlags
 	in      kmsapi.MasterRotationRequest
+	move    kmsapi.MigrationRequest
+	command string // rotate-master or migrate
 	verb    string
 	wait    bool
 	timeout time.Duration
@@ -30,7 +34,7 @@ type masterStatus struct{ kmsapi.MasterStatus }
 
 // Table is one fact a line.
 func (s masterStatus) Table() ([]string, [][]string) {
-	rows := [][]string{{"installation", s.Installation}, {"version", fmt.Sprint(s.Version)}}
+	rows := [][]string{{"installation", s.Installation}, {"token", "serial " + s.Token}, {"version", fmt.Sprint(s.Version)}}
 	if len(s.Older) > 0 {
 		rows = append(rows, []string{"older", strings.Trim(fmt.Sprint(s.Older), "[]") + ", which still open what they made"})
 	}
@@ -38,13 +42,21 @@ func (s masterStatus) Table() ([]string, [][]string) {
 	if r == nil {
 		return nil, append(rows, []string{"rotation", "none yet"})
 	}
-	rows = append(rows, []string{"rotation", fmt.Sprintf("to version %d, %s", r.Version, r.State)}, []string{"records", fmt.Sprintf("%d taken over, %d left", r.Done, r.Left)},
+	what := "rotation"
+	if r.To != nil {
+		what = "migration"
+		rows = append(rows, []string{"to", fmt.Sprintf("token %q serial %s", r.To.Label, r.To.Serial)})
+	}
+	rows = append(rows, []string{what, fmt.Sprintf("to version %d, %s", r.Version, r.State)}, []string{"records", fmt.Sprintf("%d taken over, %d left", r.Done, r.Left)},
 		[]string{"began", r.Began.Format(time.RFC3339) + ", by " + r.By})
 	if r.Ended != nil {
 		rows = append(rows, []string{"ended", r.Ended.Format(time.RFC3339)})
 	}
 	if r.DestroyOld {
 		rows = append(rows, []string{"afterwards", "older versions are destroyed"})
+	}
+	if r.LeavePlaced {
+		rows = append(rows, []string{"left behind", "keys that stay in the old token by their placement"})
 	}
 	if r.Fault != "" {
 		rows = append(rows, []string{"waits", r.Fault})
@@ -62,33 +74,33 @@ The old master keys stay in the token, so that a backup from before can be resto
 --destroy-old is given. Keys that stay in the token (placement token) need no master key and are
 left as they are.`}
 	cmd.AddCommand(
-		newRotateVerb(a, "start", "Begin, or go on with what was stopped", `  kmsctl hsm rotate-master start --data ./kms --wait
+		newRotateVerb(a, "rotate-master", "start", "Begin, or go on with what was stopped", `  kmsctl hsm rotate-master start --data ./kms --wait
   kmsctl hsm rotate-master start --in-cluster-service --api-key-file admin.key
-  kmsctl hsm rotate-master start --data ./kms --destroy-old --yes --wait`, nil),
-		newRotateVerb(a, "status", "Show the versions and how far it is", `  kmsctl hsm rotate-master status --data ./kms
+  kmsctl hsm rotate-master start --data ./kms --destroy-old --yes --wait`),
+		newRotateVerb(a, "rotate-master", "status", "Show the versions and how far it is", `  kmsctl hsm rotate-master status --data ./kms
   kmsctl hsm rotate-master status --server https://kms:28674 --api-key-file admin.key -o json
-  kmsctl hsm rotate-master status --data ./kms --wait --timeout 10m`, nil),
-		newRotateVerb(a, "stop", "Let it rest; start goes on with it", `  kmsctl hsm rotate-master stop --data ./kms`, nil),
+  kmsctl hsm rotate-master status --data ./kms --wait --timeout 10m`),
+		newRotateVerb(a, "rotate-master", "stop", "Let it rest; start goes on with it", `  kmsctl hsm rotate-master stop --data ./kms`),
 	)
 	return cmd
 }
 
-func newRotateVerb(a *app.App, verb, short, example string, run func(context.Context, *rotateOptions) error) *cobra.Command {
-	o := &rotateOptions{App: a, verb: verb}
-	if run == nil {
-		run = runRotate
-	}
+func newRotateVerb(a *app.App, command, verb, short, example string) *cobra.Command {
+	o := &rotateOptions{App: a, command: command, verb: verb}
 	cmd := &cobra.Command{Use: verb, Short: short, Example: example, Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) }}
+		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, runRotate) }}
 	fs := cmd.Flags()
 	o.client.Add(fs, a)
-	if verb == "start" {
+	switch {
+	case verb == "start" && command == migrate:
+		fs.BoolVar(&o.move.LeavePlaced, "leave-placed", false, "leave keys behind that stay in the old token by their instance's placement: after the move they cannot be used")
+	case verb == "start":
 		fs.BoolVar(&o.in.DestroyOld, "destroy-old", false, "destroy all older master keys at the end: a backup from before can then not be restored any more")
 		o.confirm.Add(fs)
 	}
 	if verb != "stop" {
 		fs.BoolVar(&o.wait, "wait", false, "wait until what runs is done")
-		fs.DurationVar(&o.timeout, "timeout", time.Hour, "how long to wait; the rotation goes on by itself")
+		fs.DurationVar(&o.timeout, "timeout", time.Hour, "how long to wait; the job goes on by itself")
 	}
 	return cmd
 }
@@ -109,7 +121,11 @@ func runRotate(ctx context.Context, o *rotateOptions) error {
 	}
 	do := func(method, path string, in any) (s masterStatus, err error) {
 		err = c.Do(ctx, method, "/kmsctl/v1/master"+path, in, &s.MasterStatus)
-		return s, o.ClientError(o.verb+" the rotation of", "the master keys", err)
+		err = o.ClientError(o.verb+" "+o.job(), "the "+o.object(), err)
+		if f := new(fault.Error); o.command == migrate && fault.KindOf(err) == fault.Conflict && errors.As(err, &f) {
+			_ = f.WithHint("nothing has begun; `kmsctl hsm migrate --help` says what a move needs, and what --leave-placed leaves behind")
+		}
+		return s, err
 	}
 	var s masterStatus
 	switch o.verb {
@@ -117,7 +133,11 @@ func runRotate(ctx context.Context, o *rotateOptions) error {
 		s, err = do(http.MethodGet, "", nil)
 	case "stop":
 		s, err = do(http.MethodPost, "/stop", nil)
-	default:
+	case "start":
+		if o.command == migrate {
+			s, err = do(http.MethodPost, "/migrate", o.move)
+			break
+		}
 		if s, err = do(http.MethodGet, "", nil); err == nil && o.in.DestroyOld {
 			err = o.Confirm(&o.confirm, s.Installation, []string{fmt.Sprintf("master keys of version %d and older, once all is taken over: a backup from before can then not be restored any more", s.Version)})
 		}
@@ -134,25 +154,40 @@ func runRotate(ctx context.Context, o *rotateOptions) error {
 	return o.Print(s)
 }
 
-// await waits until a rotation is done, and tells how far it is.
+func (o *rotateOptions) job() string {
+	if o.command == migrate {
+		return "the move of"
+	}
+	return "the rotation of"
+}
+
+func (o *rotateOptions) object() string {
+	if o.command == migrate {
+		return "keys"
+	}
+	return "master keys"
+}
+
+// await waits until the job is done, and tells how far it is.
 func (o *rotateOptions) await(ctx context.Context, s masterStatus, do func(method, path string, in any) (masterStatus, error)) (masterStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
 	changed := s.Changed
+	op, object := "wait for "+o.job(), "the "+o.object()
 	for {
 		switch r := s.Rotation; {
 		case r == nil || r.State == kmsapi.RotationDone:
 			s.Changed = changed
 			return s, nil
 		case r.State == kmsapi.RotationStopped:
-			return s, fault.Newf(fault.Conflict, "wait for the rotation of", "the master keys", "somebody stopped it").WithHint("go on with: kmsctl hsm rotate-master start")
+			return s, fault.Newf(fault.Conflict, op, object, "somebody stopped it").WithHint("go on with: kmsctl hsm %s start", o.command)
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
 		case <-ctx.Done():
-			f := fault.New(fault.NotReady, "wait for the rotation of", "the master keys", ctx.Err()).WithHint("it goes on by itself: see kmsctl hsm rotate-master status")
+			f := fault.New(fault.NotReady, op, object, ctx.Err()).WithHint("it goes on by itself: see kmsctl hsm %s status", o.command)
 			if s.Rotation.Fault != "" {
-				f = fault.Newf(fault.NotReady, "wait for the rotation of", "the master keys", "%s", s.Rotation.Fault).WithHint("it is tried again by itself: see kmsctl hsm rotate-master status")
+				f = fault.Newf(fault.NotReady, op, object, "%s", s.Rotation.Fault).WithHint("it is tried again by itself: see kmsctl hsm %s status", o.command)
 			}
 			return s, f
 		}

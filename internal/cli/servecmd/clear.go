@@ -32,7 +32,7 @@ func (k *KMS) CloseEnded(g *server.Gate) {
 }
 
 func (k *KMS) clearing() *kms.Clearing {
-	c := &kms.Clearing{Store: k.store, Plain: k.plain, Sealer: k.Token, Opened: k.Opened, Now: k.kms.Time}
+	c := &kms.Clearing{Store: k.store, Plain: k.plain, Sealer: k.Token, Opened: k.Opened, Now: k.kms.Time, Moving: k.Token.Next() != nil}
 	for _, m := range k.Token.Members() {
 		c.Tokens = append(c.Tokens, m)
 	}

@@ -1,6 +1,7 @@
 package servecmd
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -18,6 +19,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/connector"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/kms"
 	"github.com/kmsctl/kmsctl/internal/pki"
 	"github.com/kmsctl/kmsctl/internal/render"
 	"github.com/kmsctl/kmsctl/internal/server"
@@ -36,6 +38,10 @@ type Embedded struct {
 	Serial     string      `json:"tokenSerial,omitempty"`
 	Slot       string      `json:"slot,omitempty"`
 	Windows    WindowFlags `json:"windows,omitzero"`
+	// The token to which keys can move; empty: there is none.
+	ToSecretFile string `json:"toSecretFile,omitempty"`
+	ToValuesFile string `json:"toValuesFile,omitempty"`
+	ToModule     string `json:"toModule,omitempty"`
 
 	Pass  app.PassphraseFlags `json:"-"`
 	Audit AuditFlags          `json:"-"`
@@ -101,7 +107,7 @@ func (e *Embedded) Start(ctx context.Context, a *app.App, log *slog.Logger, conn
 	client := member.Client()
 	r.stop = append(r.stop, func() { _ = client.Close() }) // the member behind it ends next
 	progress("storage", "etcd, embedded", filepath.Join(e.Data, "etcd"))
-	token, err := e.connector(ctx, a, sec, set, connectorLog)
+	token, err := e.tokens(ctx, a, store.NewPlain(client), sec, set, connectorLog)
 	if err != nil {
 		return nil, err
 	}
@@ -230,14 +236,16 @@ func (e *Embedded) connector(ctx context.Context, a *app.App, sec render.Secret,
 	if err != nil {
 		return nil, err
 	}
-	opts := connector.Options{Path: path, Module: e.Module, TokenLabel: e.Label, TokenSerial: e.Serial, Slot: slot, PIN: sec.Password, Stderr: log}
+	opts := connector.Options{Path: path, Module: e.Module, TokenLabel: e.Label, TokenSerial: e.Serial, Slot: slot, PIN: sec.Password, Stderr: log, GivesKeys: e.ToSecretFile != ""}
 	if opts.Module == "" {
 		opts.Module = model.Module
 	}
 	if e.Label == "" && e.Serial == "" && slot == nil {
 		switch {
 		case set.Model == "softhsm":
-			opts.TokenLabel, opts.SoftHSMDir = tokenLabel, filepath.Join(e.Data, "softhsm")
+			opts.TokenLabel, opts.SoftHSMDir = cmp.Or(set.TokenLabel, tokenLabel), filepath.Join(e.Data, "softhsm")
+		case set.TokenLabel != "":
+			opts.TokenLabel = set.TokenLabel
 		case set.SlotID != "":
 			if opts.Slot, err = app.ParseSlot(set.SlotID); err != nil {
 				return nil, err
@@ -247,11 +255,69 @@ func (e *Embedded) connector(ctx context.Context, a *app.App, sec render.Secret,
 	return connector.Start(ctx, opts)
 }
 
+// tokens starts the connector of the token, and of a second one to which keys
+// can move. When they have, the first is not asked for any more.
+func (e *Embedded) tokens(ctx context.Context, a *app.App, plain kms.Plain, sec render.Secret, set hsm.Settings, log io.Writer) (*connector.Client, error) {
+	if e.ToSecretFile == "" {
+		return e.connector(ctx, a, sec, set, log)
+	}
+	to := &Embedded{Data: e.Data, SecretFile: e.ToSecretFile, ValuesFile: e.ToValuesFile, Module: e.ToModule, Pass: e.Pass}
+	toSec, toSet, err := to.settings(a)
+	if err != nil {
+		return nil, err
+	}
+	defer toSec.Password.Zero()
+	stands, err := kms.Stands(ctx, plain)
+	if err != nil {
+		return nil, err
+	}
+	next, err := to.connector(ctx, a, toSec, toSet, log)
+	if err != nil {
+		return nil, err
+	}
+	info, err := next.Describe(ctx)
+	if err != nil {
+		next.Close()
+		return nil, err
+	}
+	token, err := e.connector(ctx, a, sec, set, log)
+	gone := err != nil
+	if err == nil {
+		err = different(ctx, token, info)
+	}
+	over := stands.Serial == info.Serial && len(stands.Left) == 0 && (gone || err == nil)
+	if token != nil && (over || err != nil) {
+		token.Close()
+	}
+	switch {
+	case over:
+		a.Warn("all keys have moved to token %q: give its two files as --secret and --values, and leave --to-secret and --to-values out", info.Label)
+		return next, nil
+	case err != nil:
+		next.Close()
+		return nil, err
+	}
+	token.Succeed(next, info.Serial)
+	return token, nil
+}
+
+func different(ctx context.Context, token *connector.Client, other hsm.TokenInfo) error {
+	info, err := token.Describe(ctx)
+	if err == nil && info.Serial == other.Serial {
+		err = fault.Newf(fault.Usage, "serve with two tokens", info.Label, "--values and --to-values name the same one").
+			WithHint("a second SoftHSM token has a label of its own: `kmsctl render overrides --model softhsm --token-label NAME`")
+	}
+	return err
+}
+
 // remember writes down where the two files are, and never what is in them.
 func (e *Embedded) remember() error {
 	abs := *e
 	var err error
-	for _, p := range []*string{&abs.SecretFile, &abs.ValuesFile} {
+	for _, p := range []*string{&abs.SecretFile, &abs.ValuesFile, &abs.ToSecretFile, &abs.ToValuesFile} {
+		if *p == "" {
+			continue
+		}
 		if *p, err = filepath.Abs(*p); err != nil {
 			return err
 		}

@@ -73,9 +73,11 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	if err != nil {
 		return nil, err
 	}
-	moved, err := kms.LeaveToken(connector.Only(ctx), plain, c.Token.Members())
-	if err != nil {
-		return nil, err
+	var moved *kms.Moved
+	if c.Token.Next() == nil {
+		if moved, err = kms.LeaveToken(connector.Only(ctx), plain, c.Token.Members()); err != nil {
+			return nil, err
+		}
 	}
 	uses := kms.NewUses(c.Uses)
 	again := newReopener(plain, c, uses)
@@ -105,7 +107,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	}
 	k.IAM = iam.New(st, iam.Config{SigningKey: key, Derive: k.deriveSigningKey, Now: c.Now})
 	ac := c.Audit
-	ac.Sign, ac.PublicKey, ac.Now, ac.SaveHead = c.Token.Sign, opened.Master.PublicKey, c.Now, k.saveHead
+	ac.Sign, ac.PublicKey, ac.Now, ac.SaveHead = c.Token.Maker().Sign, opened.Master.PublicKey, c.Now, k.saveHead
 	if ac.Known, err = k.knownHead(ctx); err != nil {
 		st.Close()
 		return nil, err
@@ -132,6 +134,16 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 // again when it was away, by the ledger of logins, and so do those that could
 // not be opened now.
 func unlock(ctx context.Context, plain *store.Plain, c KMSConfig, again *reopener) (opened kms.Opened, err error) {
+	stands, err := kms.Stands(ctx, plain)
+	if err != nil {
+		return opened, err
+	}
+	if c.Token.Next() != nil {
+		return unlockBoth(ctx, plain, c, again, stands)
+	}
+	if len(stands.Left) > 0 {
+		return opened, halfMoved(stands)
+	}
 	var errs []error
 	for _, m := range c.Token.Members() {
 		if opened, err = kms.Unlock(connector.Only(ctx), plain, m, c.Now); err == nil {
@@ -159,12 +171,17 @@ type reopener struct {
 	plain *store.Plain
 	now   func() time.Time
 	uses  *kms.Uses
+	both  bool // there are two tokens, each of which holds some of the master keys
 	turns map[*connector.Client]chan struct{}
 }
 
 func newReopener(plain *store.Plain, c KMSConfig, uses *kms.Uses) *reopener {
 	r := &reopener{plain: plain, now: c.Now, uses: uses, turns: map[*connector.Client]chan struct{}{}}
-	for _, m := range c.Token.Members() {
+	members := c.Token.Members()
+	if next := c.Token.Next(); next != nil {
+		r.both, members = true, append(members, next.Members()...)
+	}
+	for _, m := range members {
 		r.turns[m] = make(chan struct{}, 1)
 	}
 	return r
@@ -177,10 +194,46 @@ func (r *reopener) open(ctx context.Context, m *connector.Client) (kms.Epoch, er
 		return kms.Epoch{}, fault.New(fault.Unreachable, "open the HSM again", "", ctx.Err())
 	}
 	defer func() { <-r.turns[m] }()
-	o, err := kms.Unlock(connector.Only(ctx), r.plain, m, r.now)
+	open := kms.Unlock
+	if r.both {
+		open = kms.Attend
+	}
+	o, err := open(connector.Only(ctx), r.plain, m, r.now)
 	o.Zero()
 	r.uses.Saw(o.Master.Suite)
 	return o.Epoch, err
+}
+
+// unlockBoth opens the token that makes what is new, and attends to the other,
+// which may hold what was not taken over yet. Each opens itself again.
+func unlockBoth(ctx context.Context, plain *store.Plain, c KMSConfig, again *reopener, stands kms.Standing) (opened kms.Opened, err error) {
+	c.Token.Moved(stands.Serial, stands.Since)
+	for _, m := range c.Token.Maker().Members() {
+		if opened, err = kms.Unlock(connector.Only(ctx), plain, m, c.Now); err == nil {
+			break
+		}
+	}
+	if err != nil {
+		return opened, err
+	}
+	again.uses.Saw(opened.Master.Suite)
+	for _, m := range append(c.Token.Members(), c.Token.Next().Members()...) {
+		attend := func(ctx context.Context) error {
+			_, err := again.open(ctx, m)
+			return err
+		}
+		if err := attend(ctx); err != nil {
+			c.Log.Warn("one of two tokens", "error", err, "hint", fault.HintOf(err)) // what is in it answers 503 until then
+		}
+		m.Reopen(attend)
+	}
+	return opened, nil
+}
+
+// halfMoved says that keys are in two tokens, of which one is configured.
+func halfMoved(s kms.Standing) error {
+	return fault.Newf(fault.NotReady, "open the KMS", "", "its keys are moving from the token with serial number %q to %q, and both are needed until the move is over", s.Left[0], s.Serial).
+		WithHint("serve with --secret and --values of the old token, --to-secret and --to-values of the new one; see `kmsctl hsm migrate status`")
 }
 
 // gauges shows in the metrics what the parts count.
@@ -306,7 +359,7 @@ func (k *KMS) knownHead(ctx context.Context) (*audit.Head, error) {
 }
 
 func (k *KMS) heads(ctx context.Context) (kmsapi.AuditHeads, error) {
-	out := kmsapi.AuditHeads{PublicKey: k.Opened.Master.PublicKey, Heads: []kmsapi.AuditHead{}}
+	out := kmsapi.AuditHeads{PublicKey: k.audit.PublicKey(), Heads: []kmsapi.AuditHead{}}
 	err := k.store.List(ctx, "audit/", func(_ record.Meta, decode func(any) error) error {
 		var h kmsapi.AuditHead
 		if err := decode(&h); err != nil {

@@ -15,8 +15,14 @@ const rotationEvery = 10 * time.Second
 
 func (k *KMS) rotation() *kms.Rotation {
 	r := kms.Rotation{Store: k.store, Uses: k.uses, Plain: k.plain, HSM: k.Token, Name: k.Name, Now: k.Now, Masters: kms.NewMasters(k.plain, k.Opened.Epoch, k.openMasters)}
-	for _, m := range k.Token.Members() {
-		r.Tokens = append(r.Tokens, m)
+	if next := k.Token.Next(); next != nil {
+		r.Next = next
+	}
+	r.Tokens = func() (all []kms.MasterToken) {
+		for _, m := range k.Token.Maker().Members() {
+			all = append(all, m)
+		}
+		return all
 	}
 	r.Note = func(ctx context.Context, action, by, detail string) error {
 		return k.audit.Append(ctx, audit.Event{Action: action, Outcome: "success", Status: http.StatusNoContent, Principal: by, Detail: detail})
@@ -27,6 +33,9 @@ func (k *KMS) rotation() *kms.Rotation {
 // openMasters opens on every member what the installation names by now. A
 // member that is away opens it when it comes back.
 func (k *KMS) openMasters(ctx context.Context) (epoch kms.Epoch, err error) {
+	if k.Token.Next() != nil {
+		return k.openBoth(ctx)
+	}
 	opened := false
 	for _, m := range k.Token.Members() {
 		e, merr := k.again.open(ctx, m)
@@ -40,6 +49,29 @@ func (k *KMS) openMasters(ctx context.Context) (epoch kms.Epoch, err error) {
 		err = nil
 	}
 	return epoch, err
+}
+
+// openBoth does the same on two tokens while keys can move between them, and
+// sends each call to the one that it is for from then on.
+func (k *KMS) openBoth(ctx context.Context) (epoch kms.Epoch, err error) {
+	opened := false
+	for _, m := range append(k.Token.Members(), k.Token.Next().Members()...) {
+		e, merr := k.again.open(ctx, m)
+		if merr != nil {
+			err = merr
+			continue
+		}
+		epoch, opened = e, true
+	}
+	if !opened {
+		return epoch, err
+	}
+	stands, err := kms.Stands(ctx, k.plain)
+	if err != nil {
+		return epoch, err
+	}
+	k.Token.Moved(stands.Serial, stands.Since)
+	return epoch, k.audit.Resign(ctx, k.Token.Maker().Sign, stands.PublicKey)
 }
 
 // work begins to work on changes of the master keys.

@@ -85,13 +85,24 @@ func (r *restoring) openStore(ctx context.Context, data string) error {
 	return nil
 }
 
-// same refuses a token that is not the backup's.
+// same refuses a token that is not the backup's, and a backup of two tokens.
 func (r *restoring) same(ctx context.Context, head backup.Header) error {
 	info, err := r.token.Members()[0].Describe(connector.Only(ctx))
 	if err != nil {
 		return err
 	}
-	return head.Same(info.Serial)
+	if err := head.Same(info.Serial); err != nil {
+		return err
+	}
+	stands, err := kms.Stands(ctx, installed{install: head.Install})
+	if err != nil {
+		return err
+	}
+	if len(stands.Left) > 0 {
+		return fault.Newf(fault.NotReady, "restore", "", "the backup was made while keys were moving from the token with serial number %q to %q: half of them are in each", stands.Left[0], stands.Serial).
+			WithHint("restore one from before the move, with the old token, or from after it, with the new one; nothing was written")
+	}
+	return nil
 }
 
 // unlock opens the installation's master keys in the HSM, and gives what

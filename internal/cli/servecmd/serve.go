@@ -68,6 +68,9 @@ is not running: the folder remembers where the two files are (and nothing that i
 	fs.StringVar(&o.kms.Label, "token-label", "", "label of the token")
 	fs.StringVar(&o.kms.Serial, "token-serial", "", "serial number of the token")
 	fs.StringVar(&o.kms.Slot, "slot", "", "slot id; slots can move, so prefer label or serial")
+	fs.StringVar(&o.kms.ToSecretFile, "to-secret", "", "hsm-Secret.yaml of a second HSM, to which \"kmsctl hsm migrate\" moves all keys")
+	fs.StringVar(&o.kms.ToValuesFile, "to-values", "", "overrides_hsm.yaml of the second HSM")
+	fs.StringVar(&o.kms.ToModule, "to-module", "", "path of the second HSM's PKCS#11 library; without it, where the model's client puts it")
 	fs.BoolVar(&o.plainHTTP, "plain-http", false, "serve without TLS, on a loopback address only")
 	fs.StringVar(&o.adminKeyFile, "admin-key-file", "", "make a first administrator's API key and write it here, once")
 	fs.StringSliceVar(&o.san, "san", nil, "further DNS names or addresses in the API's certificate")
@@ -89,6 +92,9 @@ func (o *serveOptions) Check() error {
 		if v == "" && !o.oneCall {
 			errs = append(errs, fault.Usagef("--%s: missing", name).WithHint("make the two files with `kmsctl render secret` and `kmsctl render overrides`"))
 		}
+	}
+	if (o.kms.ToSecretFile == "") != (o.kms.ToValuesFile == "") || o.kms.ToModule != "" && o.kms.ToSecretFile == "" {
+		errs = append(errs, fault.Usagef("--to-secret, --to-values: give both or none").WithHint("they are the two files of the HSM to which keys move; --to-module goes with them"))
 	}
 	if _, err := app.ParseSlot(o.kms.Slot); err != nil {
 		errs = append(errs, err)
