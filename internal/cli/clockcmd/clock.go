@@ -73,7 +73,7 @@ right clock. Set the clock right, or confirm it. A clock that is set back change
 
 How long the KMS was stopped cannot be known: a gap of up to three days (--window downtime=…) is taken
 for a stop when no other process runs; after a longer one the clock waits to be confirmed. So it does
-after the restore of an older backup, and when a running machine slept for longer than an hour.
+after the restore of an older backup.
 
 The exit code is 7 when the clock is not right.`,
 		Example: "  kmsctl clock\n  kmsctl clock --data ./kms -o json\n  kmsctl clock --server https://kms:28674 --api-key-file admin.key",
