@@ -3,6 +3,7 @@ package servecmd
 import (
 	"context"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/audit"
@@ -31,13 +32,15 @@ func (k *KMS) rotation() *kms.Rotation {
 }
 
 // openMasters opens on every member what the installation names by now. A
-// member that is away opens it when it comes back.
+// member that is away opens it when it comes back. While keys can move to a
+// second token, each call is sent to the one that it is for from then on.
 func (k *KMS) openMasters(ctx context.Context) (epoch kms.Epoch, err error) {
-	if k.Token.Next() != nil {
-		return k.openBoth(ctx)
+	members, next := k.Token.Members(), k.Token.Next()
+	if next != nil {
+		members = slices.Concat(members, next.Members())
 	}
 	opened := false
-	for _, m := range k.Token.Members() {
+	for _, m := range members {
 		e, merr := k.again.open(ctx, m)
 		if merr != nil {
 			err = merr
@@ -45,26 +48,11 @@ func (k *KMS) openMasters(ctx context.Context) (epoch kms.Epoch, err error) {
 		}
 		epoch, opened = e, true
 	}
-	if opened {
-		err = nil
-	}
-	return epoch, err
-}
-
-// openBoth does the same on two tokens while keys can move between them, and
-// sends each call to the one that it is for from then on.
-func (k *KMS) openBoth(ctx context.Context) (epoch kms.Epoch, err error) {
-	opened := false
-	for _, m := range append(k.Token.Members(), k.Token.Next().Members()...) {
-		e, merr := k.again.open(ctx, m)
-		if merr != nil {
-			err = merr
-			continue
-		}
-		epoch, opened = e, true
-	}
-	if !opened {
+	switch {
+	case !opened:
 		return epoch, err
+	case next == nil:
+		return epoch, nil
 	}
 	stands, err := kms.Stands(ctx, k.plain)
 	if err != nil {
