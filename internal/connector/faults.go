@@ -35,20 +35,11 @@ func toFault(op string, err error) error {
 }
 
 func rebuild(kindName, op, object, cause, hint string) *fault.Error {
-	e := &fault.Error{Kind: kind(kindName), Op: op, Object: object, Hint: hint}
+	e := &fault.Error{Kind: fault.KindNamed(kindName), Op: op, Object: object, Hint: hint}
 	if cause != "" {
 		e.Err = errors.New(cause)
 	}
 	return e
-}
-
-func kind(name string) fault.Kind {
-	for _, k := range fault.Kinds() {
-		if k.String() == name {
-			return k
-		}
-	}
-	return fault.Other
 }
 
 // notOpen says that the connector answered, and has no login or no master keys.

@@ -57,7 +57,7 @@ func LeaveToken[T Token](ctx context.Context, s MovableStore, members []T) (*Mov
 		return nil, err
 	}
 	m.By = last.By
-	upTo, err := s.Peek(ctx, func(r record.Raw) error { return m.mayGo(r) })
+	upTo, err := s.Peek(ctx, m.mayGo)
 	if err != nil {
 		return nil, err
 	}
