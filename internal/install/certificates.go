@@ -30,12 +30,15 @@ type Leaf struct {
 // CASecret is the name of the Secret with the CA of a release.
 func CASecret(release string) string { return release + "-ca" }
 
+// API is the name of a release's API, its StatefulSet and the Service of its pods.
+func API(release string) string { return release + "-oss" }
+
 func apiSecret(release string) string { return release + "-api-tls" }
 
 // Leaves lists the certificates of a release.
 func Leaves(release, namespace, domain, service string) []Leaf {
 	api := []string{"localhost", "127.0.0.1"}
-	for _, n := range []string{service, release + "-oss"} {
+	for _, n := range []string{service, API(release)} {
 		api = append(api, n, n+"."+namespace, n+"."+namespace+".svc", n+"."+namespace+".svc."+domain)
 	}
 	storage := []string{"localhost", "127.0.0.1"}

@@ -145,7 +145,7 @@ func (w *Watcher) health(ctx context.Context) {
 	if !changed {
 		return
 	}
-	e := cluster.Event{Namespace: w.Namespace, Kind: "StatefulSet", Name: w.Release + "-oss", Reason: "KMSReady", Message: "the API is ready"}
+	e := cluster.Event{Namespace: w.Namespace, Kind: "StatefulSet", Name: install.API(w.Release), Reason: "KMSReady", Message: "the API is ready"}
 	if problem == "" {
 		w.Log.Info("the API is ready")
 	} else {

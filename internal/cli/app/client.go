@@ -159,7 +159,7 @@ func (a *App) inCluster(ctx context.Context, f *ClientFlags, cfg *kmsclient.Conf
 		}
 		cfg.CA = ca.Data["ca.crt"]
 	}
-	addr, stop, err := c.Forward(ctx, f.kube.Namespace, f.kube.Release+"-oss", apiPort)
+	addr, stop, err := c.Forward(ctx, f.kube.Namespace, install.API(f.kube.Release), apiPort)
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/install"
 	"github.com/kmsctl/kmsctl/internal/kube"
 )
 
@@ -58,7 +59,7 @@ func (o *restoreOptions) inPod(ctx context.Context, in io.Reader, result any, fl
 		return err
 	}
 	var out, errs bytes.Buffer
-	code, err := cluster.Run(ctx, kube.Exec{Namespace: o.kube.Namespace, Service: o.kube.Release + "-oss", Container: apiContainer, Stdin: in, Stdout: &out, Stderr: &errs,
+	code, err := cluster.Run(ctx, kube.Exec{Namespace: o.kube.Namespace, Service: install.API(o.kube.Release), Container: apiContainer, Stdin: in, Stdout: &out, Stderr: &errs,
 		Command: func(args []string) []string { return inPodCommand(args, flags) }})
 	said := o.passOn(errs.String())
 	if err != nil {
