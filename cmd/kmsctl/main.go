@@ -17,6 +17,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cli/releasecmd"
 	"github.com/kmsctl/kmsctl/internal/cli/rendercmd"
 	"github.com/kmsctl/kmsctl/internal/cli/setupcmd"
+	_ "github.com/kmsctl/kmsctl/internal/gc"
 )
 
 // version is set by the linker; without it, the build's own information counts.
