@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"path"
 	"slices"
 	"strings"
 	"sync"
@@ -64,9 +63,6 @@ func (l *load) foreign(ctx context.Context) error {
 		if err := l.Archive.Whole(ctx, l.Limits); err != nil {
 			return err
 		}
-	}
-	if l.DryRun {
-		return s.dryRun(ctx)
 	}
 	s.pool = newPool(16)
 	s.workers = make(chan struct{}, max(min(l.Jobs, 4), 1))
@@ -391,34 +387,6 @@ func disagree(was, is ppa.Manifest) error {
 			if w.Ref() == i.Ref() && i.Archive != "" && w.Archive != "" && w.Archive != i.Archive {
 				return fault.Newf(fault.BadContent, "read archive", "", "its manifests disagree: image %q stands in %q and in %q", i.Ref(), w.Archive, i.Archive)
 			}
-		}
-	}
-	return nil
-}
-
-// dryRun says what would be done, from the manifest alone: without reading the
-// layers nobody knows their digests.
-func (s *stream) dryRun(ctx context.Context) error {
-	if !s.planned {
-		return fault.Usagef("--dry-run: needs an archive that can be read twice").WithHint("give a file instead of standard input")
-	}
-	for _, i := range s.m.Images {
-		if i.Archive == "" {
-			continue
-		}
-		repo := s.Repository(i.Name)
-		have, err := s.Registry.ManifestDigest(ctx, repo, i.Tag)
-		o := Object{Kind: "image", Name: i.Ref(), Target: s.target(repo, i.Tag), Status: WouldPush}
-		if have != "" {
-			s.warn("%s is there already; whether it is the same is known when its layers are read", o.Target)
-		}
-		s.done(o, err)
-	}
-	s.lists(ctx, s.m)
-	for _, c := range s.m.Charts {
-		o := Object{Kind: "chart", Name: path.Base(c.Archive), Target: path.Base(c.Archive), Status: WouldPush}
-		if s.Charts != nil {
-			s.done(o, nil)
 		}
 	}
 	return nil

@@ -28,11 +28,6 @@ func (l *load) lists(ctx context.Context, m ppa.Manifest) {
 		}
 		repo := l.Repository(i.Name)
 		o := Object{Kind: "list", Name: i.Ref(), Target: l.target(repo, i.Tag), Status: Pushed}
-		if l.DryRun {
-			o.Status = WouldPush
-			l.done(o, nil)
-			continue
-		}
 		body, err := l.list(ctx, repo, i)
 		if err == nil {
 			o.Digest = archive.DigestOf(body)

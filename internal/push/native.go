@@ -9,7 +9,6 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/archive"
 	"github.com/kmsctl/kmsctl/internal/fault"
-	"github.com/kmsctl/kmsctl/internal/output"
 	"github.com/kmsctl/kmsctl/pkg/ppa"
 )
 
@@ -81,13 +80,10 @@ func (l *load) nativeImage(ctx context.Context, entry ppa.Image, i archive.Index
 		l.done(o, nil)
 		return
 	}
-	if l.DryRun {
-		o.Status = WouldPush
-	}
 	if err == nil {
 		err = l.nativeBlobs(ctx, repo, i)
 	}
-	if err == nil && !l.DryRun {
+	if err == nil {
 		err = l.nativeManifest(ctx, repo, entry.Tag, i)
 	}
 	l.done(o, err)
@@ -106,11 +102,8 @@ func (l *load) nativeBlobs(ctx context.Context, repo string, i archive.IndexImag
 	for _, y := range i.Layers {
 		all = append(all, y.Descriptor)
 	}
-	var bar *output.Bar
-	if !l.DryRun {
-		bar = l.Progress.Begin(i.Refs[0], sizeOf(all))
-		defer bar.End()
-	}
+	bar := l.Progress.Begin(i.Refs[0], sizeOf(all))
+	defer bar.End()
 	errs := make([]error, len(all))
 	var wg sync.WaitGroup
 	for n, d := range all {

@@ -136,6 +136,12 @@ type blobState struct {
 
 // Load runs. The report is there also when an error is.
 func Load(ctx context.Context, o Options) (*Report, error) {
+	if o.DryRun {
+		o.Registry = rehearse(o.Registry)
+		if o.Known != nil {
+			o.Known = recalled{o.Known}
+		}
+	}
 	l := &load{Options: o, blobs: map[string]*blobState{}, slots: make(chan struct{}, max(o.Jobs, 1))}
 	l.report = Report{Archive: o.Archive.Name, DryRun: o.DryRun, Objects: []Object{}, Warnings: []string{}}
 	var err error
@@ -193,6 +199,9 @@ func distinct(errs []error) (out []error) {
 func (l *load) done(o Object, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.DryRun && o.Status == Pushed {
+		o.Status = WouldPush
+	}
 	if err != nil {
 		o.Status, o.Error = Failed, err.Error()
 		l.errs = append(l.errs, about(err, "push "+o.Kind, o.Target))
@@ -278,9 +287,6 @@ func (l *load) have(ctx context.Context, s *blobState, repo, digest string) (boo
 		l.count(&l.report.BlobsPresent, 0)
 		return true, nil
 	}
-	if l.DryRun {
-		return len(s.repos) > 0, nil // it would be mounted
-	}
 	for _, from := range s.repos {
 		ok, err := l.Registry.Mount(ctx, repo, digest, from)
 		if err != nil {
@@ -303,11 +309,6 @@ func (l *load) bring(ctx context.Context, repo string, d archive.Descriptor, ope
 	defer s.mu.Unlock()
 	if ok, err := l.have(ctx, s, repo, d.Digest); ok || err != nil {
 		return err
-	}
-	if l.DryRun {
-		s.repos = append(s.repos, repo)
-		l.count(&l.report.BlobsSent, d.Size)
-		return nil
 	}
 	l.slots <- struct{}{}
 	defer func() { <-l.slots }()
@@ -337,9 +338,6 @@ func (l *load) chart(ctx context.Context, in ppa.Chart, pkg []byte) {
 		result, err = l.Charts.Put(ctx, c, pkg)
 	}
 	o.Status = string(result)
-	if l.DryRun && result == chart.Pushed {
-		o.Status = WouldPush
-	}
 	l.done(o, err)
 }
 

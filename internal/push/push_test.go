@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -718,23 +719,45 @@ func TestChangedTag(t *testing.T) {
 	}
 }
 
+// TestDryRun foretells to the byte and the digest what a load does then, and
+// changes nothing.
 func TestDryRun(t *testing.T) {
 	t.Parallel()
-	for name, b := range map[string][]byte{"ours": ours(t), "good": testkit.Archives()["good"]} {
-		s := newSite(t)
-		dry := func(o *push.Options) { o.DryRun = true }
-		r, err := s.load(t, b, false, dry)
-		if err != nil || strings.Count(statuses(r), push.WouldPush) != 3 {
-			t.Errorf("%s: %s, %v", name, statuses(r), err)
-		}
-		s.missing(t, "org/one:1.0")
-		if _, err := os.Stat(filepath.Join(s.charts, "index.yaml")); err == nil {
-			t.Errorf("%s: a dry run wrote the chart repository", name)
-		}
-		if name == "ours" {
-			real, err := s.load(t, b, false)
-			if err != nil || real.BytesSent != r.BytesSent {
-				t.Errorf("foretold %d bytes, sent %d, %v", r.BytesSent, real.BytesSent, err)
+	archives := testkit.Archives()
+	for name, b := range map[string][]byte{"ours": ours(t), "good": archives["good"], "multi-arch": archives["multi-arch"], "oci-list": archives["oci-list"]} {
+		for _, stdin := range []bool{false, true} {
+			if stdin && name != "good" {
+				continue
+			}
+			s := newSite(t)
+			sent := s.sends(t)
+			told, err := s.load(t, b, stdin, func(o *push.Options) { o.DryRun = true })
+			if err != nil || strings.Contains(statuses(told), push.Pushed) || told.BytesSent == 0 {
+				t.Errorf("%s: %s, %d bytes, %v", name, statuses(told), told.BytesSent, err)
+			}
+			if n := sent.Load(); n > 0 {
+				t.Errorf("%s: a dry run sent %d requests that change the registry", name, n)
+			}
+			if _, err := os.Stat(filepath.Join(s.charts, "index.yaml")); err == nil {
+				t.Errorf("%s: a dry run wrote the chart repository", name)
+			}
+			did, err := s.load(t, b, stdin)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range told.Objects {
+				if told.Objects[i].Status != push.WouldPush {
+					t.Errorf("%s: %s %s, want %s", name, told.Objects[i].Target, told.Objects[i].Status, push.WouldPush)
+				}
+				told.Objects[i].Status = push.Pushed
+			}
+			told.DryRun, told.Archive = false, did.Archive
+			if !reflect.DeepEqual(told, did) {
+				t.Errorf("%s: foretold\n%+v, did\n%+v", name, told, did)
+			}
+			again, err := s.load(t, b, stdin, func(o *push.Options) { o.DryRun = true })
+			if err != nil || again.BytesSent != 0 || strings.Contains(statuses(again), push.WouldPush) {
+				t.Errorf("%s: with all there: %s, %d bytes, %v", name, statuses(again), again.BytesSent, err)
 			}
 		}
 	}

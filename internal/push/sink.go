@@ -96,12 +96,14 @@ func (s *sink) arrived() error {
 // finish closes the upload under its digest, unless the registry has it.
 func (s *sink) finish(out *Layer) error {
 	out.Digest, out.Size = digest(s.sum), s.n
-	defer func() { free(s.part) }()
+	defer func() {
+		free(s.part)
+		s.part = nil
+	}()
 	l := s.j.r.s.load
 	if s.upload == nil {
-		part := s.part
 		return l.bring(s.j.r.s.ctx, s.j.r.repo, archive.Descriptor{Size: s.n, Digest: out.Digest},
-			func(from int64) (io.Reader, error) { return bytes.NewReader(part[from:]), nil }, nil)
+			func(from int64) (io.Reader, error) { return bytes.NewReader(s.part[from:]), nil }, nil)
 	}
 	if err := s.arrived(); err != nil {
 		return err

@@ -66,7 +66,7 @@ the registry has it.`,
 	fs := cmd.Flags()
 	o.delivery.Add(fs)
 	fs.IntVar(&o.jobs, "jobs", app.DefaultJobs, "uploads at the same time")
-	fs.BoolVar(&o.dryRun, "dry-run", false, "say what would be sent, and send nothing")
+	fs.BoolVar(&o.dryRun, "dry-run", false, "say what would be sent, to the byte, and send nothing; an archive that is not kmsctl's own is read and compressed for it")
 	fs.StringVar(&o.compression, "layer-compression", app.DefaultCompression, "of layers that stand uncompressed in the archive: "+strings.Join(compressions, ", "))
 	fs.StringVar(&o.staging, "staging-repository", "", "repository for layers whose own is not known yet, when standard input has the manifest behind the images")
 	fs.StringVar(&o.key, "key", "", "minisign public key file by which the archive must be signed")
