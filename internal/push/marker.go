@@ -152,16 +152,23 @@ func (s *stream) readMarker(ctx context.Context, repo, d string, key []byte) (*m
 	if err != nil {
 		return nil, false
 	}
-	var sealed sealedMarker
-	if json.Unmarshal(b, &sealed) != nil || !hmac.Equal(sealed.Code, code(key, sealed.Body)) {
+	m, ok := openMarker(b, key)
+	if !ok {
 		s.warn("a marker in the registry says that this archive is loaded, and was not made from it: it is not believed")
 		return nil, false
 	}
-	m := &marker{}
-	if json.Unmarshal(sealed.Body, m) != nil || m.Version != markerVersion || m.Compression != s.Compression {
+	return m, m.Version == markerVersion && m.Compression == s.Compression
+}
+
+// openMarker reads a marker that was made with that key; of another, nothing is
+// read but the code.
+func openMarker(b, key []byte) (*marker, bool) {
+	var sealed sealedMarker
+	if json.Unmarshal(b, &sealed) != nil || !hmac.Equal(sealed.Code, code(key, sealed.Body)) {
 		return nil, false
 	}
-	return m, true
+	m := &marker{}
+	return m, json.Unmarshal(sealed.Body, m) == nil
 }
 
 // allThere looks whether every image of a marker is under its tag.
