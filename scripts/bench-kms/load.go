@@ -140,19 +140,19 @@ func (t *target) load(ctx context.Context, op string, c int, d time.Duration) (f
 
 // page measures one list page of 200 keys in the middle, in milliseconds, by
 // the local socket.
-func (b *bench) page(ctx context.Context, data string, n int) (float64, error) {
-	socket := filepath.Join(b.dir, data, "api.sock")
+func (b *bench) page(ctx context.Context, s *sized) (float64, error) {
+	socket := filepath.Join(b.dir, s.name, "api.sock")
 	c := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	}}}
 	defer c.CloseIdleConnections()
 	var all []float64
 	for range 21 {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://local/api/v2/keys?limit=200&offset=%d", n/2), nil)
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://local/api/v2/keys?limit=200&offset=%d", s.n/2), nil)
 		if err != nil {
 			return 0, err
 		}
-		req.Header.Set(kmsapi.HeaderInstance, b.instance)
+		req.Header.Set(kmsapi.HeaderInstance, s.instance)
 		began := time.Now()
 		res, err := c.Do(req)
 		if err != nil {

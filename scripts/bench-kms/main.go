@@ -83,8 +83,7 @@ func run(ctx context.Context, o options) error {
 
 type bench struct {
 	options
-	dir      string
-	instance string // of the keys that were seeded
+	dir string
 }
 
 func (b *bench) kmsctl(ctx context.Context, args ...string) *exec.Cmd {
@@ -229,18 +228,27 @@ func (b *bench) speed(ctx context.Context) error {
 	return nil
 }
 
-// compare measures one operation on all targets in turn, round by round, so
+// inTurn measures one operation on all targets in turn, round by round, so
 // that a disturbance meets all of them.
-func (b *bench) compare(ctx context.Context, targets []*target, op string, c int) error {
+func (b *bench) inTurn(ctx context.Context, targets []*target, op string, c int) (map[string][]figures, error) {
 	got := map[string][]figures{}
 	for range b.rounds {
 		for _, t := range targets {
 			f, err := t.load(ctx, op, c, time.Duration(b.seconds*float64(time.Second)))
 			if err != nil {
-				return fmt.Errorf("%s %s: %w", t.name, op, err)
+				return nil, fmt.Errorf("%s %s: %w", t.name, op, err)
 			}
 			got[t.name] = append(got[t.name], f)
 		}
+	}
+	return got, nil
+}
+
+// compare prints what one operation costs on each target, and the ratios.
+func (b *bench) compare(ctx context.Context, targets []*target, op string, c int) error {
+	got, err := b.inTurn(ctx, targets, op, c)
+	if err != nil {
+		return err
 	}
 	base, frames := median(got["floor"]), median(got["frames"])
 	for _, t := range targets {
@@ -273,55 +281,83 @@ func median(all []figures) figures {
 		mid(func(f figures) float64 { return f.p99 }), mid(func(f figures) float64 { return f.rate })}
 }
 
-// sizes prints memory, time to ready and the cost of lists by number of keys.
+// sizes prints memory, time to ready and the cost of lists and wraps by number
+// of keys.
 func (b *bench) sizes(ctx context.Context) error {
-	fmt.Printf("\n%8s  %8s %8s %8s  %9s %9s %9s\n", "keys", "ready ms", "RSS MiB", "peak MiB", "page ms", "list CPU", "wrap CPU µs")
+	var all []*sized
+	var targets []*target
+	defer func() {
+		for _, s := range all {
+			_ = s.stop() // it has nothing to lose
+		}
+	}()
 	for _, n := range []int{1000, b.many} {
 		if n == 0 {
 			continue
 		}
-		if err := b.size(ctx, n); err != nil {
+		s, err := b.grown(ctx, n)
+		if err != nil {
 			return err
 		}
+		all, targets = append(all, s), append(targets, s.target)
+	}
+	got, err := b.inTurn(ctx, targets, "wrap", 8)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("\n%8s  %8s %8s %8s  %9s %9s %11s\n", "keys", "ready ms", "RSS MiB", "peak MiB", "page ms", "list CPU", "wrap CPU µs")
+	least := median(got[all[0].name]).cpu
+	for _, s := range all {
+		if err := b.look(ctx, s); err != nil {
+			return err
+		}
+		cpu := median(got[s.name]).cpu
+		fmt.Printf("%8d  %8d %8.1f %8.1f  %9.2f %6d ms %11.0f   %.2f × %d keys\n", s.n, s.ready.Milliseconds(), s.rss, s.peak, s.page, s.list.Milliseconds(), cpu, cpu/least, all[0].n)
 	}
 	return nil
 }
 
-func (b *bench) size(ctx context.Context, n int) error {
+// sized is a server of n keys, and what it takes.
+type sized struct {
+	*target
+	n         int
+	instance  string
+	rss, peak float64       // MiB
+	page      float64       // ms
+	list      time.Duration // CPU
+}
+
+// grown starts a server whose store has n keys.
+func (b *bench) grown(ctx context.Context, n int) (*sized, error) {
 	data := fmt.Sprintf("keys%d", n)
 	s, err := b.serve(ctx, data, "--plain-http")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	svc, err := b.onboard(ctx, data, "bench")
 	if err := errors.Join(err, s.stop()); err != nil {
-		return err
+		return nil, err
 	}
 	if err := b.seed(ctx, filepath.Join(b.dir, data), svc, n); err != nil {
-		return fmt.Errorf("seed: %w", err)
+		return nil, fmt.Errorf("seed: %w", err)
 	}
 	if s, err = b.serve(ctx, data, "--plain-http"); err != nil {
-		return err
+		return nil, err
 	}
-	defer func() { _ = s.stop() }()
 	t, err := newTarget(ctx, data, s, svc)
-	if err != nil {
+	return &sized{target: t, n: n, instance: svc.InstanceID}, err
+}
+
+// look measures what is no load: memory after it, a page, and a list.
+func (b *bench) look(ctx context.Context, s *sized) (err error) {
+	s.rss, s.peak = memory(s.pids)
+	if s.page, err = b.page(ctx, s); err != nil {
 		return err
 	}
-	f, err := t.load(ctx, "wrap", 8, time.Duration(b.seconds*float64(time.Second)))
-	if err != nil {
-		return err
-	}
-	rss, peak := memory(s.pids)
-	page, err := b.page(ctx, data, n)
-	if err != nil {
-		return err
-	}
-	list := b.kmsctl(ctx, "keys", "list", "--data", data, "--instance", svc.InstanceID)
+	list := b.kmsctl(ctx, "keys", "list", "--data", s.name, "--instance", s.instance)
 	if out, err := list.CombinedOutput(); err != nil {
 		return fmt.Errorf("keys list: %w\n%s", err, out)
 	}
-	cpu := list.ProcessState.UserTime() + list.ProcessState.SystemTime()
-	fmt.Printf("%8d  %8d %8.1f %8.1f  %9.2f %7d ms %9.0f\n", n, s.ready.Milliseconds(), rss, peak, page, cpu.Milliseconds(), f.cpu)
+	s.list = list.ProcessState.UserTime() + list.ProcessState.SystemTime()
 	return nil
 }

@@ -41,7 +41,6 @@ func (b *bench) seed(ctx context.Context, data string, svc service, n int) error
 		return err
 	}
 	defer st.Close()
-	b.instance = svc.InstanceID
 	var k map[string]any
 	dir := "keys/" + svc.InstanceID + "/"
 	if _, err := st.Get(ctx, dir+svc.KeyID, &k); err != nil {
