@@ -86,8 +86,8 @@ type listedRecord struct {
 	} `json:"version"`
 }
 
-func (r *listedRecord) listed(path string) *listed {
-	k := &listed{id: path[strings.LastIndexByte(path, '/')+1:], name: r.Name, ring: unique.Make(r.KeyRing).Value(), aliases: r.Aliases,
+func (r *listedRecord) listed(id string) *listed {
+	k := &listed{id: id, name: r.Name, ring: unique.Make(r.KeyRing).Value(), aliases: r.Aliases,
 		created: momentOf(&r.CreatedAt), updated: momentOf(&r.UpdatedAt), rotated: momentOf(r.RotatedAt), expires: momentOf(r.Expires), deleted: momentOf(r.DeletedAt),
 		state: r.State, standard: r.Kind == kindStandard, imported: r.Imported}
 	if r.Rotation != nil && r.Rotation.Enabled && !r.Imported {
@@ -138,7 +138,7 @@ func list(ctx context.Context, s Store, dir string) (*indexed, error) {
 		if err := decode(&r); err != nil {
 			return err
 		}
-		out.sorted = append(out.sorted, r.listed(m.Path))
+		out.sorted = append(out.sorted, r.listed(m.Name))
 		return nil
 	})
 	return out, err
@@ -160,9 +160,9 @@ func (x *indexed) with(ctx context.Context, s Store, paths []string, now int64) 
 		case err != nil:
 			return nil, err
 		case there:
-			out.sorted[i] = r.listed(p)
+			out.sorted[i] = r.listed(id)
 		default:
-			out.sorted = slices.Insert(out.sorted, i, r.listed(p))
+			out.sorted = slices.Insert(out.sorted, i, r.listed(id))
 		}
 	}
 	return out, nil

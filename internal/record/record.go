@@ -49,6 +49,7 @@ type Change struct {
 // Meta is what the store knows of a record besides its body.
 type Meta struct {
 	Path string
+	Name string // the path's last part; who keeps it keeps no copy
 	Rev  int64
 }
 

@@ -105,7 +105,7 @@ type Store struct {
 	ending    sync.Once
 
 	mu    sync.RWMutex
-	kv    map[string]map[string]entry // folder → path → record
+	kv    map[string]map[string]entry // folder → name in it → record
 	vers  map[string]int64            // folder → revision of its last change
 	diary []change                    // the last changes, oldest first
 	since int64                       // the diary is complete from here on
@@ -216,7 +216,7 @@ func (s *Store) load(ctx context.Context) error {
 	}
 	s.advance(rev)
 	s.mu.Unlock()
-	if _, ends := kv[folder(record.EndPath)][record.EndPath]; ends {
+	if _, ends := find(kv, record.EndPath); ends {
 		s.end()
 	}
 	return nil
@@ -303,7 +303,8 @@ func (s *Store) apply(res clientv3.WatchResponse) {
 			}
 			continue
 		}
-		s.vers[folder(path)] = e.Kv.ModRevision
+		dir, _ := split(path)
+		s.vers[dir] = e.Kv.ModRevision
 		s.note(change{path, e.Kv.ModRevision})
 		if e.Type == clientv3.EventTypeDelete {
 			drop(s.kv, path)
@@ -329,7 +330,7 @@ func (s *Store) Lag() time.Duration {
 // read once from etcd itself, since another replica may just have made it.
 func (s *Store) Get(ctx context.Context, path string, v any) (int64, error) {
 	s.mu.RLock()
-	e, ok := s.kv[folder(path)][path]
+	e, ok := find(s.kv, path)
 	s.mu.RUnlock()
 	if !ok {
 		ctx, cancel := bound(ctx)
@@ -354,23 +355,23 @@ const keepListed = 64
 // folder has records, whatever else there is.
 func (s *Store) List(_ context.Context, dir string, each func(m record.Meta, decode func(v any) error) error) error {
 	type found struct {
-		path string
+		name string
 		entry
 	}
 	s.mu.RLock()
 	part := make([]found, 0, len(s.kv[dir]))
-	for path, e := range s.kv[dir] {
-		part = append(part, found{path, e})
+	for name, e := range s.kv[dir] {
+		part = append(part, found{name, e})
 	}
 	s.mu.RUnlock()
-	slices.SortFunc(part, func(a, b found) int { return strings.Compare(a.path, b.path) })
+	slices.SortFunc(part, func(a, b found) int { return strings.Compare(a.name, b.name) })
 	for _, f := range part {
-		path, e := f.path, f.entry
+		path, e := dir+f.name, f.entry
 		if len(part) > keepListed {
 			e.json = nil // who lists many keeps what it needs itself
 		}
 		decode := func(v any) error { return s.decode(path, e, v) }
-		if err := each(record.Meta{Path: path, Rev: e.rev}, decode); err != nil {
+		if err := each(record.Meta{Path: path, Name: f.name, Rev: e.rev}, decode); err != nil {
 			return err
 		}
 	}
@@ -413,27 +414,38 @@ func (s *Store) Since(dir string, version int64) (paths []string, now int64, ok 
 		return nil, 0, false
 	}
 	for i := len(s.diary) - 1; i >= 0 && s.diary[i].rev > version; i-- {
-		if p := s.diary[i].path; folder(p) == dir && !slices.Contains(paths, p) {
+		p := s.diary[i].path
+		if in, _ := split(p); in == dir && !slices.Contains(paths, p) {
 			paths = append(paths, p)
 		}
 	}
 	return paths, max(version, s.vers[dir]), true
 }
 
-// folder is a path up to and with its last slash.
-func folder(path string) string { return path[:strings.LastIndexByte(path, '/')+1] }
+// split gives a path's folder, up to and with its last slash, and its name there.
+func split(path string) (dir, name string) {
+	n := strings.LastIndexByte(path, '/') + 1
+	return path[:n], path[n:]
+}
 
+func find(kv map[string]map[string]entry, path string) (entry, bool) {
+	dir, name := split(path)
+	e, ok := kv[dir][name]
+	return e, ok
+}
+
+// put keeps the name without its path: there are as many as there are keys.
 func put(kv map[string]map[string]entry, path string, e entry) {
-	dir := folder(path)
+	dir, name := split(path)
 	if kv[dir] == nil {
 		kv[dir] = map[string]entry{}
 	}
-	kv[dir][path] = e
+	kv[dir][strings.Clone(name)] = e
 }
 
 func drop(kv map[string]map[string]entry, path string) {
-	dir := folder(path)
-	delete(kv[dir], path)
+	dir, name := split(path)
+	delete(kv[dir], name)
 	if len(kv[dir]) == 0 {
 		delete(kv, dir)
 	}

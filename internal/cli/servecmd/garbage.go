@@ -7,9 +7,10 @@ import (
 )
 
 // garbageMost is about how much garbage may lie in memory besides what lives.
-// Go's own rule is as much again: with 100,000 keys that would be more than
-// the keys.
-const garbageMost = 64 << 20
+// Go's own rule is as much again, by which collecting costs a call the same
+// however many keys there are: half as much garbage costs each twice. So the
+// rule holds for up to about 100,000 keys, and memory counts more beyond.
+const garbageMost = 96 << 20
 
 // Percentages of what lives: Go's own, and the least, below which collecting
 // would cost more than memory does.
