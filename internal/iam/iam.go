@@ -42,6 +42,11 @@ type Config struct {
 	// Derive gives a further one, the same for the same salt in every replica.
 	Derive func(ctx context.Context, salt []byte) (*ecdsa.PrivateKey, error)
 	Now    func() time.Time
+	// Time is a time that no machine's clock can jump; nil: Now.
+	Time func() time.Time
+	// Period is for how long a key signs access tokens before SweepSigningKey
+	// rotates it; 0: until somebody does.
+	Period time.Duration
 }
 
 // Service answers who and whether. Safe for concurrent use.
@@ -49,6 +54,8 @@ type Service struct {
 	store  Store
 	derive func(ctx context.Context, salt []byte) (*ecdsa.PrivateKey, error)
 	now    func() time.Time
+	time   func() time.Time
+	period time.Duration
 
 	keys   keyring
 	proofs proofs
@@ -57,7 +64,10 @@ type Service struct {
 
 // New makes a Service.
 func New(s Store, c Config) *Service {
-	return &Service{store: s, keys: newKeyring(c.SigningKey), derive: c.Derive, now: c.Now}
+	if c.Time == nil {
+		c.Time = c.Now
+	}
+	return &Service{store: s, keys: newKeyring(c.SigningKey), derive: c.Derive, now: c.Now, time: c.Time, period: c.Period}
 }
 
 // ServiceID is somebody who is not a person, at iam/serviceids/<id>.
@@ -325,7 +335,9 @@ func (s *Service) EnsureAdmin(ctx context.Context, id, hash string) error {
 	return err
 }
 
-func (s *Service) stamp() time.Time { return s.now().UTC().Truncate(time.Second) }
+func (s *Service) stamp() time.Time { return seconds(s.now()) }
+
+func seconds(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
 
 func checkName(name string) error {
 	if n := len([]rune(name)); n < 1 || n > 90 || strings.ContainsAny(name, "/\x00") || strings.HasPrefix(name, "ServiceId-") {

@@ -23,12 +23,13 @@ import (
 
 // SigningKey is a key that signs access tokens, at iam/signing-keys/<id>. The
 // private key is nowhere: who needs it derives it from the sealed seed and the
-// salt. The first key has no salt, and no record until it is retired.
+// salt. The first key has no salt, and no record until its age is counted or it
+// is retired.
 type SigningKey struct {
 	ID        string     `json:"id"`     // kid in a token's header
 	Public    []byte     `json:"public"` // P-256, uncompressed
 	Salt      []byte     `json:"salt,omitempty"`
-	CreatedAt time.Time  `json:"createdAt,omitzero"`
+	CreatedAt time.Time  `json:"createdAt,omitzero"` // by Config.Time; of the first key, when its age was first counted
 	CreatedBy string     `json:"createdBy,omitempty"`
 	RetiredAt *time.Time `json:"retiredAt,omitempty"` // it signs no more
 	Withdrawn bool       `json:"withdrawn,omitempty"` // what it signed is worth nothing
@@ -211,6 +212,10 @@ func (s *Service) SigningKeys(ctx context.Context) ([]SigningKey, error) {
 // What the old one signed is good until it ends; with now it is good no more,
 // nor is what older keys signed.
 func (s *Service) RotateSigningKey(ctx context.Context, who Principal, now bool) (SigningKey, error) {
+	return s.rotateSigningKey(ctx, who.String(), now)
+}
+
+func (s *Service) rotateSigningKey(ctx context.Context, by string, now bool) (SigningKey, error) {
 	salt := make([]byte, 32)
 	if _, err := rand.Read(salt); err != nil {
 		return SigningKey{}, err
@@ -219,10 +224,10 @@ func (s *Service) RotateSigningKey(ctx context.Context, who Principal, now bool)
 	if err != nil {
 		return SigningKey{}, err
 	}
-	at := s.stamp()
-	fresh := SigningKey{Public: publicOf(private), Salt: salt, CreatedAt: at, CreatedBy: who.String()}
+	fresh := SigningKey{Public: publicOf(private), Salt: salt, CreatedAt: seconds(s.time()), CreatedBy: by}
 	fresh.ID = kid(fresh.Public)
 	changes := []record.Change{{Path: signingKeys + fresh.ID, Value: fresh}}
+	at := s.retirement()
 	all, err := s.signingKeys(ctx)
 	if err != nil {
 		return SigningKey{}, err
@@ -241,6 +246,90 @@ func (s *Service) RotateSigningKey(ctx context.Context, who Principal, now bool)
 		return SigningKey{}, fault.Newf(fault.Conflict, "rotate", "the signing key", "somebody else did at this moment").WithHint("see: kmsctl iam signing-key list")
 	}
 	return fresh, err
+}
+
+// retirement is when a key that signed until now is retired: what another
+// replica signed by a clock that is ahead of this machine's must live on too.
+func (s *Service) retirement() time.Time {
+	at := s.stamp()
+	if t := seconds(s.time()); t.After(at) {
+		return t
+	}
+	return at
+}
+
+// lifeCycle is in the records who did what is done by itself.
+const lifeCycle = "life-cycle"
+
+// SigningKeyDue is when the key that signs is to be rotated by itself; zero
+// when it is not, or nobody counts its age yet.
+func (s *Service) SigningKeyDue(k SigningKey) time.Time {
+	if s.period == 0 || k.RetiredAt != nil || k.CreatedAt.IsZero() {
+		return time.Time{}
+	}
+	return k.CreatedAt.Add(s.period)
+}
+
+// SigningKeyAge is for how long a key signs, or signed; 0 where nobody counts.
+func (s *Service) SigningKeyAge(k SigningKey) time.Duration {
+	if k.CreatedAt.IsZero() {
+		return 0
+	}
+	end := s.time()
+	if k.RetiredAt != nil {
+		end = *k.RetiredAt
+	}
+	return max(0, end.Sub(k.CreatedAt))
+}
+
+// SweepSigningKey rotates the key that signs when its period is over, and gives
+// the new one; nil when it is not over, or another replica was first.
+func (s *Service) SweepSigningKey(ctx context.Context) (*SigningKey, error) {
+	if s.period == 0 {
+		return nil, nil
+	}
+	all, err := s.signingKeys(ctx)
+	if err != nil {
+		return nil, err
+	}
+	now := s.time()
+	for _, k := range all {
+		switch {
+		case k.RetiredAt != nil:
+		case k.CreatedAt.IsZero() || k.CreatedAt.After(now.Add(time.Minute)):
+			return nil, s.countFrom(ctx, k, now)
+		case !now.Before(s.SigningKeyDue(k)):
+			fresh, err := s.rotateSigningKey(ctx, lifeCycle, false)
+			if fault.KindOf(err) == fault.Conflict {
+				return nil, nil
+			}
+			if err != nil {
+				return nil, err
+			}
+			return &fresh, nil
+		}
+	}
+	return nil, nil
+}
+
+// countFrom has the age of a key count from now on: the first key's, which has
+// no day, and that of a key which was made while the time was wrong and was
+// confirmed as something earlier since.
+func (s *Service) countFrom(ctx context.Context, k SigningKey, now time.Time) error {
+	var have SigningKey
+	rev, err := s.store.Get(ctx, signingKeys+k.ID, &have)
+	if err != nil && !errors.Is(err, record.ErrNotFound) {
+		return err
+	}
+	if have.RetiredAt != nil {
+		return nil // somebody rotated it meanwhile
+	}
+	k.CreatedAt = seconds(now)
+	err = s.store.Commit(ctx, record.Change{Path: signingKeys + k.ID, Value: k, Rev: rev})
+	if errors.Is(err, record.ErrConflict) {
+		return nil // another replica counts
+	}
+	return err
 }
 
 // retire is the change that ends a key's signing, or removes it when its last

@@ -308,7 +308,14 @@ func TestAccountTokens(t *testing.T) {
 	if err != nil || !strings.Contains(manifest, "- --token-audience=kms\n") || !strings.Contains(manifest, "- --token-audience=https://kms.example\n") {
 		t.Errorf("audiences: %v", err)
 	}
-	if manifest, err = release.Template(embedded(t), "kms", "ns", modelValues("softhsm", nil), "1.37.2"); err != nil || strings.Contains(manifest, "tokenreviews") || strings.Contains(manifest, "service-account-tokens") {
+	// A release that reuses the values of an older chart has none.
+	for want, period := range map[string]any{"- --signing-key-period=24h\n": "24h", "": nil} {
+		manifest, err := release.Template(embedded(t), "kms", "ns", modelValues("softhsm", values{"oss": values{"signingKeyPeriod": period}}), "1.37.2")
+		if err != nil || !strings.Contains(manifest, want) || want == "" && strings.Contains(manifest, "signing-key-period") {
+			t.Errorf("period %v: %v", period, err)
+		}
+	}
+	if manifest, err = release.Template(embedded(t), "kms", "ns", modelValues("softhsm", nil), "1.37.2"); err != nil || !strings.Contains(manifest, "- --signing-key-period=2160h\n") || strings.Contains(manifest, "tokenreviews") || strings.Contains(manifest, "service-account-tokens") {
 		t.Errorf("not asked for: %v", err)
 	}
 }
@@ -411,6 +418,7 @@ func TestValuesRefused(t *testing.T) {
 		"persistence.emptyDir": {"storage": values{"replicas": 3}, "persistence": values{"emptyDir": true}},
 		"persistence.hostPath": {"openshift": true, "persistence": values{"hostPath": "/srv"}},
 		"oss.tokenAudiences":   {"oss": values{"tokenAudiences": []any{"kms"}}},
+		"signingKeyPeriod":     {"oss": values{"signingKeyPeriod": "90d"}},
 		"storage.replicas":     {"storage": values{"replicas": 2}},
 		"several members":      {"storage": values{"replicas": 3, "persistence": values{"existingClaim": "a"}}},
 		"exclude each other":   {"persistence": values{"hostPath": "/a", "emptyDir": true}},
@@ -477,6 +485,8 @@ func schemaOf(v any, path string) values {
 			return values{"enum": []string{"IfNotPresent", "Always", "Never"}}
 		case ".service.type":
 			return values{"enum": []string{"ClusterIP", "NodePort", "LoadBalancer"}}
+		case ".oss.signingKeyPeriod":
+			return values{"type": "string", "pattern": "^(0|([0-9]+(h|m|s))+)$"} // as Go reads a duration
 		}
 		return values{"type": "string"}
 	}

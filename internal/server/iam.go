@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"slices"
+	"time"
 
 	"github.com/kmsctl/kmsctl/internal/audit"
 	"github.com/kmsctl/kmsctl/internal/fault"
@@ -316,10 +317,14 @@ func deletePolicy(ctx context.Context, c *call) (any, error) {
 	return nil, c.IAM.DeletePolicy(ctx, c.manager(), c.r.PathValue("service"), c.id)
 }
 
-func showSigningKey(k iam.SigningKey) kmsapi.SigningKey {
-	out := kmsapi.SigningKey{ID: k.ID, CreatedBy: k.CreatedBy, RetiredAt: k.RetiredAt, GoodUntil: k.GoodUntil(), Signs: k.RetiredAt == nil}
-	if !k.CreatedAt.IsZero() { // the first one's day is the installation's
+func (c *call) showSigningKey(k iam.SigningKey) kmsapi.SigningKey {
+	out := kmsapi.SigningKey{ID: k.ID, CreatedBy: k.CreatedBy, RetiredAt: k.RetiredAt, GoodUntil: k.GoodUntil(), Signs: k.RetiredAt == nil,
+		AgeSeconds: int64(c.IAM.SigningKeyAge(k) / time.Second)}
+	if !k.CreatedAt.IsZero() {
 		out.CreatedAt = &k.CreatedAt
+	}
+	if due := c.IAM.SigningKeyDue(k); !due.IsZero() {
+		out.RotatesOn = &due
 	}
 	return out
 }
@@ -328,7 +333,7 @@ func listSigningKeys(ctx context.Context, c *call) (any, error) {
 	all, err := c.IAM.SigningKeys(ctx)
 	out := kmsapi.SigningKeys{SigningKeys: []kmsapi.SigningKey{}}
 	for _, k := range all {
-		out.SigningKeys = append(out.SigningKeys, showSigningKey(k))
+		out.SigningKeys = append(out.SigningKeys, c.showSigningKey(k))
 	}
 	return out, err
 }
@@ -340,5 +345,5 @@ func rotateSigningKey(ctx context.Context, c *call) (any, error) {
 	}
 	k, err := c.IAM.RotateSigningKey(ctx, c.who, in.Now)
 	c.id = k.ID
-	return showSigningKey(k), err
+	return c.showSigningKey(k), err
 }

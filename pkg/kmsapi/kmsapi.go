@@ -396,6 +396,10 @@ type SigningKey struct {
 	CreatedBy string     `json:"createdBy,omitempty"`
 	RetiredAt *time.Time `json:"retiredAt,omitempty"`
 	GoodUntil *time.Time `json:"goodUntil,omitempty"` // of what a retired one signed
+	// AgeSeconds is for how long it signs, or signed; absent of a first key
+	// whose age nobody counted.
+	AgeSeconds int64      `json:"ageSeconds,omitempty"`
+	RotatesOn  *time.Time `json:"rotatesOn,omitempty"` // by itself; absent: when somebody does
 }
 
 // SigningKeys is the answer of GET /kmsctl/v1/iam/signing-keys.

@@ -302,13 +302,19 @@ type signingKeyList struct {
 func (l signingKeyList) Table() ([]string, [][]string) {
 	var rows [][]string
 	for _, k := range l.SigningKeys {
-		until := "it signs"
+		until, age := "it signs", "-"
 		if k.GoodUntil != nil {
 			until = k.GoodUntil.UTC().Format(time.RFC3339)
 		}
-		rows = append(rows, []string{k.ID, until, k.CreatedBy})
+		if k.RotatesOn != nil {
+			until += ", until " + k.RotatesOn.UTC().Format(time.RFC3339)
+		}
+		if k.CreatedAt != nil {
+			age = (time.Duration(k.AgeSeconds) * time.Second).String()
+		}
+		rows = append(rows, []string{k.ID, age, until, k.CreatedBy})
 	}
-	return []string{"ID", "GOOD UNTIL", "CREATED BY"}, rows
+	return []string{"ID", "AGE", "GOOD UNTIL", "CREATED BY"}, rows
 }
 
 type signingKeyResult kmsapi.SigningKey

@@ -30,14 +30,15 @@ import (
 // `serve` was given; a copy without anything secret lies in the folder, so
 // that a command can start the KMS again for one call.
 type Embedded struct {
-	Data       string      `json:"-"`
-	SecretFile string      `json:"secretFile"` // hsm-Secret.yaml
-	ValuesFile string      `json:"valuesFile"` // overrides_hsm.yaml
-	Module     string      `json:"module,omitempty"`
-	Label      string      `json:"tokenLabel,omitempty"`
-	Serial     string      `json:"tokenSerial,omitempty"`
-	Slot       string      `json:"slot,omitempty"`
-	Windows    WindowFlags `json:"windows,omitzero"`
+	Data       string       `json:"-"`
+	SecretFile string       `json:"secretFile"` // hsm-Secret.yaml
+	ValuesFile string       `json:"valuesFile"` // overrides_hsm.yaml
+	Module     string       `json:"module,omitempty"`
+	Label      string       `json:"tokenLabel,omitempty"`
+	Serial     string       `json:"tokenSerial,omitempty"`
+	Slot       string       `json:"slot,omitempty"`
+	Windows    WindowFlags  `json:"windows,omitzero"`
+	Signing    SigningFlags `json:"signing,omitzero"`
 	// The token to which keys can move; empty: there is none.
 	ToSecretFile string `json:"toSecretFile,omitempty"`
 	ToValuesFile string `json:"toValuesFile,omitempty"`
@@ -113,7 +114,7 @@ func (e *Embedded) Start(ctx context.Context, a *app.App, log *slog.Logger, conn
 	}
 	r.stop = append(r.stop, token.Close)
 	open := func(ctx context.Context) (openKMS, error) {
-		k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Audit: e.Audit.Config(a.Out), Limits: e.Limit.Limits(), Uses: e.Limit.Uses(), Trace: tracer, Name: embeddedName,
+		k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Audit: e.Audit.Config(a.Out), Limits: e.Limit.Limits(), Uses: e.Limit.Uses(), Signing: e.Signing, Trace: tracer, Name: embeddedName,
 			Now: a.Now, Log: log, Windows: windows, Alone: true})
 		if err != nil {
 			return openKMS{}, err

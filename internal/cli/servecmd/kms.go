@@ -2,13 +2,8 @@ package servecmd
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/hkdf"
-	"crypto/sha256"
 	"errors"
 	"log/slog"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -35,6 +30,7 @@ type KMSConfig struct {
 	Audit    audit.Config // size, policy and copy of its files
 	Limits   server.Limits
 	Uses     uint64 // texts that one version of a key encrypts by AES-GCM
+	Signing  SigningFlags
 	Trace    *trace.Tracer
 	Name     string // of this process, for the audit log's heads
 	Now      func() time.Time
@@ -105,7 +101,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		st.Close()
 		return nil, err
 	}
-	k.IAM = iam.New(st, iam.Config{SigningKey: key, Derive: k.deriveSigningKey, Now: c.Now})
+	k.IAM = iam.New(st, iam.Config{SigningKey: key, Derive: k.deriveSigningKey, Now: c.Now, Time: k.kms.Time, Period: c.Signing.Period})
 	ac := c.Audit
 	ac.Sign, ac.PublicKey, ac.Now, ac.SaveHead = c.Token.Maker().Sign, opened.Master.PublicKey, c.Now, k.saveHead
 	if ac.Known, err = k.knownHead(ctx); err != nil {
@@ -258,6 +254,7 @@ func (k *KMS) gauges() {
 		_, share := k.uses.Near()
 		return share
 	})
+	k.Server.Gauge("kmsctl_signing_key_age_seconds", "For how long the key signs that signs access tokens; 0 until that is counted.", k.signingKeyAge)
 	k.Server.Gauge("kmsctl_hsm_ready", "1 when the HSM answers and is logged in.", func() float64 {
 		if len(k.healthy(context.Background())) > 0 {
 			return 0
@@ -316,6 +313,7 @@ func (k *KMS) warnOfUse() {
 
 func (k *KMS) sweep(ctx context.Context) error {
 	acts, err := k.kms.Sweep(ctx)
+	acts = append(acts, k.sweepSigningKey(ctx)...)
 	for _, a := range acts {
 		e := audit.Event{Action: a.Action, Outcome: "success", Status: 204, Principal: "life-cycle", Instance: a.Instance, Key: a.Key}
 		if a.Err != nil {
@@ -372,35 +370,6 @@ func (k *KMS) heads(ctx context.Context) (kmsapi.AuditHeads, error) {
 		return nil
 	})
 	return out, err
-}
-
-// deriveSigningKey opens the sealed seed for a moment: it does not stay here.
-func (k *KMS) deriveSigningKey(ctx context.Context, salt []byte) (*ecdsa.PrivateKey, error) {
-	seed, err := kms.TokenKey(ctx, k.plain, k.Token)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(seed)
-	return signingKey(seed, salt)
-}
-
-// signingKey derives a P-256 key that signs access tokens from the sealed
-// seed, so that all replicas have the same one. The seed is 32 random bytes
-// of the HSM; the scalar is its HKDF output of 48 bytes reduced into [1, n-1]
-// (FIPS 186-5, A.2.1).
-func signingKey(seed, salt []byte) (*ecdsa.PrivateKey, error) {
-	wide, err := hkdf.Key(sha256.New, seed, salt, "kmsctl access token", 48)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(wide)
-	curve := elliptic.P256()
-	n := new(big.Int).Sub(curve.Params().N, big.NewInt(1))
-	d := new(big.Int).Mod(new(big.Int).SetBytes(wide), n)
-	d.Add(d, big.NewInt(1))
-	b := d.FillBytes(make([]byte, 32))
-	defer clear(b)
-	return ecdsa.ParseRawPrivateKey(curve, b)
 }
 
 // FirstAdmin makes an administrator's API key and writes it to path, unless

@@ -34,6 +34,7 @@ type apiOptions struct {
 	windows     WindowFlags
 	audit       AuditFlags
 	limit       LimitFlags
+	signing     SigningFlags
 	trace       TraceFlags
 }
 
@@ -64,13 +65,14 @@ refused is not tried again until the secret changes.`,
 	o.windows.Add(fs)
 	o.audit.Add(cmd)
 	o.limit.Add(fs)
+	o.signing.Add(fs)
 	o.trace.Add(fs)
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *apiOptions) Check() error {
-	errs := []error{o.behind.Check(), o.audit.Check(), o.limit.Check(), o.trace.Check()}
+	errs := []error{o.behind.Check(), o.audit.Check(), o.limit.Check(), o.signing.Check(), o.trace.Check()}
 	for name, v := range map[string]string{"tls-cert-file": o.cert, "tls-key-file": o.key, "audit-dir": o.auditDir} {
 		if v == "" {
 			errs = append(errs, fault.Usagef("--%s: missing", name))
@@ -171,7 +173,7 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 		return err
 	}
 	defer stopTracing()
-	k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Uses: o.limit.Uses(), Trace: tracer, Name: name,
+	k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Uses: o.limit.Uses(), Signing: o.signing, Trace: tracer, Name: name,
 		Now: o.Now, Log: log, Windows: windows, Review: review})
 	if err != nil {
 		return err

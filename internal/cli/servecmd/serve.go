@@ -81,13 +81,14 @@ is not running: the folder remembers where the two files are (and nothing that i
 	o.kms.Windows.Add(fs)
 	o.kms.Audit.Add(cmd)
 	o.kms.Limit.Add(fs)
+	o.kms.Signing.Add(fs)
 	o.kms.Trace.Add(fs)
 	return cmd
 }
 
 // Check holds the rules of the flags.
 func (o *serveOptions) Check() error {
-	errs := []error{o.kms.Pass.Check(), o.kms.Audit.Check(), o.kms.Limit.Check(), o.kms.Trace.Check(), checkListen(o.listen, o.plainHTTP)}
+	errs := []error{o.kms.Pass.Check(), o.kms.Audit.Check(), o.kms.Limit.Check(), o.kms.Signing.Check(), o.kms.Trace.Check(), checkListen(o.listen, o.plainHTTP)}
 	for name, v := range map[string]string{"secret": o.kms.SecretFile, "values": o.kms.ValuesFile} {
 		if v == "" && !o.oneCall {
 			errs = append(errs, fault.Usagef("--%s: missing", name).WithHint("make the two files with `kmsctl render secret` and `kmsctl render overrides`"))
