@@ -33,7 +33,7 @@ const (
 	openCall  = 2 * time.Minute  // the whole of the hook
 	patience  = 3 * time.Second  // of a call, with a sidecar that is being started again
 	startWait = 30 * time.Second // for a sidecar to appear
-	beat      = time.Second      // between two looks at the connector
+	beat      = time.Second      // between two looks at a connector that is well
 	hungBeats = 3                // beyond the longest call of the library, without an answer: it is replaced
 )
 
@@ -191,7 +191,6 @@ type insideHook struct{}
 // HSM or the ledger nothing gets better by itself quickly.
 const (
 	firstPause  = 100 * time.Millisecond
-	longPause   = 500 * time.Millisecond // an HSM that is back is used within 2 s
 	deniedPause = 15 * time.Second
 )
 
@@ -229,7 +228,7 @@ func (c *Client) reopen(ctx context.Context, seen uint64) error {
 		case fault.KindOf(err) == fault.Denied:
 			c.openAt = time.Now().Add(deniedPause)
 		default:
-			c.pause = min(max(2*c.pause, firstPause), longPause)
+			c.pause = min(max(2*c.pause, firstPause), wire.LongestPause)
 			c.openAt = time.Now().Add(c.pause)
 		}
 		return nil, err
@@ -341,21 +340,21 @@ func rest(ctx context.Context) bool {
 	}
 }
 
-// watch looks at the connector each second: one whose HSM was away is opened
-// again without waiting for a request, one that hangs is replaced.
+// watch looks at the connector each second, and more often at one that is not
+// well: one whose HSM was away is opened again without waiting for a request,
+// one that hangs is replaced.
 func (c *Client) watch() {
-	tick := time.NewTicker(beat)
-	defer tick.Stop()
 	answered := time.Now()
-	for {
+	for next := beat; ; {
 		select {
 		case <-c.life.Done():
 			return
-		case <-tick.C:
+		case <-time.After(next):
 		}
 		c.mu.Lock()
 		l, hook, seen := c.now, c.hook, c.opens
 		c.mu.Unlock()
+		next = wire.LongestPause
 		if l == nil {
 			answered = time.Now()
 			continue
@@ -369,6 +368,8 @@ func (c *Client) watch() {
 		switch {
 		case err == nil && (!d.LoggedIn || c.away.Load()) && hook != nil:
 			_ = c.reopen(c.life, seen) // who calls meanwhile gets the error
+		case err == nil:
+			next = beat
 		case l.proc != nil && time.Since(answered) > c.start.callTimeout+hungBeats*beat:
 			fmt.Fprintln(c.start.stderr, "kmsctl: the HSM connector hangs; it is replaced")
 			l.proc.kill()

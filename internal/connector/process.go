@@ -157,9 +157,8 @@ func (c *Client) supervise() {
 }
 
 const (
-	stable      = 5 * time.Second // a connector that lived so long is no crash loop
-	startPause  = 20 * time.Millisecond
-	maxStartGap = time.Second // back within 2 s, crash loop or not
+	stable     = 5 * time.Second // a connector that lived so long is no crash loop
+	startPause = 20 * time.Millisecond
 )
 
 // startAgain starts until one starts, or the client is closed.
@@ -170,7 +169,7 @@ func (c *Client) startAgain(pause *time.Duration) *link {
 			return nil
 		case <-time.After(*pause):
 		}
-		*pause = min(max(2**pause, startPause), maxStartGap)
+		*pause = min(max(2**pause, startPause), wire.LongestPause)
 		l, err := c.start.link()
 		if err == nil {
 			return l

@@ -116,14 +116,25 @@ func runAPI(ctx context.Context, o *apiOptions) error {
 
 // Pauses between two attempts to open the KMS.
 const (
-	firstPause = 200 * time.Millisecond
-	longPause  = 10 * time.Second
+	firstPause  = 200 * time.Millisecond
+	awayPause   = time.Second      // the HSM or the storage is not there: it may be back at any moment
+	deniedPause = 10 * time.Second // a person must do something first
 )
+
+// longestPause is for what the last attempt failed by.
+func longestPause(err error) time.Duration {
+	switch fault.KindOf(err) {
+	case fault.Unreachable, fault.NotFound, fault.NotReady: // an HSM that is away shows no token
+		return awayPause
+	default:
+		return deniedPause
+	}
+}
 
 // openBehind opens the KMS behind the gate, and tries until it opens. It
 // returns when ctx has ended and everything is closed.
 func (o *apiOptions) openBehind(ctx context.Context, gate *server.Gate, log *slog.Logger) {
-	for pause := firstPause; ; pause = min(2*pause, longPause) {
+	for pause := firstPause; ; pause *= 2 {
 		err := o.openOnce(ctx, gate, log)
 		if ctx.Err() != nil {
 			return
@@ -131,6 +142,7 @@ func (o *apiOptions) openBehind(ctx context.Context, gate *server.Gate, log *slo
 		if errors.Is(err, errEnded) {
 			pause = firstPause
 		}
+		pause = min(pause, longestPause(err))
 		gate.Shut(err.Error())
 		log.Warn("not ready", "error", err, "kind", fault.KindOf(err).String(), "hint", fault.HintOf(err), "again", pause.String())
 		select {

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/kmsctl/kmsctl/internal/connector/wire"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/secret"
 	"github.com/kmsctl/kmsctl/internal/token"
@@ -29,7 +30,7 @@ type device struct {
 // Pauses between attempts to open a token that is away.
 const (
 	firstPause = 100 * time.Millisecond
-	maxPause   = 500 * time.Millisecond // an HSM that is back is used within 2 s
+	maxPause   = wire.LongestPause
 )
 
 // take gives the open token; give it back by done.
