@@ -1,6 +1,7 @@
 package hsmcmd
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -99,7 +100,7 @@ func newRotateVerb(a *app.App, command, verb, short, example string) *cobra.Comm
 		o.confirm.Add(fs)
 	}
 	if verb != "stop" {
-		fs.BoolVar(&o.wait, "wait", false, "wait until what runs is done")
+		fs.BoolVar(&o.wait, "wait", false, "wait until what runs is done, also while the KMS or its HSM is away for a moment")
 		fs.DurationVar(&o.timeout, "timeout", time.Hour, "how long to wait; the job goes on by itself")
 	}
 	return cmd
@@ -145,8 +146,8 @@ func runRotate(ctx context.Context, o *rotateOptions) error {
 			s, err = do(http.MethodPost, "/rotate", o.in)
 		}
 	}
-	if err == nil && o.wait {
-		s, err = o.await(ctx, s, do)
+	if o.wait && (err == nil || o.verb == "status") {
+		s, err = o.await(ctx, s, err, do)
 	}
 	if err != nil {
 		return err
@@ -168,32 +169,44 @@ func (o *rotateOptions) object() string {
 	return "master keys"
 }
 
-// await waits until the job is done, and tells how far it is.
-func (o *rotateOptions) await(ctx context.Context, s masterStatus, do func(method, path string, in any) (masterStatus, error)) (masterStatus, error) {
+// absence is how long the KMS may be away while somebody waits for it: longer
+// than it needs to come back by itself.
+const absence = 2 * time.Minute
+
+// await waits until the job is done, and tells how far it is; also while the
+// KMS or its HSM is away, since the job then waits as well. err is that of the
+// answer s.
+func (o *rotateOptions) await(ctx context.Context, s masterStatus, err error, do func(method, path string, in any) (masterStatus, error)) (masterStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
 	changed := s.Changed
 	op, object := "wait for "+o.job(), "the "+o.object()
+	var away time.Time // since then it does not answer
 	for {
 		switch r := s.Rotation; {
+		case fault.KindOf(err) == fault.Unreachable && away.IsZero():
+			away = time.Now()
+			o.Progress().Line("waits", err.Error())
+		case fault.KindOf(err) == fault.Unreachable && time.Since(away) < absence:
+		case err != nil:
+			return s, err
 		case r == nil || r.State == kmsapi.RotationDone:
 			s.Changed = changed
 			return s, nil
 		case r.State == kmsapi.RotationStopped:
 			return s, fault.Newf(fault.Conflict, op, object, "somebody stopped it").WithHint("go on with: kmsctl hsm %s start", o.command)
+		default:
+			away = time.Time{}
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
 		case <-ctx.Done():
-			f := fault.New(fault.NotReady, op, object, ctx.Err()).WithHint("it goes on by itself: see kmsctl hsm %s status", o.command)
-			if s.Rotation.Fault != "" {
+			f := fault.New(fault.NotReady, op, object, cmp.Or(err, ctx.Err())).WithHint("it goes on by itself: see kmsctl hsm %s status", o.command)
+			if s.Rotation != nil && s.Rotation.Fault != "" {
 				f = fault.Newf(fault.NotReady, op, object, "%s", s.Rotation.Fault).WithHint("it is tried again by itself: see kmsctl hsm %s status", o.command)
 			}
 			return s, f
 		}
-		var err error
-		if s, err = do(http.MethodGet, "", nil); err != nil {
-			return s, err
-		}
+		s, err = do(http.MethodGet, "", nil)
 	}
 }

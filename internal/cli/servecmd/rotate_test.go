@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -157,4 +158,44 @@ func TestMasterKeysOfTwoReplicas(t *testing.T) {
 		}
 	}
 	t.Logf("%d keys made and opened by two replicas while the master keys came to version %d", len(all), s.Version)
+}
+
+// TestWaitingOutlivesARestart: who waits for a change of the master keys waits
+// on while the API has no HSM, and gets the answer when it is there.
+func TestWaitingOutlivesARestart(t *testing.T) {
+	c := newCluster(t)
+	c.storage(t)
+	admin, keyFile := c.file("admin.json"), c.file("admin.key")
+	key, hash := adminKey(t)
+	for file, text := range map[string]string{admin: hash, keyFile: key} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a := c.api(t, "--admin-key-hash-file", admin) // answers 503: there is no connector
+	waits := &buffer{}
+	status := func(more ...string) (int, string) {
+		return kmsctl(t, t.Context(), waits, append([]string{"hsm", "rotate-master", "status", "--server", a.url, "--ca-file", c.file("ca.pem"), "--api-key-file", keyFile}, more...)...)
+	}
+	if code, _ := status(); code != 8 || !strings.Contains(waits.String(), "503") {
+		t.Errorf("without --wait: %d\n%s", code, waits)
+	}
+	if code, _ := status("--wait", "--timeout", "1ms"); code != 7 {
+		t.Errorf("for a moment: %d\n%s", code, waits)
+	}
+	type ended struct {
+		code int
+		out  string
+	}
+	done := make(chan ended, 1)
+	before := strings.Count(waits.String(), "waits")
+	go func() {
+		code, out := status("--wait")
+		done <- ended{code, out}
+	}()
+	await(t, "somebody waits", func() bool { return strings.Count(waits.String(), "waits") > before })
+	c.connector(t, "a-phrase")
+	if e := <-done; e.code != 0 || !strings.Contains(e.out, "none yet") {
+		t.Errorf("%+v\n%s", e, waits)
+	}
 }
