@@ -8,7 +8,7 @@ CACHE       := $(CURDIR)/.cache
 GOTOOLS     := $(CACHE)/tools
 export KMSCTL_CACHE ?= $(CACHE)
 
-.PHONY: build test sanitize lint fuzz e2e golden cover snapshot clean help demo demo-stop cluster cluster-stop lock deps bench
+.PHONY: build test sanitize cross lint fuzz e2e golden cover snapshot clean help demo demo-stop cluster cluster-stop lock deps bench
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ test: build ## all tests but e2e, with the race detector
 
 sanitize: deps ## the C code's tests under AddressSanitizer and UBSan
 	@scripts/sanitize.sh
+
+cross: deps ## kms-connector for arm64, ppc64le and s390x, each started under qemu-user
+	@scripts/cross.sh
 
 lint: deps ## golangci-lint and goreleaser's own check
 	@scripts/lint.sh $(GOTOOLS)
