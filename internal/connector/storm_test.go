@@ -58,8 +58,10 @@ type load struct {
 	good, failed atomic.Int64
 	wrong        atomic.Int64 // an answer that is not true: must never be
 	kinds        sync.Map
-	last         atomic.Int64 // nanoseconds since 1970 of the last good answer
-	firstAfter   atomic.Int64 // of the first good answer after it was set to 0
+
+	mu    sync.Mutex
+	since time.Time
+	back  chan time.Time // takes the end of the first good call that begins after since
 }
 
 func startLoad(t *testing.T, c *connector.Client) *load {
@@ -85,6 +87,7 @@ func startLoad(t *testing.T, c *connector.Client) *load {
 }
 
 func (l *load) once(ctx context.Context, c *connector.Client, blob []byte, kept hsm.Sealed, text string) {
+	began := time.Now()
 	s, err := c.Wrap(ctx, blob, []byte(text), nil)
 	if err == nil {
 		var got []byte
@@ -109,23 +112,23 @@ func (l *load) once(ctx context.Context, c *connector.Client, blob []byte, kept 
 		}
 	default:
 		l.good.Add(1)
-		now := time.Now().UnixNano()
-		l.last.Store(now)
-		l.firstAfter.CompareAndSwap(0, now)
+		l.mu.Lock()
+		if l.back != nil && began.After(l.since) {
+			l.back <- time.Now()
+			l.back = nil
+		}
+		l.mu.Unlock()
 	}
 }
 
-// recovered waits for the first good answer after since.
-func (l *load) recovered(t *testing.T, since time.Time) time.Duration {
-	t.Helper()
-	for ; ; time.Sleep(time.Millisecond) { // go test's own limit is the last resort
-		if at := l.firstAfter.Load(); at > since.UnixNano() {
-			return time.Duration(at - since.UnixNano())
-		}
-		if l.firstAfter.Load() != 0 { // an answer from before
-			l.firstAfter.Store(0)
-		}
-	}
+// recovered waits for the end of a good call that began after since: the
+// answer to an older one may be from before the fault.
+func (l *load) recovered(since time.Time) time.Duration {
+	back := make(chan time.Time, 1)
+	l.mu.Lock()
+	l.since, l.back = since, back
+	l.mu.Unlock()
+	return (<-back).Sub(since) // go test's own limit is the last resort
 }
 
 func (l *load) end(t *testing.T) {
@@ -167,7 +170,12 @@ func TestFaultsUnderLoad(t *testing.T) {
 	}{
 		{"connector killed", func(t *testing.T, c *connector.Client, _ *testkit.Quirk) time.Time {
 			t.Helper()
-			return now(syscall.Kill(c.Pid(), syscall.SIGKILL))
+			pid := c.Pid()
+			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			_ = unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil) // its parent may have been faster
+			return time.Now()
 		}},
 		{"library crashes", func(t *testing.T, c *connector.Client, q *testkit.Quirk) time.Time {
 			t.Helper()
@@ -222,7 +230,7 @@ func TestFaultsUnderLoad(t *testing.T) {
 				for l.good.Load() < before+20 {
 					time.Sleep(time.Millisecond)
 				}
-				took = append(took, l.recovered(t, f.strike(t, c, q)))
+				took = append(took, l.recovered(f.strike(t, c, q)))
 			}
 			l.end(t)
 			slices.Sort(took)
@@ -237,13 +245,6 @@ func TestFaultsUnderLoad(t *testing.T) {
 				times, l.good.Load(), l.failed.Load(), took[len(took)/2].Round(time.Millisecond), took[len(took)-1].Round(time.Millisecond), len(got), logins.Load())
 		})
 	}
-}
-
-func now(err error) time.Time {
-	if err != nil {
-		panic(err) // no such process: the test cannot go on
-	}
-	return time.Now()
 }
 
 // TestGroup: two connectors to two clones of one token. Either may be killed,
