@@ -58,6 +58,7 @@ type Client struct {
 	opening singleflight.Group
 
 	peers []*Client     // further members, when c is the head of a group
+	apart bool          // other processes use tokens of their own; see Apart
 	turn  atomic.Uint32 // of the member that is asked next
 	away  atomic.Bool   // a member that is asked last
 	move  move          // to another HSM
@@ -491,18 +492,18 @@ func (c *Client) ImportPlacedKey(ctx context.Context, id []byte, material secret
 }
 
 func (c *Client) place(ctx context.Context, id, material []byte) (hsm.NewKey, error) {
-	c = c.Maker()
-	if err := c.mayPlace(); err != nil {
+	m := c.Maker()
+	if err := c.mayPlace(m); err != nil {
 		return hsm.NewKey{}, err
 	}
 	q := &wire.PlaceRootKeyRequest{Id: id, Material: material}
-	return newKey(call(ctx, c, opPlace, slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) { return r.PlaceRootKey(ctx, q) }))
+	return newKey(call(ctx, m, opPlace, slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.NewKey, error) { return r.PlaceRootKey(ctx, q) }))
 }
 
 const opPlace = "keep a root key in the token"
 
-func (c *Client) mayPlace() error {
-	if len(c.peers) == 0 {
+func (c *Client) mayPlace(maker *Client) error {
+	if !c.several(maker) {
 		return nil
 	}
 	return fault.Newf(fault.NotReady, opPlace, "", "there are several HSMs, and such a key would be in one of them only").
@@ -513,12 +514,12 @@ func (c *Client) mayPlace() error {
 // are several tokens its private half is sealed, since one of them only could
 // hold it under the CKA_ID.
 func (c *Client) NewImportPair(ctx context.Context, id, aad []byte) (hsm.ImportPair, error) {
-	c = c.Maker()
+	m := c.Maker()
 	q := &wire.NewImportPairRequest{Aad: aad}
-	if len(c.peers) == 0 {
+	if !c.several(m) {
 		q.Id = id
 	}
-	p, err := call(ctx, c, "make an import pair", pairCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.ImportPair, error) {
+	p, err := call(ctx, m, "make an import pair", pairCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.ImportPair, error) {
 		return r.NewImportPair(ctx, q)
 	})
 	return hsm.ImportPair{Held: p.GetHeld(), Sealed: p.GetSealed(), Public: p.GetPublic()}, err
@@ -533,14 +534,14 @@ func (c *Client) ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m
 			return hsm.NewKey{}, 0, err
 		}
 	}
-	c = c.Maker() // a pair that the other token held is gone with it
+	maker := c.Maker() // a pair that the other token held is gone with it
 	q := &wire.ImportSentRequest{Pair: &wire.ImportPair{Held: p.Held, Sealed: p.Sealed}, Aad: aad, Sha1: m.SHA1, Material: m.Material, Nonce: m.Nonce, Iv: m.IV, Want: m.Want, Place: place}
 	if len(place) > 0 {
-		if err := c.mayPlace(); err != nil {
+		if err := c.mayPlace(maker); err != nil {
 			return hsm.NewKey{}, 0, err
 		}
 	}
-	r, err := call(ctx, c, "import root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.ImportSentReply, error) {
+	r, err := call(ctx, maker, "import root key", slowCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.ImportSentReply, error) {
 		return r.ImportSent(ctx, q)
 	})
 	if err != nil {

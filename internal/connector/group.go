@@ -22,6 +22,14 @@ func (c *Client) Join(peers ...*Client) {
 	c.peers = append(c.peers, peers...)
 }
 
+// Apart says that other processes of the KMS use tokens of their own, with the
+// same master keys: nothing is kept in c's token that theirs would lack.
+func (c *Client) Apart() { c.apart = true }
+
+// several says that there are tokens which lack what one of them keeps; maker
+// makes what is new.
+func (c *Client) several(maker *Client) bool { return c.apart || len(maker.peers) > 0 }
+
 // Members are c and its peers.
 func (c *Client) Members() []*Client { return append([]*Client{c}, c.peers...) }
 

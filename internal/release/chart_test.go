@@ -242,6 +242,15 @@ func TestShieldPod(t *testing.T) {
 			t.Errorf("no %q", want)
 		}
 	}
+	// Several pods have key files of their own each; Luna's partition is on the network.
+	for model, own := range map[string]bool{"thales": true, "gemalto": false} {
+		for n := range 2 {
+			manifest, err := release.Template(embedded(t), "r", "n", modelValues(model, values{"oss": values{"replicas": n + 1}}), "1.37.2")
+			if err != nil || strings.Contains(manifest, "--token-per-replica") != (own && n > 0) {
+				t.Errorf("%s, %d replicas: %v", model, n+1, err)
+			}
+		}
+	}
 	// An empty field would stop the hardserver: it is left out.
 	if manifest, err = release.Template(embedded(t), "r", "n", modelValues("thales", nil), "1.37.2"); err != nil || strings.Contains(manifest, "remote_esn") {
 		t.Errorf("remote_esn without a value, %v", err)

@@ -31,6 +31,7 @@ type apiOptions struct {
 	adminHashes []string
 	auditDir    string
 	name        string
+	apart       bool
 	windows     WindowFlags
 	audit       AuditFlags
 	limit       LimitFlags
@@ -62,6 +63,7 @@ refused is not tried again until the secret changes.`,
 	fs.StringArrayVar(&o.adminHashes, "admin-key-hash-file", nil, "JSON with id and hash of an administrator's API key; repeatable")
 	fs.StringVar(&o.auditDir, "audit-dir", "", "folder of the audit log")
 	fs.StringVar(&o.name, "name", "", "name of this replica, which no other has; without it, the host's")
+	fs.BoolVar(&o.apart, "token-per-replica", false, "replicas use tokens of their own, with the same master keys (clones, or nShield clients with files of their own): keep nothing in one of them that the others would lack")
 	o.windows.Add(fs)
 	o.audit.Add(cmd)
 	o.limit.Add(fs)
@@ -166,6 +168,9 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 		return err
 	}
 	defer closeBoth()
+	if o.apart {
+		token.Apart()
+	}
 	name := o.name
 	if name == "" {
 		if name, err = os.Hostname(); err != nil {

@@ -25,6 +25,7 @@ import (
 // beside the API.
 type cluster struct {
 	dir, etcd, socket, pin string
+	token                  string // folder of the SoftHSM token
 }
 
 func newCluster(t *testing.T) *cluster {
@@ -32,7 +33,7 @@ func newCluster(t *testing.T) *cluster {
 	testkit.Connector(t) // here, where nobody waits for what they start
 	testkit.Server(t)
 	c := &cluster{dir: t.TempDir()}
-	c.socket, c.pin = filepath.Join(c.dir, "c.sock"), filepath.Join(c.dir, "pin")
+	c.socket, c.pin, c.token = filepath.Join(c.dir, "c.sock"), filepath.Join(c.dir, "pin"), filepath.Join(c.dir, "softhsm")
 	ca, err := pki.NewCA("test", time.Now())
 	if err != nil {
 		t.Fatal(err)
@@ -97,7 +98,7 @@ func (c *cluster) connector(t *testing.T, pin string) (stop func()) {
 	if err := app.WriteFile(c.pin, []byte(pin), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(testkit.Connector(t), "--socket", c.socket, "--pin-file", c.pin, "--module", testkit.SoftHSM, "--token-label", "kms", "--softhsm-dir", c.file("softhsm"))
+	cmd := exec.Command(testkit.Connector(t), "--socket", c.socket, "--pin-file", c.pin, "--module", testkit.SoftHSM, "--token-label", "kms", "--softhsm-dir", c.token)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
