@@ -61,3 +61,6 @@ func OpenForTest() (out []string) {
 	}
 	return out
 }
+
+// TwiceForTest finds a field that stands twice in JSON.
+var TwiceForTest = twice

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -32,12 +33,12 @@ type target struct {
 	commits int64 // when the fixture was new
 }
 
-func newTarget(f *testing.F) *target {
-	f.Helper()
+func newTarget(tb testing.TB) *target {
+	tb.Helper()
 	quiet := func(c *server.Config) { c.Log = slog.New(slog.DiscardHandler) }
-	x := &target{world: newWorldWith(f, server.Limits{}, quiet)}
+	x := &target{world: newWorldWith(tb, server.Limits{}, quiet)}
 	x.token.Installed = []hsm.Installation{{ID: "22222222", Objects: []string{"mkek:v1"}}}
-	x.renew(f)
+	x.renew(tb)
 	return x
 }
 
@@ -217,9 +218,9 @@ func FuzzBodies(f *testing.F) {
 }
 
 // strictJSON says whether a text is JSON all of whose strings are texts, so
-// that none reads like another.
+// that none reads like another, and no object of which has a field twice.
 func strictJSON(text string) bool {
-	if !json.Valid([]byte(text)) || !utf8.ValidString(text) {
+	if !json.Valid([]byte(text)) || !utf8.ValidString(text) || hasTwice(json.NewDecoder(strings.NewReader(text))) {
 		return false
 	}
 	// For a lone surrogate Go puts in a character that was not in the text.
@@ -229,6 +230,61 @@ func strictJSON(text string) bool {
 	}
 	again, err := json.Marshal(v)
 	return err == nil && (!strings.Contains(string(again), "\ufffd") || strings.Contains(text, "\ufffd") || strings.Contains(strings.ToLower(text), `\ufffd`))
+}
+
+// hasTwice reads one value, and says whether an object in it has a field twice,
+// in any case.
+func hasTwice(d *json.Decoder) bool {
+	open, _ := d.Token()
+	found, names := false, []string(nil)
+	for (open == json.Delim('{') || open == json.Delim('[')) && d.More() {
+		if open == json.Delim('{') {
+			t, _ := d.Token()
+			name, _ := t.(string)
+			found = found || slices.ContainsFunc(names, func(other string) bool { return strings.EqualFold(name, other) })
+			names = append(names, name)
+		}
+		found = hasTwice(d) || found
+	}
+	if open == json.Delim('{') || open == json.Delim('[') {
+		_, _ = d.Token() // its end
+	}
+	return found
+}
+
+// TestNoFieldTwice: a body in which a field stands twice, in whatever case or
+// spelling and however deep, is refused by every endpoint that takes a body,
+// and changes nothing.
+func TestNoFieldTwice(t *testing.T) {
+	x := newTarget(t)
+	field := regexp.MustCompile(`"([A-Za-z_]+)":`)
+	alike := strings.NewReplacer("k", "\u212a", "K", "\u212a", "s", "\u017f") // for Unicode, and the decoder, the same letters
+	n := 0
+	for _, endpoint := range slices.Sorted(maps.Keys(bodies)) {
+		if endpoint == "POST /identity/token" {
+			continue // a form
+		}
+		i := slices.IndexFunc(bodies[endpoint], func(b string) bool { return strings.HasPrefix(b, "{") })
+		method, path, _ := strings.Cut(endpoint, " ")
+		body := x.fill.Replace(bodies[endpoint][i])
+		for _, at := range field.FindAllStringSubmatchIndex(body, -1) {
+			name := body[at[2]:at[3]]
+			for _, spelt := range []string{name, strings.ToUpper(name), fmt.Sprintf(`\u%04x%s`, name[0], name[1:]), alike.Replace(name)} {
+				r := x.ask(t, method, x.fill.Replace(path), "Bearer "+x.by.token, body[:at[0]]+`"`+spelt+`":null,`+body[at[0]:])
+				if r.status != 400 || r.code() != kmsapi.BadBody || malformed(r) != "" || !strings.Contains(r.body, `duplicate field \"`) {
+					t.Errorf("%s with %s twice: %d %s", endpoint, spelt, r.status, r.body)
+				}
+				n++
+			}
+		}
+	}
+	t.Logf("%d bodies with a field twice, all refused", n)
+	// What is no second one: the same name in another object, in a text, or as a value.
+	for _, body := range []string{`{"aad":["aad","aad","\"aad\":"],"plaintext":"aGVsbG8="}`, `{"aad":["plaintext","{","}","[","\\"],"plaintext":"aGVsbG8="}`} {
+		if r := x.ask(t, "POST", x.fill.Replace("/api/v2/keys/{id}/actions/wrap"), "Bearer "+x.by.token, body); r.status != 200 {
+			t.Errorf("%s: %d %s", body, r.status, r.body)
+		}
+	}
 }
 
 // FuzzLists asks for lists. What is asked wrongly is refused as such; what is

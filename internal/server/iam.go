@@ -36,8 +36,8 @@ const tokenIssue = "iam.token.issue"
 // answerToken gives what the trace says of the answer.
 func (s *Server) answerToken(ctx context.Context, w http.ResponseWriter, r *http.Request, corr string) (status int, code, who string) {
 	r.Body = http.MaxBytesReader(w, r.Body, 16<<10)
-	if err := r.ParseForm(); err != nil || r.PostForm.Get("grant_type") != grantType {
-		writeJSON(w, http.StatusBadRequest, kmsapi.TokenError{ErrorCode: codeBadGrant, ErrorMessage: "grant_type must be " + grantType})
+	if err := r.ParseForm(); err != nil || !slices.Equal(r.PostForm["grant_type"], []string{grantType}) || len(r.PostForm["apikey"]) > 1 {
+		writeJSON(w, http.StatusBadRequest, kmsapi.TokenError{ErrorCode: codeBadGrant, ErrorMessage: "grant_type must be " + grantType + ", and nothing given twice (RFC 6749, 3.2)"})
 		return http.StatusBadRequest, codeBadGrant, ""
 	}
 	key := secret.New([]byte(r.PostForm.Get("apikey")))

@@ -5,7 +5,6 @@
 package server
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -16,11 +15,8 @@ import (
 	"net"
 	"net/http"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
-	"unicode/utf16"
-	"unicode/utf8"
 
 	"github.com/google/uuid"
 
@@ -495,70 +491,6 @@ func remote(r *http.Request) string {
 	return host
 }
 
-// decode reads the body strictly. An empty body, {} and null are alike: IBM's
-// clients send any of them.
-func (c *call) decode(v any) error {
-	b := bytes.Trim(c.body, " \t\r\n")
-	if len(b) == 0 || string(b) == "null" {
-		return nil
-	}
-	if err := decodeStrictly(b, v); err != nil {
-		return fault.New(fault.Usage, "", "", err).WithReason(kmsapi.BadBody)
-	}
-	return nil
-}
-
-func decodeStrictly(b []byte, v any) error {
-	// What is no text would be read as U+FFFD: of two strings of aad that differ, as the same.
-	if !utf8.Valid(b) || loneSurrogate(b) {
-		return errors.New("a string is no Unicode text")
-	}
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
-		return err
-	}
-	if _, end := d.Token(); !errors.Is(end, io.EOF) { // More is false before a stray ] or }
-		return errors.New("something follows the JSON value")
-	}
-	return nil
-}
-
-// loneSurrogate finds half of a pair of escapes in JSON.
-func loneSurrogate(b []byte) bool {
-	for {
-		i := bytes.IndexByte(b, '\\')
-		if i < 0 || len(b) < i+2 {
-			return false
-		}
-		if b = b[i:]; b[1] != 'u' {
-			b = b[2:]
-			continue
-		}
-		high := escaped(b)
-		b = b[2:]
-		if !utf16.IsSurrogate(high) {
-			continue
-		}
-		if b = b[min(4, len(b)):]; utf16.DecodeRune(high, escaped(b)) == utf8.RuneError {
-			return true
-		}
-		b = b[6:]
-	}
-}
-
-// escaped is the character of an escape as \u20ac, or -1.
-func escaped(b []byte) rune {
-	if len(b) < 6 || b[0] != '\\' || b[1] != 'u' {
-		return -1
-	}
-	n, err := strconv.ParseUint(string(b[2:6]), 16, 16)
-	if err != nil {
-		return -1
-	}
-	return rune(n)
-}
-
 // publicError gives the code and the texts that a caller may see: a lead that
 // the summary ends with, and the message. A fault with a reason says its own
 // cause; everything else is one of a few general texts.
@@ -574,7 +506,7 @@ func publicError(err error) (code, lead, message string) {
 	case kmsapi.InvalidState, kmsapi.KeyExpired, kmsapi.AuthorizationsLack:
 		lead = f.Op
 	case kmsapi.BadBody:
-		if why := f.Err.Error(); strings.HasPrefix(why, "json: unknown field") || strings.HasPrefix(why, "Only ") {
+		if why := f.Err.Error(); strings.HasPrefix(why, "json: unknown field") || strings.HasPrefix(why, twicePrefix) || strings.HasPrefix(why, "Only ") {
 			message = kmsapi.MessageOf(kmsapi.BadBody) + ": " + why
 		}
 	}

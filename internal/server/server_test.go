@@ -84,6 +84,7 @@ func TestBodiesAreReadStrictly(t *testing.T) {
 		body, code, says string
 	}{
 		"unknown field":    {createBody(`"name":"xx","colour":"red"`), kmsapi.BadBody, `unknown field \"colour\"`},
+		"field twice":      {createBody(`"name":"xx","Name":"yy"`), kmsapi.BadBody, `duplicate field \"Name\"`},
 		"trailing comma":   {createBody(`"name":"xx",`), kmsapi.BadBody, "valid formatting"},
 		"two values":       {createBody(`"name":"xx"`) + "{}", kmsapi.BadBody, "valid formatting"},
 		"rubbish after":    {createBody(`"name":"xx"`) + "]", kmsapi.BadBody, "valid formatting"},
@@ -398,6 +399,8 @@ func TestTokenEndpoints(t *testing.T) {
 			"good":        {url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey"}, "apikey": {w.admin}, "response_type": {"cloud_iam"}}, 200, `"access_token":"ey`},
 			"wrong key":   {url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey"}, "apikey": {w.admin + "x"}}, 400, "BXNIM0415E"},
 			"no key":      {url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey"}}, 400, "Provided API key could not be found"},
+			"two keys":    {url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey"}, "apikey": {w.admin, w.admin}}, 400, "nothing given twice"},
+			"two grants":  {url.Values{"grant_type": {"urn:ibm:params:oauth:grant-type:apikey", "password"}, "apikey": {w.admin}}, 400, "BXNIM0137E"},
 			"other grant": {url.Values{"grant_type": {"client_credentials"}}, 400, "grant_type"},
 		} {
 			res, err := http.PostForm(w.url+path, c.form)
