@@ -189,6 +189,8 @@ func (s *Service) Register(ctx context.Context, instance, id, crn, who string, i
 		return kmsapi.Registration{}, refusal(fault.NotFound, id, kmsapi.KeyDeleted)
 	case k.Kind != kindRoot:
 		return kmsapi.Registration{}, refusal(fault.Usage, id, kmsapi.RootRequiredReg)
+	case s.stateNow(k) != stateActive:
+		return kmsapi.Registration{}, refusal(fault.Conflict, id, kmsapi.InvalidKeyState)
 	case !strings.HasPrefix(crn, "crn:") || len(crn) > 1024:
 		return kmsapi.Registration{}, invalid("resourceCrn", "a CRN")
 	}

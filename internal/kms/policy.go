@@ -228,7 +228,7 @@ func checkInstancePolicy(p kmsapi.InstancePolicy) error {
 		}
 		return nil
 	case kmsapi.PolicyAllowedNetwork:
-		if on && (a.AllowedNetwork == nil || *a.AllowedNetwork != "public-and-private" && *a.AllowedNetwork != "private-only") {
+		if on && (a.AllowedNetwork == nil || *a.AllowedNetwork != "public-and-private" && *a.AllowedNetwork != privateOnly) {
 			return invalid("allowed_network", "public-and-private or private-only")
 		}
 		return nil
@@ -258,6 +258,10 @@ func (s *Service) instancePolicy(ctx context.Context, instance, kind string) (*k
 	return &p, err
 }
 
+// privateOnly is the allowed network of an instance that takes no calls from
+// public addresses.
+const privateOnly = "private-only"
+
 func on(p *kmsapi.InstancePolicy) bool { return p != nil && p.Data.Enabled != nil && *p.Data.Enabled }
 
 // AllowsAddress says whether an instance may be used from an address.
@@ -265,20 +269,30 @@ func (s *Service) AllowsAddress(ctx context.Context, instance, remote string) (b
 	if s.store.Version(instancePolicyPath(instance, "")) == 0 { // no policy at all: the usual case costs nothing
 		return true, nil
 	}
+	ip, err := netip.ParseAddr(remote)
+	if err != nil {
+		ip = netip.Addr{} // it is in no network
+	}
+	ip = ip.Unmap()
+	network, err := s.instancePolicy(ctx, instance, kmsapi.PolicyAllowedNetwork)
+	if err != nil || on(network) && *network.Data.Attributes.AllowedNetwork == privateOnly && !isPrivate(ip) {
+		return false, err
+	}
 	p, err := s.instancePolicy(ctx, instance, kmsapi.PolicyAllowedIP)
 	if err != nil || !on(p) {
 		return err == nil, err
 	}
-	ip, err := netip.ParseAddr(remote)
-	if err != nil {
-		return false, nil //nolint:nilerr // an address that cannot be read is in no network
-	}
 	for _, n := range *p.Data.Attributes.AllowedIP {
-		if prefix, err := netip.ParsePrefix(n); err == nil && prefix.Contains(ip.Unmap()) {
+		if prefix, err := netip.ParsePrefix(n); err == nil && prefix.Contains(ip) {
 			return true, nil
 		}
 	}
 	return false, nil
+}
+
+// isPrivate says whether an address is of no public network.
+func isPrivate(ip netip.Addr) bool {
+	return ip.IsPrivate() || ip.IsLoopback() || ip.IsLinkLocalUnicast()
 }
 
 // instanceRules applies an instance's policies, and the overrides of the

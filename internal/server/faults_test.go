@@ -94,10 +94,12 @@ func TestWritesThatFail(t *testing.T) {
 			purger := root.service(t, "purger", "KeyPurge", "", "")
 			root.do(t, "POST", "/api/v2/key_rings/blue", "")
 			root.service(t, "crew", "Reader", "", "")
+			root.service(t, "bucket", "Writer", "", "")
 			old := root.create(t, `"name":"old"`)
 			root.do(t, "DELETE", "/api/v2/keys/"+old.ID, "")
 			w.advance(4 * time.Hour)
 			root.token, purger.token = w.login(t, w.admin), w.login(t, string(w.anotherKey(t, "purger")))
+			bucket := client{w: w, token: w.login(t, string(w.anotherKey(t, "bucket"))), instance: root.instance}
 			deleted := root.create(t, `"name":"deleted"`)
 			root.do(t, "DELETE", "/api/v2/keys/"+deleted.ID, "")
 			w.advance(time.Minute)
@@ -105,8 +107,11 @@ func TestWritesThatFail(t *testing.T) {
 				key := root.create(t, `"name":"root"`)
 				fill := strings.NewReplacer("KEY", key.ID, "DELETED", deleted.ID, "OLD", old.ID, "INSTANCE", root.instance, "NEW", fmt.Sprint("new-", i))
 				path, body, by := fill.Replace(e.path), fill.Replace(e.body), root
-				if strings.HasSuffix(path, "/purge") {
+				switch {
+				case strings.HasSuffix(path, "/purge"):
 					by = purger
+				case strings.Contains(path, "/registrations/"):
+					by = bucket
 				}
 				before := root.do(t, "GET", "/api/v2/keys?state=1,2,3,5", "").body
 				w.store.fail(write)
@@ -430,4 +435,42 @@ func open(t *testing.T, name string) *os.File {
 	}
 	t.Cleanup(func() { f.Close() })
 	return f
+}
+
+// TestAKeyWhoseRecordWasChanged: whoever can write to the store is not believed.
+// The key is refused as corrupted by everything that needs it, other keys work
+// on, and the HSM is not asked.
+func TestAKeyWhoseRecordWasChanged(t *testing.T) {
+	w := newWorld(t)
+	c := w.root(t, "shop")
+	k := c.create(t, `"name":"root"`)
+	path := "/kmsctl/v1/rec/keys/" + c.instance + "/" + k.ID
+	was, err := w.etcd.Get(t.Context(), path)
+	if err != nil || len(was.Kvs) != 1 {
+		t.Fatal(was, err)
+	}
+	changed := strings.Replace(string(was.Kvs[0].Value), `"imported":`, `"Imported":`, 1)
+	if changed == string(was.Kvs[0].Value) {
+		changed += " "
+	}
+	if _, err := w.etcd.Put(t.Context(), path, changed); err != nil {
+		t.Fatal(err)
+	}
+	other := c.create(t, `"name":"other"`) // when it is there, the view has the change
+	calls := w.token.Calls.Load()
+	for _, x := range []struct{ method, path, body string }{
+		{"GET", "", ""}, {"GET", "/metadata", ""}, {"POST", "/actions/wrap", ""}, {"POST", "/actions/unwrap", `{"ciphertext":"e30="}`}, {"POST", "/actions/rotate", ""}, {"DELETE", "", ""},
+	} {
+		r := c.do(t, x.method, "/api/v2/keys/"+k.ID+x.path, x.body)
+		var e kmsapi.Errors
+		if r.into(t, &e); r.status != 500 || r.code() != kmsapi.IncompleteMetadata || !strings.HasPrefix(e.Resources[0].Reasons[0].Message, "Key metadata became corrupted") {
+			t.Errorf("%s %s: %d %s", x.method, x.path, r.status, r.body)
+		}
+	}
+	if n := w.token.Calls.Load(); n != calls {
+		t.Errorf("the HSM was asked %d times", n-calls)
+	}
+	if r := c.act(t, other.ID, "wrap", ""); r.status != 200 {
+		t.Errorf("another key: %+v", r)
+	}
 }

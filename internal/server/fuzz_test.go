@@ -28,6 +28,7 @@ import (
 type target struct {
 	*world
 	by      client
+	crew    string            // token of a service, which is a manager of the instance
 	fill    *strings.Replacer // of placeholders, since ids are not the same in two runs
 	n       int
 	commits int64 // when the fixture was new
@@ -59,6 +60,15 @@ func (x *target) renew(tb testing.TB) {
 	crew, err := x.iam.CreateServiceID(ctx, me, fmt.Sprint("crew-", x.n), "")
 	must(tb, err)
 	must(tb, x.kms.CreateRing(ctx, in.ID, "blue", me.String()))
+	manager, err := iam.NewPolicy(in.ID, "", "", "Manager")
+	must(tb, err)
+	_, err = x.iam.CreatePolicy(ctx, me, crew.ID, manager)
+	must(tb, err)
+	_, own, err := x.iam.CreateAPIKey(ctx, me, "own", crew.ID)
+	must(tb, err)
+	service, err := x.iam.Issue(ctx, own)
+	must(tb, err)
+	x.crew = service.AccessToken
 	x.by = client{w: x.world, token: tok.AccessToken, instance: in.ID}
 	x.fill = strings.NewReplacer("{id}", key.ID, "KEY", key.ID, "INSTANCE", in.ID, "CIPHERTEXT", wrapped.Ciphertext, "{service}", crew.ID, "CREW", crew.ID,
 		"NEW", fmt.Sprint("new-", x.n), "APIKEY", x.admin, "MOMENT", x.now().Format(time.RFC3339), "{crn}", "crn:v1:x", "{scope}", "n%252Fkube-system")
@@ -98,6 +108,17 @@ func (x *target) ask(tb testing.TB, method, path, token, body string) reply {
 		tb.Errorf("the audit log still expects %d lines", n)
 	}
 	return out
+}
+
+// send makes a call of an endpoint by whom it is for.
+func (x *target) send(tb testing.TB, endpoint, body string) reply {
+	tb.Helper()
+	method, path, _ := strings.Cut(endpoint, " ")
+	token := x.by.token
+	if strings.Contains(path, "/registrations/") {
+		token = x.crew
+	}
+	return x.ask(tb, method, x.fill.Replace(path), "Bearer "+token, body)
 }
 
 // settle makes the fixture anew when the call changed something.
@@ -182,9 +203,8 @@ func FuzzBodies(f *testing.F) {
 	at := slices.Sorted(maps.Keys(bodies))
 	call := func(tb testing.TB, endpoint, body string) reply {
 		tb.Helper()
-		method, path, _ := strings.Cut(endpoint, " ")
 		defer x.settle(tb)
-		return x.ask(tb, method, x.fill.Replace(path), "Bearer "+x.by.token, x.fill.Replace(body))
+		return x.send(tb, endpoint, x.fill.Replace(body))
 	}
 	for i, e := range at {
 		if r := call(f, e, bodies[e][0]); r.status/100 != 2 && e != "POST /kmsctl/v1/clear" && e != "POST /kmsctl/v1/master/migrate" { // the end of the world, and where there is no other
@@ -265,12 +285,11 @@ func TestNoFieldTwice(t *testing.T) {
 			continue // a form
 		}
 		i := slices.IndexFunc(bodies[endpoint], func(b string) bool { return strings.HasPrefix(b, "{") })
-		method, path, _ := strings.Cut(endpoint, " ")
 		body := x.fill.Replace(bodies[endpoint][i])
 		for _, at := range field.FindAllStringSubmatchIndex(body, -1) {
 			name := body[at[2]:at[3]]
 			for _, spelt := range []string{name, strings.ToUpper(name), fmt.Sprintf(`\u%04x%s`, name[0], name[1:]), alike.Replace(name)} {
-				r := x.ask(t, method, x.fill.Replace(path), "Bearer "+x.by.token, body[:at[0]]+`"`+spelt+`":null,`+body[at[0]:])
+				r := x.send(t, endpoint, body[:at[0]]+`"`+spelt+`":null,`+body[at[0]:])
 				if r.status != 400 || r.code() != kmsapi.BadBody || malformed(r) != "" || !strings.Contains(r.body, `duplicate field \"`) {
 					t.Errorf("%s with %s twice: %d %s", endpoint, spelt, r.status, r.body)
 				}

@@ -397,7 +397,19 @@ func listRegistrations(ctx context.Context, c *call) (any, error) {
 	return collection(c, kmsapi.TypeRegistration, total, regs)
 }
 
+// byService refuses people: a registration says what a service needs of a key,
+// and only a service can know when that is no longer so.
+func (c *call) byService() error {
+	if c.who.Kind != iam.KindService {
+		return fault.Newf(fault.Denied, "", "", "registrations are the services' own").WithReason(kmsapi.ServiceOnly)
+	}
+	return nil
+}
+
 func createRegistration(ctx context.Context, c *call) (any, error) {
+	if err := c.byService(); err != nil {
+		return nil, err
+	}
 	var in kmsapi.CreateRegistration
 	if err := c.decode(&in); err != nil {
 		return nil, err
@@ -410,6 +422,9 @@ func createRegistration(ctx context.Context, c *call) (any, error) {
 }
 
 func deleteRegistration(ctx context.Context, c *call) (any, error) {
+	if err := c.byService(); err != nil {
+		return nil, err
+	}
 	return nil, c.KMS.Unregister(ctx, c.instance, c.id, c.r.PathValue("crn"))
 }
 

@@ -387,7 +387,13 @@ func TestRegistrationsProtectAKey(t *testing.T) {
 	crn := func(n int) string {
 		return url.PathEscape(fmt.Sprintf("crn:v1:x:public:storage:eu:a/1:bucket-%d::", n))
 	}
-	if r := c.do(t, "POST", path+"/registrations/"+crn(1), `{"description":"a bucket"}`); r.status != 201 {
+	bucket := c.service(t, "bucket", "Writer", "", "")
+	for _, method := range []string{"POST", "DELETE"} { // an administrator is no service
+		if r := c.do(t, method, path+"/registrations/"+crn(1), ""); r.code() != kmsapi.ServiceOnly || r.status != 403 || malformed(r) != "" {
+			t.Errorf("%+v", r)
+		}
+	}
+	if r := bucket.do(t, "POST", path+"/registrations/"+crn(1), `{"description":"a bucket"}`); r.status != 201 {
 		t.Fatal(r)
 	}
 	for _, p := range []string{path + "/registrations", "/api/v2/keys/registrations"} {
@@ -404,18 +410,23 @@ func TestRegistrationsProtectAKey(t *testing.T) {
 	if r := c.do(t, "DELETE", path, ""); r.code() != kmsapi.ProtectedResource || r.status != 409 {
 		t.Errorf("%+v", r)
 	}
-	c.do(t, "POST", path+"/registrations/"+crn(2), `{"preventKeyDeletion":true}`)
+	bucket.do(t, "POST", path+"/registrations/"+crn(2), `{"preventKeyDeletion":true}`)
 	if r := c.do(t, "DELETE", path+"?force=true", ""); r.code() != kmsapi.PreventDeletion || r.status != 409 {
 		t.Errorf("%+v", r)
 	}
-	if r := c.do(t, "DELETE", path+"/registrations/"+crn(2), ""); r.status != 204 {
+	if r := bucket.do(t, "DELETE", path+"/registrations/"+crn(2), ""); r.status != 204 {
 		t.Errorf("%+v", r)
 	}
-	if r := c.do(t, "DELETE", path+"/registrations/"+crn(2), ""); r.code() != kmsapi.RegistrationAbsent || r.status != 404 {
+	if r := bucket.do(t, "DELETE", path+"/registrations/"+crn(2), ""); r.code() != kmsapi.RegistrationAbsent || r.status != 404 {
 		t.Errorf("%+v", r)
 	}
 	if r := c.do(t, "DELETE", path+"?force=true", ""); r.status != 204 {
 		t.Errorf("%+v", r)
+	}
+	idle := c.create(t, `"name":"idle"`)
+	c.act(t, idle.ID, "disable", "")
+	if r := bucket.do(t, "POST", "/api/v2/keys/"+idle.ID+"/registrations/"+crn(1), ""); r.code() != kmsapi.InvalidKeyState || r.status != 422 || malformed(r) != "" {
+		t.Errorf("of a key that is suspended: %+v", r)
 	}
 	std := c.create(t, `"name":"std","extractable":true`)
 	for _, method := range []string{"POST", "GET"} {
@@ -423,7 +434,7 @@ func TestRegistrationsProtectAKey(t *testing.T) {
 		if method == "POST" {
 			at += "/" + crn(3)
 		}
-		if r := c.do(t, method, at, ""); r.code() != kmsapi.RootRequiredReg || r.status != 422 {
+		if r := bucket.do(t, method, at, ""); r.code() != kmsapi.RootRequiredReg || r.status != 422 {
 			t.Errorf("%s on a standard key: %+v", method, r)
 		}
 	}
@@ -656,13 +667,16 @@ func TestInstancePolicies(t *testing.T) {
 			t.Errorf("%s: %+v", fields, r)
 		}
 	}
-	// An address that is not allowed is refused like a right that is missing.
+	// An address that is not allowed is refused, whatever rights there are.
 	k := c.create(t, `"name":"root"`)
 	if r := c.do(t, "PUT", path+"?policy=allowedIP", instancePolicy("allowedIP", `"enabled":true,"attributes":{"allowed_ip":["10.0.0.0/8"]}`)); r.status != 204 {
 		t.Fatal(r)
 	}
-	if r := c.act(t, k.ID, "wrap", ""); r.status != 403 || r.code() != kmsapi.Forbidden {
+	if r := c.act(t, k.ID, "wrap", ""); r.status != 403 || r.code() != kmsapi.ConfigRule || malformed(r) != "" {
 		t.Errorf("%+v", r)
+	}
+	if r := c.service(t, "nobody", "", "", "").act(t, k.ID, "wrap", ""); r.code() != kmsapi.Forbidden {
+		t.Errorf("without a right: %+v", r)
 	}
 	if err := w.kms.SetInstancePolicies(t.Context(), c.instance, "", "local", []kmsapi.InstancePolicy{{Type: "allowedIP", Data: kmsapi.PolicyData{Enabled: new(bool)}}}); err != nil {
 		t.Fatal(err)
@@ -926,5 +940,38 @@ func TestPreferOnCreate(t *testing.T) {
 	}
 	if _, err := w.kms.Keys(t.Context(), c.instance, kms.Query{Limit: 1, Sort: "x"}); err == nil {
 		t.Error("a sort that is none was taken")
+	}
+}
+
+// TestAllowedNetwork: an instance that is private takes no call from a public
+// address.
+func TestAllowedNetwork(t *testing.T) {
+	x := newTarget(t)
+	wrap := func() reply {
+		return x.ask(t, "POST", x.fill.Replace("/api/v2/keys/{id}/actions/wrap"), "Bearer "+x.crew, "") // from 192.0.2.1
+	}
+	set := func(network string) {
+		t.Helper()
+		on := true
+		must(t, x.kms.SetInstancePolicies(t.Context(), x.by.instance, "", "local", []kmsapi.InstancePolicy{
+			{Type: "allowedNetwork", Data: kmsapi.PolicyData{Enabled: &on, Attributes: &kmsapi.PolicyAttributes{AllowedNetwork: &network}}}}))
+		x.commits = x.store.commits.Load()
+	}
+	if r := wrap(); r.status != 200 {
+		t.Fatal(r)
+	}
+	set("private-only")
+	if r := wrap(); r.status != 403 || r.code() != kmsapi.ConfigRule || malformed(r) != "" {
+		t.Errorf("from a public address: %+v", r)
+	}
+	for remote, may := range map[string]bool{"10.1.2.3": true, "172.16.0.1": true, "192.168.9.9": true, "::ffff:10.1.2.3": true, "fd00::1": true, "127.0.0.1": true, "::1": true, "fe80::1": true,
+		"8.8.8.8": false, "172.32.0.1": false, "::ffff:8.8.8.8": false, "2001:db8::1": false, "": false} {
+		if got, err := x.kms.AllowsAddress(t.Context(), x.by.instance, remote); err != nil || got != may {
+			t.Errorf("%q: %v %v", remote, got, err)
+		}
+	}
+	set("public-and-private")
+	if r := wrap(); r.status != 200 {
+		t.Errorf("%+v", r)
 	}
 }

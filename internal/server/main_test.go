@@ -96,16 +96,12 @@ func TestMain(m *testing.M) {
 // noOccasion are IBM's codes for which this service has no occasion, and why.
 // Clients know them, so they are kept with their status and text.
 var noOccasion = map[string]string{
-	kmsapi.BearerSubject:      "every token that we sign has its subject, and any other is a 401",
-	kmsapi.ImportRequired:     "any deleted key may be restored, as IBM allows it today",
-	kmsapi.ConfigRule:         "there is no governance service whose rules could conflict",
-	kmsapi.ResourceOwner:      "rights come from policies alone: a resource has no owner",
-	kmsapi.ServiceOnly:        "what IBM keeps for services is open to roles here",
-	kmsapi.FeatureRestricted:  "no feature is sold apart",
-	kmsapi.InvalidKeyState:    "registrations are taken in every state but destroyed, which is KEY_DELETED_ERR",
-	kmsapi.VersionInvalid:     "a registration is made of the version that is current",
-	kmsapi.SignatureInvalid:   "no call is signed besides its token",
-	kmsapi.IncompleteMetadata: "a record that is not whole is not ours, and nothing of it is believed: INTERNAL_ERR",
+	kmsapi.BearerSubject:     "every token that we sign has its subject; another, and one in another form, is a 401, which names no code",
+	kmsapi.ImportRequired:    "any deleted key may be restored, as IBM allows it today",
+	kmsapi.ResourceOwner:     "rights come from policies alone: a service whose role deletes keys may",
+	kmsapi.FeatureRestricted: "no feature is kept back: allowedIP takes IPv6 networks, which is where IBM answers so",
+	kmsapi.VersionInvalid:    "a registration is made of the version that is current, and is never replaced by one of an older",
+	kmsapi.SignatureInvalid:  "no call is signed besides its token, and what a rewrap cannot open is UNPROCESSABLE_CIPHERTEXT_ERR",
 }
 
 var codeForm = regexp.MustCompile(`= "([A-Z]+(?:_[A-Z]+)+)"`)

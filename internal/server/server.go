@@ -464,7 +464,7 @@ func (s *Server) authorize(ctx context.Context, rt route, c *call) error {
 	if err == nil && c.instance != "" && c.who.Kind != iam.KindLocal {
 		var allowed bool
 		if allowed, err = s.KMS.AllowsAddress(ctx, c.instance, remote(c.r)); err == nil && !allowed {
-			return fault.Newf(fault.Denied, "", "", "the instance's policy does not allow this address").WithReason(kmsapi.Forbidden)
+			return fault.Newf(fault.Denied, "", "", "the instance's policy does not allow this address").WithReason(kmsapi.ConfigRule)
 		}
 	}
 	if fault.KindOf(err) == fault.Denied {

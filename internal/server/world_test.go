@@ -88,6 +88,7 @@ func (a *auditor) count() int {
 type world struct {
 	url, socket string
 	token       *testkit.Token
+	etcd        store.EtcdClient
 	store       *faulty
 	kms         *kms.Service
 	iam         *iam.Service
@@ -149,7 +150,7 @@ func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Conf
 	if err != nil {
 		tb.Fatal(err)
 	}
-	w := &world{token: testkit.NewToken("p", "p"), audit: &auditor{}, log: &bytes.Buffer{}}
+	w := &world{etcd: c, token: testkit.NewToken("p", "p"), audit: &auditor{}, log: &bytes.Buffer{}}
 	w.store = &faulty{Store: st}
 	derive := func(_ context.Context, salt []byte) (*ecdsa.PrivateKey, error) {
 		sum := sha256.Sum256(salt)

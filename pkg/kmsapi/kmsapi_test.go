@@ -60,7 +60,7 @@ func TestIBMsCodes(t *testing.T) {
 		"KEY_RESTORE_EXPIRED":         {400, "Key restoration has expired"},
 		"KEY_PAYLOAD_REQ_ERR":         {400, "This root key was created with user-supplied key material: Key material is required to perform a 'rotate' action"},
 		"INCORRECT_NONCE_ERR":         {400, "The encrypted nonce given does not match existing record"},
-		"INCORRECT_NONCE_IV_ERR":      {400, "The encrypted nonce was not encrypted with the key material given OR the provided IV does not match"},
+		"INCORRECT_NONCE_IV_ERR":      {400, "The provided encrypted nonce was not encrypted with the key material given OR the provided IV does not match"},
 		"UNAUTHORIZED_ERR":            {401, UnauthorizedText},
 		"CONFIG_RULE_CONFLICT_ERR":    {403, ""}, "RESOURCE_OWNER_ERR": {403, ""}, "SERVICE_ONLY_ERR": {403, ""}, "FEATURE_RESTRICTED_ERR": {403, ""},
 		"KEY_NOT_FOUND_ERR":            {404, "key does not exist"},
