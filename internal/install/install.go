@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"reflect"
 	"slices"
@@ -17,6 +18,8 @@ import (
 
 	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/render"
 	"github.com/kmsctl/kmsctl/internal/secret"
 )
 
@@ -55,6 +58,7 @@ type Options struct {
 	Domain             string          // of the cluster's DNS
 	Service            string          // of the API
 	HSMSecret          *cluster.Secret // nil: it is in the cluster already
+	HSMSecretPart      bool            // what it has not stays as it is in the cluster
 	HSMSecretName      string
 	SANs               []string // further names of the API, beside those that its certificate has
 	DropSANs           []string // names that it has and is to lose
@@ -430,7 +434,11 @@ func (j Job) hsmSecret(ctx context.Context, o Options) error {
 		j.Line("found", "Secret "+object)
 		return nil
 	}
-	changed, err := j.Cluster.ApplySecret(ctx, *o.HSMSecret)
+	want, err := j.wanted(ctx, o)
+	if err != nil {
+		return err
+	}
+	changed, err := j.Cluster.ApplySecret(ctx, want)
 	if err != nil {
 		return err
 	}
@@ -440,6 +448,35 @@ func (j Job) hsmSecret(ctx context.Context, o Options) error {
 		j.Line("note", "running pods read the new hsm-secret at their next login; to have them do so now: kubectl rollout restart statefulset/"+o.Release+"-oss -n "+o.Namespace)
 	}
 	return nil
+}
+
+// wanted is hsm-secret as it is to be: a values file may have no more than its
+// password, and what the HSM's model needs beside that is in the cluster.
+func (j Job) wanted(ctx context.Context, o Options) (cluster.Secret, error) {
+	want := *o.HSMSecret
+	if !o.HSMSecretPart {
+		return want, nil
+	}
+	have, err := j.Cluster.Secret(ctx, o.Namespace, o.HSMSecretName)
+	if err != nil && fault.KindOf(err) != fault.NotFound {
+		return want, err
+	}
+	all := maps.Clone(have.Data)
+	if all == nil {
+		all = map[string][]byte{}
+	}
+	maps.Copy(all, want.Data)
+	want.Data = all
+	_, values := j.Changer.Target()
+	m, _ := hsm.Lookup(cluster.HSMModel(values)) // the values were checked
+	s, err := render.SecretFromData(o.Namespace, want.Data)
+	if err == nil && m.NeedsCerts && (len(s.ServerCA) == 0 || len(s.Clients) == 0) {
+		err = fmt.Errorf("the model %s needs certificates, and neither the settings nor the cluster have them", m.Name)
+	}
+	if err != nil {
+		return want, fault.New(fault.Usage, "apply Secret", o.Namespace+"/"+o.HSMSecretName, err).WithHint("give the whole of it with --secret FILE, made by `kmsctl render secret`")
+	}
+	return want, nil
 }
 
 func (j Job) report(changed bool, what string) {

@@ -234,6 +234,26 @@ func TestInstallAgain(t *testing.T) {
 }
 
 // TestRenewal: a broken, foreign or old certificate is made anew, others stay.
+// TestPartOfSecret: a password or a pair that came in a values file takes
+// nothing else away from hsm-secret, and does not make one that is not whole.
+func TestPartOfSecret(t *testing.T) {
+	w, o := newWorld(), options(t)
+	w.values = map[string]any{"hsm": map[string]any{"hsm_model": "gemalto"}}
+	o.HSMSecretPart = true
+	if _, err := w.job().Run(t.Context(), o); fault.KindOf(err) != fault.Usage || !strings.Contains(err.Error(), "gemalto needs certificates") || len(w.applied) > 0 {
+		t.Errorf("%v, applied %v", err, w.applied)
+	}
+	w.secrets["site/hsm-secret"] = cluster.Secret{Namespace: "site", Name: "hsm-secret", Data: map[string][]byte{"hsm-pass": []byte("old"), "ServerCAFile": []byte("ca"),
+		"10.0.0.11": []byte("cert"), "10.0.0.11-key": []byte("key")}}
+	if _, err := w.job().Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	got := w.secrets["site/hsm-secret"].Data
+	if string(got["hsm-pass"]) != "canary-pin" || string(got["ServerCAFile"]) != "ca" || string(got["10.0.0.11-key"]) != "key" || len(got) != 4 {
+		t.Errorf("%q", got)
+	}
+}
+
 func TestRenewal(t *testing.T) {
 	w, o := newWorld(), options(t)
 	if _, err := w.job().Run(t.Context(), o); err != nil {

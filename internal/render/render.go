@@ -32,6 +32,7 @@ type Secret struct {
 	Password  secret.Value
 	ServerCA  []byte          // gemalto: the appliances' certificates
 	Clients   map[string]Pair // gemalto: by management node IP
+	Part      bool            // what is absent stays as it is in the cluster
 	Warnings  []string        // what ParseSecret accepted although it is not right
 }
 
@@ -51,7 +52,10 @@ func (s Secret) SortedClients() []clientEntry {
 
 // Data is the Secret's data as Kubernetes keeps it.
 func (s Secret) Data() map[string][]byte {
-	d := map[string][]byte{passKey: s.Password.Reveal()}
+	d := map[string][]byte{}
+	if !s.Password.Empty() {
+		d[passKey] = s.Password.Reveal()
+	}
 	if len(s.ServerCA) > 0 {
 		d[serverCAKey] = s.ServerCA
 	}

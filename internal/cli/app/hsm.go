@@ -1,8 +1,10 @@
 package app
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"regexp"
@@ -32,6 +34,11 @@ type HSMFlags struct {
 	Registry     string
 	Version      string
 	Namespace    string
+
+	filed struct { // what a values file has that belongs into hsm-secret
+		password secret.Value
+		clients  map[string]render.Pair
+	}
 }
 
 // AddModel puts --model and its completion into the command.
@@ -74,9 +81,35 @@ func (f *HSMFlags) AddSettings(fs *pflag.FlagSet) {
 	fs.BoolVar(&f.ClearData, "clear-data", false, "the manual's clear_data in the settings; it clears nothing by itself, 'kmsctl hsm clear' and 'kmsctl upgrade --clear-data' do")
 }
 
+// AddValuesFile puts --values into fs, a file that the other flags beat.
+func AddValuesFile(fs *pflag.FlagSet, path *string) {
+	fs.StringVar(path, "values", "", "overrides_hsm.yaml, plain or encrypted, with any value of the chart")
+}
+
+// ValuesFile reads overrides_hsm.yaml and lets the flags beat it; afterwards
+// the flags hold what is in force.
+func (f *HSMFlags) ValuesFile(a *App, path string, pass *PassphraseFlags) (render.Overrides, error) {
+	raw, err := a.ReadInput("--values", path, 1<<20)
+	if err != nil {
+		return render.Overrides{}, err
+	}
+	text, err := pass.Open(a, path, raw)
+	if err != nil {
+		return render.Overrides{}, err
+	}
+	defer clear(text)
+	o, err := render.ParseOverrides(text)
+	if err != nil {
+		return o, fault.New(fault.Usage, "read", path, err).WithHint("%s", cmp.Or(fault.HintOf(err), "make it with `kmsctl render overrides`"))
+	}
+	f.Beat(&o)
+	return o, nil
+}
+
 // Beat puts the flags that were given into o, where they win, and what o says
 // into the other flags.
 func (f *HSMFlags) Beat(o *render.Overrides) {
+	f.filed.password, f.filed.clients = o.Password, o.Clients
 	for _, p := range []struct{ flag, file *string }{
 		{&f.Model, &o.HSM.Model}, {&f.HSMIP, &o.HSM.HSMIP}, {&f.RFSIP, &o.HSM.RFSIP}, {&f.SlotID, &o.HSM.SlotID}, {&f.ESN, &o.HSM.ESN},
 		{&f.KeyHash, &o.HSM.KeyHash}, {&f.TokenLabel, &o.HSM.TokenLabel},
@@ -184,7 +217,7 @@ func (f *HSMFlags) CheckSecret() error {
 	certs, err1 := byIP("client-cert", f.ClientCerts)
 	keys, err2 := byIP("client-key", f.ClientKeys)
 	errs = append(errs, err1, err2)
-	if len(certs)+len(keys) == 0 && err1 == nil && err2 == nil {
+	if len(certs)+len(keys)+len(f.filed.clients) == 0 && err1 == nil && err2 == nil {
 		errs = append(errs, fault.Usagef("--client-cert, --client-key: missing for the model %s", f.Model).
 			WithHint("give one pair for each management node: --client-cert 10.0.0.11=node1.pem --client-key 10.0.0.11=node1Key.pem"))
 	}
@@ -199,7 +232,7 @@ func (f *HSMFlags) CheckSecret() error {
 		}
 	}
 	for _, ip := range f.Nodes {
-		if certs[ip] == "" {
+		if _, filed := f.filed.clients[ip]; certs[ip] == "" && !filed {
 			errs = append(errs, fault.Usagef("--node %s: has no --client-cert", ip).WithHint("a pod on that node could not reach the HSM; see `kmsctl hsm luna-cert create --node %s`", ip))
 		}
 	}
@@ -245,6 +278,14 @@ func (f *HSMFlags) Overrides() (render.Overrides, error) {
 	return o, nil
 }
 
+// SecretGiven says whether the HSM's password can be had without a question.
+func (f *HSMFlags) SecretGiven(a *App) bool {
+	return f.Password.Given(a) || !f.filed.password.Empty()
+}
+
+// PairsGiven says whether certificate pairs were given one by one.
+func (f *HSMFlags) PairsGiven() bool { return len(f.ClientCerts)+len(f.filed.clients) > 0 }
+
 // Secret is hsm-secret by the flags, checked as far as that goes without an
 // HSM. The caller zeroes the password.
 func (f *HSMFlags) Secret(a *App) (render.Secret, error) { return f.SecretWith(a, secret.Value{}) }
@@ -252,6 +293,7 @@ func (f *HSMFlags) Secret(a *App) (render.Secret, error) { return f.SecretWith(a
 // SecretWith is Secret with a password that is known already, unless empty.
 func (f *HSMFlags) SecretWith(a *App, password secret.Value) (render.Secret, error) {
 	s := render.Secret{Password: password, Namespace: f.Namespace, Clients: map[string]render.Pair{}}
+	maps.Copy(s.Clients, f.filed.clients)
 	var err error
 	if f.ServerCAFile != "" {
 		if s.ServerCA, err = readFile("--server-ca-file", f.ServerCAFile); err != nil {
@@ -274,7 +316,11 @@ func (f *HSMFlags) SecretWith(a *App, password secret.Value) (render.Secret, err
 	if err := a.CheckCertificates(&s); err != nil {
 		return s, err
 	}
-	if password.Empty() {
+	switch {
+	case !password.Empty():
+	case !f.Password.Given(a) && !f.filed.password.Empty():
+		s.Password = f.filed.password
+	default:
 		s.Password, err = f.Password.Read(a, true)
 	}
 	if err == nil {

@@ -190,6 +190,7 @@ func (f *ReleaseFlags) Job(k KubeFlags, values map[string]any, s *render.Secret)
 		AdminKeyFile: f.AdminKeyFile, Repair: f.Repair, Wait: true, Timeout: f.Timeout}
 	if s != nil {
 		o.HSMSecret = &cluster.Secret{Namespace: k.Namespace, Name: render.SecretName, Data: s.Data()}
+		o.HSMSecretPart = s.Part
 	}
 	return o.Named(values)
 }

@@ -54,7 +54,7 @@ func (o *changeOptions) add(cmd *cobra.Command) {
 	o.hsm.AddSettings(fs)
 	o.pass.Add(fs)
 	fs.StringVar(&o.secretFile, "secret", "", "hsm-Secret.yaml, plain or encrypted, as \"kmsctl render secret\" writes it")
-	fs.StringVar(&o.valuesFile, "values", "", "overrides_hsm.yaml, plain or encrypted")
+	app.AddValuesFile(fs, &o.valuesFile)
 	fs.StringVar(&o.hsm.Registry, "registry", "", "site's registry for all images; without it, the chart's own references hold")
 	o.rel.Add(fs)
 	fs.BoolVar(&o.atomic, "atomic", false, "undo a change that fails: back to the last good revision, or nothing")
@@ -138,17 +138,7 @@ func (o *changeOptions) overrides(base map[string]any) (render.Overrides, error)
 	case o.valuesFile == "":
 		return o.hsm.Overrides()
 	}
-	text, err := o.open("--values", o.valuesFile)
-	if err != nil {
-		return render.Overrides{}, err
-	}
-	defer clear(text)
-	ov, err := render.ParseOverrides(text)
-	if err != nil {
-		return ov, fault.New(fault.Usage, "read", o.valuesFile, err).WithHint("%s", hintOr(err, "make it with `kmsctl render overrides`"))
-	}
-	o.hsm.Beat(&ov)
-	return ov, nil
+	return o.hsm.ValuesFile(o.App, o.valuesFile, &o.pass)
 }
 
 // aim points the chart of an archive at --registry as a load of it does, so
@@ -212,8 +202,8 @@ func (o *changeOptions) secret(ov render.Overrides) (*render.Secret, error) {
 		if s, err = o.hsm.Secret(o.App); err != nil {
 			return nil, err
 		}
-	case !ov.Password.Empty():
-		s.Password = ov.Password
+	case !ov.Password.Empty() || len(ov.Clients) > 0:
+		s.Password, s.Part = ov.Password, true
 	default:
 		return nil, nil
 	}
@@ -227,8 +217,10 @@ func (o *changeOptions) secret(ov render.Overrides) (*render.Secret, error) {
 		}
 		s.Clients[ip] = p
 	}
-	if err := app.CheckPassword(s.Password, "hsm-pass"); err != nil {
-		return nil, err
+	if !s.Password.Empty() || !s.Part {
+		if err := app.CheckPassword(s.Password, "hsm-pass"); err != nil {
+			return nil, err
+		}
 	}
 	if err := o.CheckCertificates(&s); err != nil {
 		return nil, err
