@@ -355,6 +355,37 @@ func TestSetupResumes(t *testing.T) {
 	}
 }
 
+// TestSetupTakesValues: what a values file says is not asked, and stays in the
+// file: the command and the answers name it.
+func TestSetupTakesValues(t *testing.T) {
+	s := newSite(t)
+	s.write(t, "values.yaml", []byte("hsm: {hsm_model: thales, hsm_ip: 127.0.0.1, rfs_ip: 127.0.0.2, slotId: \"1\"}\npersistence: {storageClass: slow}\noss: {replicas: 2}\n"))
+	p, out := s.start(t, "--values", "values.yaml", "--archive", "key-management-hsm-amd64.tar.gz")
+	p.Answer("Registry for the images", s.registry)
+	for _, q := range []string{"Chart repository", "Namespace of the release", "Version of the chart"} {
+		p.Answer(q, "")
+	}
+	p.Answer("Serial number of the Connect", "") // the file has none
+	p.Answer("Key hash of the Connect", "")
+	p.Answer("HSM password: ", pin)
+	p.Answer("HSM password, again: ", pin)
+	p.Answer("File for the administrator's API key", "")
+	p.Expect("for the model thales, in memory, with the values of values.yaml")
+	if code := p.Wait(); code != 0 {
+		t.Fatalf("exit %d\n%s", code, p.Screen())
+	}
+	answers, err := os.ReadFile(filepath.Join(s.dir, "kmsctl-answers.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{out.String(), string(answers)} {
+		if !strings.Contains(text, "values.yaml") || strings.Contains(text, "thales") || strings.Contains(text, "storage-class") {
+			t.Error(text)
+		}
+	}
+	s.noSecret(t, p.Screen()+out.String())
+}
+
 // TestSetupBeginsOnlyWhenTold: after the plan comes a question, and no leaves
 // everything as it was.
 func TestSetupBeginsOnlyWhenTold(t *testing.T) {

@@ -106,7 +106,7 @@ func answers(flags *pflag.FlagSet) map[string]any {
 	out := map[string]any{}
 	for _, name := range answerNames(flags) {
 		f := flags.Lookup(name)
-		if f.Value.String() == f.DefValue {
+		if !f.Changed || f.Value.String() == f.DefValue { // else it is of --values, which is an answer itself
 			continue
 		}
 		switch v := f.Value.(type) {

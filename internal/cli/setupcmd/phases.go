@@ -62,10 +62,7 @@ func (o *options) prepare() (prepared, error) {
 		return p, err
 	}
 	var err error
-	if p.overrides, err = o.hsm.Overrides(); err != nil {
-		return p, err
-	}
-	if p.overrides.Images, err = o.imagesOfChartFile(); err != nil {
+	if p.overrides, err = o.overrides(); err != nil {
 		return p, err
 	}
 	if p.secret, err = o.hsmSecret(); err != nil {
@@ -82,6 +79,22 @@ func (o *options) prepare() (prepared, error) {
 	p.job = o.rel.Job(o.kube, p.values, &p.secret)
 	p.plan = o.planOf(p)
 	return p, nil
+}
+
+// overrides are the settings by --values and the flags.
+func (o *options) overrides() (render.Overrides, error) {
+	v, err := o.hsm.Overrides()
+	if o.settings != nil {
+		warnings := v.Warnings
+		v = *o.settings
+		v.Warnings = append(warnings, v.Warnings...)
+		o.hsm.Beat(&v) // with what was asked since
+	}
+	images, err2 := o.imagesOfChartFile()
+	if images != nil {
+		v.Images = images
+	}
+	return v, errors.Join(err, err2)
 }
 
 // chart says where the chart of the release comes from: a file, a repository,
@@ -146,7 +159,11 @@ func (o *options) planOf(p prepared) []string {
 		}
 		plan = append(plan, load)
 	}
-	plan = append(plan, fmt.Sprintf("render overrides_hsm.yaml and hsm-Secret.yaml for the model %s, in memory", o.hsm.Model))
+	files := fmt.Sprintf("render overrides_hsm.yaml and hsm-Secret.yaml for the model %s, in memory", o.hsm.Model)
+	if o.settings != nil {
+		files += ", with the values of " + o.valuesFile
+	}
+	plan = append(plan, files)
 	return append(plan, install.Plan(p.job, o.chartInWords())...)
 }
 

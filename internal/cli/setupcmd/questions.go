@@ -56,7 +56,12 @@ var (
 )
 
 // needsPairs: no pair was given file by file.
-func needsPairs(o *options) bool { return needsCerts(o) && len(o.hsm.ClientCerts) == 0 }
+func needsPairs(o *options) bool { return needsCerts(o) && !o.hsm.PairsGiven() }
+
+// asksVolumes: neither the flags nor --values say on what the data are kept.
+func asksVolumes(o *options) bool {
+	return !o.rel.NoClaims() && (o.settings == nil || o.settings.Values["persistence"] == nil)
+}
 
 const nothing = "none"
 
@@ -105,7 +110,7 @@ func questions() []question {
 		{name: "hsm-password", title: "HSM password", help: "of the partition or the token; it goes into the Secret hsm-secret and into no file", secret: true,
 			check: func(_ *options, s string) error { return hsm.CheckPIN([]byte(s)) }},
 		{name: "storage-class", title: "Storage class of the volumes", help: "empty for the cluster's default", optional: always,
-			when: func(o *options) bool { return !o.rel.NoClaims() }, preset: defaultClass, check: checkClass},
+			when: asksVolumes, preset: defaultClass, check: checkClass},
 		{name: "admin-key-file", title: "File for the administrator's API key", help: "it is made with the first installation, and only its hash is kept in the cluster",
 			preset: func(context.Context, *options) string { return "admin.key" }, check: required},
 	}

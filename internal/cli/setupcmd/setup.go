@@ -15,6 +15,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/kube"
+	"github.com/kmsctl/kmsctl/internal/render"
 	"github.com/kmsctl/kmsctl/internal/secret"
 )
 
@@ -27,6 +28,8 @@ type options struct {
 	hsm         app.HSMFlags
 	delivery    app.DeliveryFlags
 	rel         app.ReleaseFlags
+	pass        app.PassphraseFlags
+	valuesFile  string
 	archive     string
 	chartFile   string
 	version     string
@@ -44,6 +47,7 @@ type options struct {
 	reach        *kube.Cluster   // nil: not reached
 	reachTried   bool
 	storage      *storage
+	settings     *render.Overrides // of --values
 }
 
 func newSetupCmd(a *app.App, run func(context.Context, *options) error) *cobra.Command {
@@ -58,6 +62,9 @@ install the release. What is given by no flag, variable or answers file is asked
 terminal; ? explains a question, < goes back to the one before, Ctrl-C stops and keeps the
 answers (but no secret) for the next run.
 
+--values takes a file as install does: any value of the chart, the manual's own among them.
+What it says of the HSM is not asked; flags beat it, and an unknown key in it is refused.
+
 Before it begins it checks, as "kmsctl preflight" does, whether it will work. A check that
 fails is shown with its cure and needs a decision; with --yes it ends the run with exit code 7.
 
@@ -65,6 +72,7 @@ At the end it prints the command that does the same without a question, and writ
 answers into a file. --answers FILE --yes never asks.`,
 		Example: `  kmsctl setup
   kmsctl setup --model thales --archive key-management-hsm-amd64.tar.gz
+  kmsctl setup --values overrides_hsm.yaml --archive key-management-hsm-amd64.tar.gz
   kmsctl setup --answers site.yaml --hsm-password-file pw --yes`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.flags = cmd.Flags()
@@ -99,6 +107,8 @@ func (o *options) add(cmd *cobra.Command) {
 	fs.StringVar(&o.certDir, "cert-dir", "", "gemalto: folder with IP.pem and IPKey.pem of each --node, instead of --client-cert and --client-key")
 	fs.StringVar(&o.nodeLabel, "node-label", "", "gemalto: label of the nodes that run the pods")
 	o.rel.Add(fs)
+	app.AddValuesFile(fs, &o.valuesFile)
+	o.pass.Add(fs)
 	fs.StringVar(&o.answersFile, "answers", "", "file of answers: flags' names and their values, as YAML")
 	fs.StringVar(&o.saveAnswers, "save-answers", "kmsctl-answers.yaml", "where the answers that were typed are written, without secrets")
 	fs.BoolVar(&o.yes, "yes", false, "ask nothing")
@@ -119,7 +129,7 @@ func (o *options) readFile() error {
 
 // Check holds the rules of the flags that need no answers.
 func (o *options) Check() error {
-	errs := []error{o.hsm.Password.Check(), o.rel.Check()}
+	errs := []error{o.hsm.Password.Check(), o.rel.Check(), o.pass.Check()}
 	if o.chartFile != "" && o.delivery.Repo != "" {
 		errs = append(errs, fault.Usagef("--repo, --chart: only one of them"))
 	}
@@ -142,7 +152,7 @@ func (o *options) missing() error {
 		}
 		name := q.name
 		if q.secret {
-			if o.hsm.Password.Given(o.App) || !o.password.Empty() {
+			if o.hsm.SecretGiven(o.App) || !o.password.Empty() {
 				continue
 			}
 			name += "-file"
@@ -182,7 +192,20 @@ func (o *options) cluster(ctx context.Context) *kube.Cluster {
 	return o.reach
 }
 
+// readValues takes the settings of --values, which are not asked for.
+func (o *options) readValues() error {
+	if o.valuesFile == "" {
+		return nil
+	}
+	v, err := o.hsm.ValuesFile(o.App, o.valuesFile, &o.pass)
+	o.settings = &v
+	return err
+}
+
 func runSetup(ctx context.Context, o *options) error {
+	if err := o.readValues(); err != nil {
+		return err
+	}
 	if err := o.interview(ctx); err != nil {
 		return err
 	}

@@ -29,7 +29,7 @@ func (o *options) interview(ctx context.Context) error {
 	}
 	defer func() { _ = t.Close() }() // nothing was written
 	w := wizard{options: o, t: t, qs: questions(), given: map[string]bool{}}
-	o.flags.Visit(func(f *pflag.Flag) { w.given[f.Name] = true })
+	o.flags.VisitAll(func(f *pflag.Flag) { w.given[f.Name] = f.Changed || f.Value.String() != f.DefValue })
 	if err := w.resume(); err != nil {
 		return w.stopped(err)
 	}
@@ -45,7 +45,7 @@ type wizard struct {
 	*options
 	t     app.Asker
 	qs    []question
-	given map[string]bool // by flag, environment or file: not asked
+	given map[string]bool // by flag, environment or a file: not asked
 }
 
 func (w *wizard) stopped(err error) error {
@@ -89,7 +89,7 @@ func (w *wizard) resume() error {
 
 func (w *wizard) asked(i int) bool {
 	q := w.qs[i]
-	return !w.given[q.name] && (q.when == nil || q.when(w.options)) && (!q.secret || !w.hsm.Password.Given(w.App))
+	return !w.given[q.name] && (q.when == nil || q.when(w.options)) && (!q.secret || !w.hsm.SecretGiven(w.App))
 }
 
 func (w *wizard) before(i int) int {
@@ -184,6 +184,7 @@ func (w *wizard) check(q question, s string) error {
 func (w *wizard) take(q question, answer string) error {
 	f := w.flags.Lookup(q.name)
 	if s, ok := f.Value.(pflag.SliceValue); ok {
+		f.Changed = true
 		return s.Replace(splitNodes(answer))
 	}
 	return w.flags.Set(q.name, answer)
