@@ -136,6 +136,18 @@ func (j ClearJob) Run(ctx context.Context) (ClearResult, error) {
 type OnceResult struct {
 	Cleared *ClearResult    `json:"cleared,omitempty"` // now
 	Before  *kmsapi.Cleared `json:"before,omitempty"`  // or before, or there was nothing yet
+	Unseen  string          `json:"unseen,omitempty"`  // what may go, where no KMS could be asked
+}
+
+// Goes lists what goes, or would.
+func (r OnceResult) Goes() []string {
+	switch {
+	case r.Unseen != "":
+		return []string{r.Unseen}
+	case r.Cleared == nil || r.Cleared.Nothing:
+		return nil
+	}
+	return goes(r.Cleared.ClearPlan, r.Cleared.Target)
 }
 
 // Rows are the lines of a table.
@@ -143,6 +155,9 @@ func (r OnceResult) Rows(f KubeFlags) [][]string {
 	if r.Cleared != nil {
 		_, rows := r.Cleared.Table()
 		return rows
+	}
+	if r.Unseen != "" {
+		return [][]string{{"would go", r.Unseen}}
 	}
 	return [][]string{{"clear data", Settled(*r.Before) + ", to clear what is there now: " + f.ClearCommand()}}
 }
@@ -163,15 +178,13 @@ func (j ClearJob) Once(ctx context.Context) (OnceResult, error) {
 	return OnceResult{Cleared: &res}, err
 }
 
-// AskOnce asks where Once will clear, and gives the answer for it. What comes
-// there after a look that saw nothing is not confirmed by it.
-func (j ClearJob) AskOnce(ctx context.Context) (ConfirmFlags, error) {
+// Would tells what Once would do, and does nothing.
+func (j ClearJob) Would(ctx context.Context) (OnceResult, error) {
 	p, err := j.Look(ctx)
-	if err != nil || p.Cleared != nil || p.Empty() {
-		return j.Confirm, err
+	if err != nil || p.Cleared != nil {
+		return OnceResult{Before: p.Cleared}, err
 	}
-	err = j.App.Confirm(&j.Confirm, j.name(p), goes(p, p.Installation))
-	return ConfirmFlags{Yes: err == nil}, err
+	return OnceResult{Cleared: &ClearResult{ClearPlan: p, Target: p.Installation, DryRun: true, Nothing: p.Empty()}}, nil
 }
 
 // Settled says that a request to clear counts no more.

@@ -63,8 +63,8 @@ func TestClearOnce(t *testing.T) {
 
 	c := &clearable{plan: settled}
 	job := c.job(t, false)
-	if yes, err := job.AskOnce(t.Context()); err != nil || yes.Yes {
-		t.Errorf("%+v %v", yes, err)
+	if would, err := job.Would(t.Context()); err != nil || would.Goes() != nil || would.Before == nil {
+		t.Errorf("%+v %v", would, err)
 	}
 	if res, err := job.Once(t.Context()); err != nil || res.Cleared != nil || res.Before == nil || res.Before.By != "me" || slices.Contains(c.asked, begin) {
 		t.Errorf("%+v %v, asked %q", res, err, c.asked)
@@ -74,8 +74,11 @@ func TestClearOnce(t *testing.T) {
 
 	c = &clearable{plan: full}
 	job = c.job(t, false)
-	if _, err := job.AskOnce(t.Context()); fault.KindOf(err) != fault.Usage {
-		t.Errorf("nobody to ask: %v", err)
+	would, err := job.Would(t.Context())
+	if err != nil || len(would.Goes()) != 2 || would.Goes()[1] != "1 root keys, and whatever they wrapped" || slices.Contains(c.asked, begin) {
+		t.Errorf("%+v %v, asked %q", would, err, c.asked)
+	} else if rows := would.Rows(app.KubeFlags{}); rows[1][0] != "would go" || rows[1][1] != would.Goes()[1] {
+		t.Errorf("%q", rows)
 	}
 	if _, err := job.Once(t.Context()); fault.KindOf(err) != fault.Usage || slices.Contains(c.asked, begin) {
 		t.Errorf("not confirmed: %v, asked %q", err, c.asked)
@@ -85,7 +88,7 @@ func TestClearOnce(t *testing.T) {
 	}
 
 	c = &clearable{plan: kmsapi.ClearPlan{Installation: "i"}}
-	if _, err := c.job(t, false).AskOnce(t.Context()); err != nil {
-		t.Errorf("asked about nothing: %v", err)
+	if would, err := c.job(t, false).Would(t.Context()); err != nil || would.Goes() != nil {
+		t.Errorf("would ask about nothing: %+v %v", would, err)
 	}
 }

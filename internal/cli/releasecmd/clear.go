@@ -48,29 +48,38 @@ func (o *changeOptions) clearJob(ctx context.Context) (app.ClearJob, error) {
 	return app.ClearJob{App: o.App, Client: c, Release: o.kube.Release, Confirm: o.clear.confirm, Timeout: o.rel.Timeout}, err
 }
 
-// askClear has the release's name typed before anything is changed, unless the
-// KMS says that nothing will go. A KMS that is not there, or not ready, may
-// have kept its data.
-func (o *changeOptions) askClear(ctx context.Context, c *kube.Cluster) error {
-	if !o.clear.asked {
-		return nil
-	}
+// wouldClear tells what --clear-data takes. A KMS that is not there, or not
+// ready, may have kept its data.
+func (o *changeOptions) wouldClear(ctx context.Context, c *kube.Cluster) (app.OnceResult, error) {
 	object := o.kube.Namespace + "/" + o.kube.Release
 	if !o.clear.api.HasKey(o.App) {
 		_, err := c.Secret(ctx, o.kube.Namespace, install.AdminSecret(o.kube.Release))
 		if err == nil {
-			return fault.Usagef("--clear-data: release %q has an administrator, whose API key is needed", object).WithHint("give --api-key-file, or set KMSCTL_API_KEY")
+			return app.OnceResult{}, fault.Usagef("--clear-data: release %q has an administrator, whose API key is needed", object).WithHint("give --api-key-file, or set KMSCTL_API_KEY")
 		}
 		if fault.KindOf(err) != fault.NotFound {
-			return err
+			return app.OnceResult{}, err
 		}
 	} else if job, err := o.clearJob(ctx); err == nil {
-		o.clear.confirm, err = job.AskOnce(ctx)
-		return err
+		return job.Would(ctx)
 	} else if k := fault.KindOf(err); k != fault.NotFound && k != fault.NotReady && k != fault.Unreachable {
+		return app.OnceResult{}, err
+	}
+	return app.OnceResult{Unseen: "whatever an earlier release of this name kept: every key, instance, service ID and policy, and the master keys on the token"}, nil
+}
+
+// askClear has the release's name typed before anything is changed, unless the
+// KMS says that nothing will go. What comes there after a look that saw nothing
+// is not confirmed by it.
+func (o *changeOptions) askClear(ctx context.Context, c *kube.Cluster) error {
+	if !o.clear.asked {
+		return nil
+	}
+	would, err := o.wouldClear(ctx, c)
+	if err != nil || len(would.Goes()) == 0 {
 		return err
 	}
-	err := o.Confirm(&o.clear.confirm, o.kube.Release, []string{"whatever an earlier release of this name kept: every key, instance, service ID and policy, and the master keys on the token"})
+	err = o.Confirm(&o.clear.confirm, o.kube.Release, would.Goes())
 	o.clear.confirm.Yes = err == nil
 	return err
 }

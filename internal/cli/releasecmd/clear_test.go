@@ -37,7 +37,20 @@ func TestClearDataAsksFirst(t *testing.T) {
 	if code, _, errs := s.run(t, s.installArgs(t)...); code != 0 {
 		t.Fatal(errs)
 	}
-	if code, _, errs := s.run(t, "upgrade", "--chart", chart, "--host-path", "/srv/other", "--clear-data", "--yes"); code != 2 || !strings.Contains(errs, "--api-key-file") {
+	for _, how := range []string{"--yes", "--dry-run"} {
+		if code, _, errs := s.run(t, "upgrade", "--chart", chart, "--host-path", "/srv/other", "--clear-data", how); code != 2 || !strings.Contains(errs, "--api-key-file") {
+			t.Errorf("%s: exit %d\n%s", how, code, errs)
+		}
+	}
+	// The KMS does not answer: it may have kept whatever it had.
+	key := s.write(t, "admin.key", "a key")
+	const kept = "whatever an earlier release of this name kept: every key"
+	code, out, errs := s.run(t, "upgrade", "--chart", chart, "--host-path", "/srv/other", "--clear-data", "--dry-run", "--api-key-file", key)
+	if code != 0 || !strings.Contains(out, "would go") || !strings.Contains(out, kept) {
+		t.Errorf("exit %d\n%s%s", code, out, errs)
+	}
+	s.asker = typed("yes")
+	if code, _, errs := s.run(t, "upgrade", "--chart", chart, "--host-path", "/srv/other", "--clear-data", "--api-key-file", key); code != 130 || !strings.Contains(errs, kept) {
 		t.Errorf("exit %d\n%s", code, errs)
 	}
 	values := s.write(t, "o.yaml", "hsm:\n  hsm_model: softhsm\n  clear_data: true\n")

@@ -25,7 +25,7 @@ func newUpgradeCmd(a *app.App, run func(context.Context, *changeOptions) error) 
 and --model the settings of the release stay, and single flags change them. hsm-secret stays
 as it is unless a new one is given.
 
---dry-run shows what would change, object by object. --atomic goes back to the last good
+--dry-run shows what would change, object by object, and what --clear-data would take. --atomic goes back to the last good
 revision when the change fails.
 
 --clear-data clears the HSM's application data as the manual's clear_data does: when the
@@ -70,7 +70,15 @@ func runUpgrade(ctx context.Context, o *changeOptions) error {
 		if err != nil {
 			return err
 		}
-		return o.Print(changes{fmt.Sprintf("%s %s", have.Chart, have.Version), fmt.Sprintf("%s %s", chart.Name(), chart.Version()), release.Diff(have.Manifest, after)})
+		out := changes{From: fmt.Sprintf("%s %s", have.Chart, have.Version), To: fmt.Sprintf("%s %s", chart.Name(), chart.Version()), Objects: release.Diff(have.Manifest, after), kube: o.kube}
+		if o.clear.asked {
+			would, err := o.wouldClear(ctx, c)
+			if err != nil {
+				return err
+			}
+			out.Clearing = &would
+		}
+		return o.Print(out)
 	}
 	return o.carryOut(ctx, c, in, o.InstallJob(c, h, app.Change{Chart: chart, Values: in.values, Options: o.release()}).Upgrade)
 }
@@ -80,6 +88,9 @@ type changes struct {
 	From    string               `json:"from"`
 	To      string               `json:"to"`
 	Objects []release.Difference `json:"objects"`
+	// Clearing is what --clear-data would do when the change is up.
+	Clearing *app.OnceResult `json:"clearing,omitempty"`
+	kube     app.KubeFlags
 }
 
 // Table is one line an object, then its lines.
@@ -93,6 +104,9 @@ func (c changes) Table() ([]string, [][]string) {
 		if d.Change == "changed" {
 			rows = append(rows, []string{d.Text})
 		}
+	}
+	if c.Clearing != nil {
+		rows = append(rows, c.Clearing.Rows(c.kube)...)
 	}
 	return nil, rows
 }
