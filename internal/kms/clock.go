@@ -216,6 +216,24 @@ func (s *Service) ClockFault() error {
 	return nil
 }
 
+// ClockState is how the machine's clock stands to the time of the KMS.
+func (s *Service) ClockState() (state string, ahead time.Duration) {
+	now, wall, isAhead := s.clock.look()
+	s.clock.mu.Lock()
+	starting := s.clock.starting
+	s.clock.mu.Unlock()
+	state, ahead = kmsapi.ClockRight, wall.Sub(now)
+	switch {
+	case isAhead && starting:
+		state = kmsapi.ClockStarting
+	case isAhead:
+		state = kmsapi.ClockIsAhead
+	case -ahead > s.clock.jump:
+		state = kmsapi.ClockBehind
+	}
+	return state, ahead
+}
+
 // ClockAhead is how far the machine's clock is ahead of the time of the KMS.
 func (s *Service) ClockAhead() time.Duration {
 	now, wall, _ := s.clock.look()
@@ -242,20 +260,10 @@ func (s *Service) ClockStatus(ctx context.Context) (kmsapi.ClockStatus, error) {
 	if err != nil {
 		return kmsapi.ClockStatus{}, err
 	}
-	now, wall, ahead := s.clock.look()
-	out := kmsapi.ClockStatus{State: kmsapi.ClockRight, Machine: wall.UTC(), Time: now.UTC(), AheadSeconds: int64(wall.Sub(now) / time.Second),
+	state, ahead := s.ClockState()
+	now, wall, _ := s.clock.look()
+	out := kmsapi.ClockStatus{State: state, Machine: wall.UTC(), Time: now.UTC(), AheadSeconds: int64(ahead / time.Second),
 		ConfirmedAt: have.ConfirmedAt, ConfirmedBy: have.ConfirmedBy}
-	s.clock.mu.Lock()
-	starting := s.clock.starting
-	s.clock.mu.Unlock()
-	switch {
-	case ahead && starting:
-		out.State = kmsapi.ClockStarting
-	case ahead:
-		out.State = kmsapi.ClockIsAhead
-	case now.Sub(wall) > s.clock.jump:
-		out.State = kmsapi.ClockBehind
-	}
 	instances, err := s.Instances(ctx)
 	if err != nil {
 		return out, err

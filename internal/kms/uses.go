@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -293,6 +294,9 @@ func (u *Uses) noteRecord(instance, path string, decode func(any) error) error {
 // Near tells how many keys have come to half of the limit or more, and what
 // share of it the furthest has; 0 when there are none.
 func (u *Uses) Near() (keys int, share float64) {
+	if u == nil {
+		return 0, 0
+	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	for _, used := range u.near {
@@ -300,6 +304,21 @@ func (u *Uses) Near() (keys int, share float64) {
 	}
 	return len(u.near), share
 }
+
+// Nearest names some of those keys, as instance/key.
+func (u *Uses) Nearest() (names []string) {
+	const most = 20
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for k := range u.near {
+		names = append(names, k.instance+"/"+k.key)
+	}
+	slices.Sort(names)
+	return names[:min(len(names), most)]
+}
+
+// Near is that of the service's keys.
+func (s *Service) Near() (keys int, share float64) { return s.uses.Near() }
 
 // Count makes the service count. Without it nothing is counted.
 func (s *Service) Count(u *Uses) { u.store, s.uses = s.store, u }

@@ -298,6 +298,9 @@ func TestAJumpIsShownAndConfirmed(t *testing.T) {
 		if s.State != state || r.status != 200 || !h.Ready || (len(h.Warnings) == 0) != right || strings.Contains(m, "kmsctl_clock_wrong 0") != right {
 			t.Errorf("%+v %+v %s", s, h, m)
 		}
+		if c := h.Clock; (c == nil) != right || c != nil && (c.State != state || c.AheadSeconds <= 0) {
+			t.Errorf("%+v, not %+v", c, s)
+		}
 		return s
 	}
 	look(kmsapi.ClockRight)

@@ -857,6 +857,13 @@ func TestAKeyThatIsUsedUp(t *testing.T) {
 	if r := c.act(t, k.ID, "wrap", ""); r.code() != kmsapi.UsedUp || r.status != 409 {
 		t.Errorf("%+v", r)
 	}
+	var h kmsapi.Health
+	if c.do(t, "GET", "/readyz", "").into(t, &h); !h.Ready || h.KeyUse == nil || *h.KeyUse != (kmsapi.KeyUse{Near: 1, Furthest: 1}) || len(h.Warnings) != 1 {
+		t.Errorf("%+v", h)
+	}
+	if names := uses.Nearest(); len(names) != 1 || names[0] != c.instance+"/"+k.ID {
+		t.Errorf("%q", names)
+	}
 	if r := c.act(t, k.ID, "unwrap", text); r.status != 200 {
 		t.Errorf("%+v", r)
 	}

@@ -175,7 +175,13 @@ func (s *Server) readyz(w http.ResponseWriter, r *http.Request) {
 	h := kmsapi.Health{Reasons: s.reasons(r.Context())}
 	h.Ready = len(h.Reasons) == 0
 	if err := s.KMS.ClockFault(); err != nil {
+		state, ahead := s.KMS.ClockState()
+		h.Clock = &kmsapi.ClockHealth{State: state, AheadSeconds: int64(ahead / time.Second)}
 		h.Warnings = append(h.Warnings, "clock: "+err.Error()+" (see: kmsctl clock)")
+	}
+	if keys, share := s.KMS.Near(); keys > 0 {
+		h.KeyUse = &kmsapi.KeyUse{Near: keys, Furthest: share}
+		h.Warnings = append(h.Warnings, fmt.Sprintf("keys: %d have encrypted half as many texts by AES-GCM as one version may, or more (see: kmsctl keys versions)", keys))
 	}
 	status := http.StatusOK
 	if !h.Ready {

@@ -416,9 +416,24 @@ type RotateSigningKey struct {
 // Health is the answer of /readyz. Warnings need somebody's attention, and keep
 // nobody from using the KMS.
 type Health struct {
-	Ready    bool     `json:"ready"`
-	Reasons  []string `json:"reasons,omitempty"`
-	Warnings []string `json:"warnings,omitempty"`
+	Ready    bool         `json:"ready"`
+	Reasons  []string     `json:"reasons,omitempty"`
+	Warnings []string     `json:"warnings,omitempty"`
+	Clock    *ClockHealth `json:"clock,omitempty"`  // of a machine's clock that is not right
+	KeyUse   *KeyUse      `json:"keyUse,omitempty"` // of keys that are near their limit
+}
+
+// ClockHealth is how a machine's clock is off.
+type ClockHealth struct {
+	State        string `json:"state"`
+	AheadSeconds int64  `json:"aheadSeconds"` // negative: behind
+}
+
+// KeyUse tells of versions of keys that have encrypted half as many texts by
+// AES-GCM as one may, or more.
+type KeyUse struct {
+	Near     int     `json:"near"`
+	Furthest float64 `json:"furthest"` // share of the limit; at 1 it encrypts no more
 }
 
 // States of the machine's clock, against the time that the KMS saw pass.

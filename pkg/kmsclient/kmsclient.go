@@ -175,6 +175,28 @@ func (c *Client) Stream(ctx context.Context, path string, w io.Writer) error {
 	return err
 }
 
+// Health asks how the server is, which needs no API key. One that is not ready
+// is no error: the answer says why it is not.
+func (c *Client) Health(ctx context.Context) (h kmsapi.Health, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+"/readyz", nil)
+	if err != nil {
+		return h, err
+	}
+	res, err := c.http.Do(req)
+	if err != nil {
+		return h, err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
+	if err != nil {
+		return h, err
+	}
+	if json.Unmarshal(b, &h) != nil || h.Ready != (res.StatusCode == http.StatusOK) {
+		return kmsapi.Health{}, refusal(res.StatusCode, b)
+	}
+	return h, nil
+}
+
 // request names the instance and who asks.
 func (c *Client) request(ctx context.Context, method, path string, body io.Reader) (*http.Request, error) {
 	req, err := http.NewRequestWithContext(ctx, method, c.base+path, body)

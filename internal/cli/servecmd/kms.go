@@ -306,7 +306,7 @@ func (k *KMS) Sweep(ctx context.Context) (stop func()) {
 func (k *KMS) warnOfUse() {
 	keys, share := k.uses.Near()
 	if keys > k.near {
-		k.Log.Warn("keys have encrypted half as many texts as they may, or more: rotate them", "keys", keys, "furthest", share)
+		k.Log.Warn("keys have encrypted half as many texts as they may, or more: rotate them", "keys", keys, "furthest", share, "names", k.uses.Nearest())
 	}
 	k.near = keys
 }

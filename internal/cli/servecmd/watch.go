@@ -2,18 +2,10 @@ package servecmd
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/json"
-	"fmt"
-	"io"
-	"net/http"
-	"os"
+	"errors"
 	"strings"
-	"time"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
-	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 	"github.com/kmsctl/kmsctl/pkg/kmsclient"
 )
@@ -43,39 +35,13 @@ func (i instances) Ensure(ctx context.Context, name string) (string, error) {
 	return made.ID, nil
 }
 
-// ReadyCheck asks a server's /readyz; the error has its reasons.
-func ReadyCheck(server, caFile string) (func(context.Context) error, error) {
-	t := &http.Transport{TLSHandshakeTimeout: 5 * time.Second}
-	if caFile != "" {
-		pem, err := os.ReadFile(caFile)
-		if err != nil {
-			return nil, fault.New(fault.NotFound, "read", caFile, err).WithHint("check --ca-file")
-		}
-		pool := x509.NewCertPool()
-		if !pool.AppendCertsFromPEM(pem) {
-			return nil, fault.Newf(fault.Usage, "read", caFile, "there is no certificate in it").WithHint("check --ca-file")
-		}
-		t.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
-	}
-	c := &http.Client{Transport: t, Timeout: 10 * time.Second}
+// readyCheck asks whether the API is ready; the error has its reasons.
+func readyCheck(client *kmsclient.Client) func(context.Context) error {
 	return func(ctx context.Context) error {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimRight(server, "/")+"/readyz", nil)
-		if err != nil {
-			return err
+		h, err := client.Health(ctx)
+		if err == nil && !h.Ready {
+			err = errors.New(strings.Join(h.Reasons, "; "))
 		}
-		res, err := c.Do(req)
-		if err != nil {
-			return err
-		}
-		defer res.Body.Close()
-		if res.StatusCode == http.StatusOK {
-			return nil
-		}
-		var h kmsapi.Health
-		b, err := io.ReadAll(io.LimitReader(res.Body, 64<<10))
-		if err == nil && json.Unmarshal(b, &h) == nil && len(h.Reasons) > 0 {
-			return fmt.Errorf("%s", strings.Join(h.Reasons, "; "))
-		}
-		return fmt.Errorf("it answered %s", res.Status)
-	}, nil
+		return err
+	}
 }

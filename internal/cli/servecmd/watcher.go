@@ -81,11 +81,7 @@ func runWatcher(ctx context.Context, o *watcherOptions) error {
 	if err != nil {
 		return err
 	}
-	ready, err := ReadyCheck(o.server, o.caFile)
-	if err != nil {
-		return err
-	}
-	w := watcher.New(watcher.Config{Cluster: c, Instances: instances{o.App, client}, Ready: ready, Release: o.release, Namespace: o.namespace,
+	w := watcher.New(watcher.Config{Cluster: c, Instances: instances{o.App, client}, Ready: readyCheck(client), Release: o.release, Namespace: o.namespace,
 		Identity: o.identity, Namespaces: o.watch, Now: o.Now, Log: log})
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", o.listen)
