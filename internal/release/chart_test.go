@@ -214,6 +214,20 @@ func TestReplicas(t *testing.T) {
 	}
 }
 
+// TestGCMLimit: the value is the flag's, digit by digit, by default the most
+// that is safe.
+func TestGCMLimit(t *testing.T) {
+	for _, c := range []struct {
+		own  values
+		want string
+	}{{nil, "--gcm-limit=4294967296"}, {values{"oss": values{"gcmLimit": int64(3000000000)}}, "--gcm-limit=3000000000"}, {values{"oss": values{"gcmLimit": 3e9}}, "--gcm-limit=3000000000"}} {
+		manifest, err := release.Template(embedded(t), "kms", "ns", modelValues("softhsm", c.own), "1.37.2")
+		if err != nil || !slices.Contains(podSpecs(objects(t, manifest))["kms-oss"].Containers[0].Args, c.want) {
+			t.Errorf("%v: no %s, %v", c.own, c.want, err)
+		}
+	}
+}
+
 // TestLunaPod: the pair of the pod's own node is mounted, by the downward API.
 func TestLunaPod(t *testing.T) {
 	manifest, err := release.Template(embedded(t), "r", "n", modelValues("gemalto", nil), "1.37.2")
@@ -428,6 +442,7 @@ func TestValuesRefused(t *testing.T) {
 		"persistence.hostPath": {"openshift": true, "persistence": values{"hostPath": "/srv"}},
 		"oss.tokenAudiences":   {"oss": values{"tokenAudiences": []any{"kms"}}},
 		"signingKeyPeriod":     {"oss": values{"signingKeyPeriod": "90d"}},
+		"/oss/gcmLimit":        {"oss": values{"gcmLimit": 1<<32 + 1}},
 		"storage.replicas":     {"storage": values{"replicas": 2}},
 		"several members":      {"storage": values{"replicas": 3, "persistence": values{"existingClaim": "a"}}},
 		"exclude each other":   {"persistence": values{"hostPath": "/a", "emptyDir": true}},
@@ -499,7 +514,11 @@ func schemaOf(v any, path string) values {
 		}
 		return values{"type": "string"}
 	}
-	return values{"type": "integer", "minimum": 1}
+	whole := values{"type": "integer", "minimum": 1}
+	if path == ".oss.gcmLimit" {
+		whole["maximum"] = 1 << 32
+	}
+	return whole
 }
 
 // TestVersionsAgree: the constant that names the default tag is the chart's.
