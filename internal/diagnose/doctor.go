@@ -29,11 +29,14 @@ type Doctor struct {
 	Running Running
 	// Old finds the release of IBM's own product, key-management.
 	Old func(ctx context.Context) (cluster.Release, error)
+	// Replicas asks the pods of the API.
+	Replicas func(ctx context.Context) ([]Replica, error)
 }
 
 // Checks lists the checks of a doctor.
 func (d Doctor) Checks() []Check {
-	return []Check{
+	api := ReplicaChecks(d.Replicas)
+	return append([]Check{
 		{"cluster", d.cluster},
 		{"clock", d.withCluster(d.clock)},
 		{"release", d.withCluster(d.installed)},
@@ -46,7 +49,7 @@ func (d Doctor) Checks() []Check {
 		{"old api key", d.withCluster(d.oldKey)},
 		{"old cleanup job", d.withCluster(d.oldJob)},
 		{"old pods", d.withCluster(d.oldPods)},
-	}
+	}, api...)
 }
 
 func (d Doctor) installed(ctx context.Context) []Finding {

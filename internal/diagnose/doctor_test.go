@@ -8,6 +8,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/url"
 	"strings"
@@ -22,6 +23,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/diagnose"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
 func pod(name string, labels map[string]string, s corev1.PodStatus) *corev1.Pod {
@@ -56,7 +58,7 @@ func (w *world) doctor(t *testing.T, old func(context.Context) (cluster.Release,
 	t.Helper()
 	c := w.cluster()
 	w.pre.Cluster = c
-	return note(diagnose.Run(t.Context(), diagnose.Doctor{Preflight: w.pre, Running: c, Old: old}.Checks()))
+	return note(diagnose.Run(t.Context(), diagnose.Doctor{Preflight: w.pre, Running: c, Old: old, Replicas: w.replicas}.Checks()))
 }
 
 func running(t *testing.T) *world {
@@ -67,11 +69,29 @@ func running(t *testing.T) *world {
 		data[ip], data[ip+"-key"] = c, w.pre.HSMSecret.Key[ip]
 	}
 	w.pre.HSMSecret = nil
+	says(kmsapi.Health{Ready: true})(w)
 	w.pre.Current = func(context.Context) (cluster.Release, error) {
 		return cluster.Release{Status: cluster.Deployed, Revision: 1, Version: "1.0.0"}, nil
 	}
 	w.objects = append(w.objects, &corev1.Secret{ObjectMeta: meta("hsm-secret", nil), Data: data}, pod("key-management-hsm-oss-0", ours, isReady))
 	return w
+}
+
+// says is a world whose API has two replicas, of which the second says this.
+func says(h kmsapi.Health) func(*world) {
+	return func(w *world) {
+		w.replicas = func(context.Context) ([]diagnose.Replica, error) {
+			return []diagnose.Replica{{Pod: "oss-0", Health: kmsapi.Health{Ready: true}}, {Pod: "oss-1", Node: "n2", Health: h}}, nil
+		}
+	}
+}
+
+func clockOff(state string, seconds int64) func(*world) {
+	return says(kmsapi.Health{Ready: true, Clock: &kmsapi.ClockHealth{State: state, AheadSeconds: seconds}})
+}
+
+func keyUse(near int, furthest float64) func(*world) {
+	return says(kmsapi.Health{Ready: true, KeyUse: &kmsapi.KeyUse{Near: near, Furthest: furthest}})
 }
 
 func none(context.Context) (cluster.Release, error) {
@@ -112,7 +132,22 @@ func TestDoctor(t *testing.T) {
 		"old of no known version": {nil, func(context.Context) (cluster.Release, error) { return cluster.Release{Version: "next"}, nil }, "old product", "key-management next is beside", ""},
 		"no Helm":                 {nil, nil, "old product", "Helm's records are not known", ""},
 		"model not known":         {func(w *world) { w.pre.Model = hsm.Model{} }, none, "import of keys", "the HSM model is not known", ""},
-		"password":                {crashed(named("key-management-hsm-oss-1", ours), "CKR_PIN_INCORRECT"), none, "pods", "the HSM refused the password", "hsm-secret"},
+		"api not ready":           {says(kmsapi.Health{Reasons: []string{"hsm: CKR_DEVICE_ERROR", "audit: no room"}}), none, "api", "oss-1 on node n2 is not ready: hsm: CKR_DEVICE_ERROR; audit: no room", "goes on by itself"},
+		"api not reached": {func(w *world) {
+			w.replicas = func(context.Context) ([]diagnose.Replica, error) {
+				return []diagnose.Replica{{Pod: "oss-0", Err: errors.New("no route")}}, nil
+			}
+		}, none, "api", "oss-0 was not asked: no route", "pods"},
+		"may not ask the api": {func(w *world) {
+			w.replicas = func(context.Context) ([]diagnose.Replica, error) { return nil, errors.New("no right") }
+		}, none, "key clock", "the API was not asked: no right", ""},
+		"nobody asked":        {func(w *world) { w.replicas = nil }, none, "key use", "the API was not asked", ""},
+		"clock ahead":         {clockOff(kmsapi.ClockIsAhead, 7200), none, "key clock", "oss-1 on node n2: the clock is 2h0m0s ahead of the time that passed", "kmsctl clock confirm --in-cluster-service"},
+		"clock behind":        {clockOff(kmsapi.ClockBehind, -7200), none, "key clock", "the clock is 2h0m0s behind what was seen before", "set the node's clock right"},
+		"clock after a stop":  {clockOff(kmsapi.ClockStarting, 86400), none, "key clock", "24h0m0s ahead, by what may have been a stop", "three minutes"},
+		"keys near the limit": {keyUse(2, 0.61), none, "key use", "2 keys have encrypted half as many texts by AES-GCM as they may, or more; the furthest has come to 61 %", "kmsctl keys rotate"},
+		"keys at the limit":   {keyUse(2, 1), none, "key use", "of 2 keys that are near", "kmsctl keys rotate"},
+		"password":            {crashed(named("key-management-hsm-oss-1", ours), "CKR_PIN_INCORRECT"), none, "pods", "the HSM refused the password", "hsm-secret"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := running(t)

@@ -59,7 +59,7 @@ func unseen() (missing []string) {
 		}
 	}
 	for _, m := range messages() {
-		form := regexp.MustCompile(`(?s)^` + regexp.MustCompile(`%[a-z]`).ReplaceAllString(regexp.QuoteMeta(m), `.*`) + `$`)
+		form := regexp.MustCompile(`(?s)^` + regexp.MustCompile(`%[\\.0-9]*[a-z%]`).ReplaceAllString(regexp.QuoteMeta(m), `.*`) + `$`)
 		if !slices.ContainsFunc(seen.findings, func(f diagnose.Finding) bool { return form.MatchString(f.Reason) }) {
 			missing = append(missing, m)
 		}
@@ -80,7 +80,7 @@ func unseen() (missing []string) {
 // are skipped.
 func messages() (out []string) {
 	at := map[string]int{"fail": 1, "warn": 1, "bad": 2, "skip": 0}
-	for _, file := range []string{"preflight.go", "rights.go", "doctor.go"} {
+	for _, file := range []string{"preflight.go", "rights.go", "doctor.go", "replicas.go"} {
 		f, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
 		if err != nil {
 			panic(err)

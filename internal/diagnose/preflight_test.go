@@ -43,6 +43,8 @@ type world struct {
 	log     string
 	broken  error // what the API server answers to everything
 	pre     diagnose.Preflight
+
+	replicas func(context.Context) ([]diagnose.Replica, error)
 }
 
 // clocked has what a fake client lacks: a clock, logs; and no route.

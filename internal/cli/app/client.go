@@ -14,9 +14,11 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/kmsctl/kmsctl/internal/diagnose"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/file"
 	"github.com/kmsctl/kmsctl/internal/install"
+	"github.com/kmsctl/kmsctl/internal/kube"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 	"github.com/kmsctl/kmsctl/pkg/kmsclient"
 )
@@ -153,11 +155,9 @@ func (a *App) inCluster(ctx context.Context, f *ClientFlags, cfg *kmsclient.Conf
 		return err
 	}
 	if cfg.CAFile == "" {
-		ca, err := c.Secret(ctx, f.kube.Namespace, install.CASecret(f.kube.Release))
-		if err != nil {
-			return withHint(err, "is the release in this namespace? without the right to read the Secret, give its CA with --ca-file")
+		if cfg.CA, err = caOf(ctx, c, f.kube); err != nil {
+			return err
 		}
-		cfg.CA = ca.Data["ca.crt"]
 	}
 	addr, stop, err := c.Forward(ctx, f.kube.Namespace, install.API(f.kube.Release), apiPort)
 	if err != nil {
@@ -166,6 +166,42 @@ func (a *App) inCluster(ctx context.Context, f *ClientFlags, cfg *kmsclient.Conf
 	a.atExit = append(a.atExit, stop)
 	cfg.Server = "https://" + addr
 	return nil
+}
+
+func caOf(ctx context.Context, c *kube.Cluster, k KubeFlags) ([]byte, error) {
+	ca, err := c.Secret(ctx, k.Namespace, install.CASecret(k.Release))
+	return ca.Data["ca.crt"], withHint(err, "is the release in this namespace? without the right to read the Secret, give its CA with --ca-file")
+}
+
+// Replicas asks each pod of a release's API how it is. That needs no API key.
+func (a *App) Replicas(ctx context.Context, c *kube.Cluster, k KubeFlags) ([]diagnose.Replica, error) {
+	pods, err := c.PodsBehind(ctx, k.Namespace, install.API(k.Release))
+	if err != nil {
+		return nil, err
+	}
+	ca, err := caOf(ctx, c, k)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]diagnose.Replica, len(pods))
+	for i, p := range pods {
+		out[i] = diagnose.Replica{Pod: p.Name, Node: p.Node}
+		out[i].Health, out[i].Err = healthOf(ctx, c, k.Namespace, p.Name, ca)
+	}
+	return out, nil
+}
+
+func healthOf(ctx context.Context, c *kube.Cluster, namespace, pod string, ca []byte) (h kmsapi.Health, err error) {
+	addr, stop, err := c.ForwardPod(ctx, namespace, pod, apiPort)
+	if err != nil {
+		return h, err
+	}
+	defer stop()
+	client, err := kmsclient.New(kmsclient.Config{Server: "https://" + addr, CA: ca})
+	if err != nil {
+		return h, err
+	}
+	return client.Health(ctx)
 }
 
 // apiPort is where the pods of the API listen.

@@ -36,7 +36,8 @@ func newDoctorCmd(a *app.App, run func(context.Context, *doctorOptions) error) *
 	cmd := &cobra.Command{
 		Use: "doctor", Short: "Say what is wrong with a release, and what cures it", Args: cobra.NoArgs,
 		Long: `Look at an installed release: its pods and what keeps them from being ready, hsm-secret, the
-certificates, the HSM, and the known faults of the old product beside it. Changes nothing;
+certificates, the HSM, what each replica of the API says of itself, of its clock and of keys that
+come near their limit, and the known faults of the old product beside the release. Changes nothing;
 exits 7 when something is wrong.
 
 --bundle writes what support needs into a tar.gz: the report, the release's values as far as
@@ -69,6 +70,7 @@ func runDoctor(ctx context.Context, o *doctorOptions) error {
 	} else {
 		d.Cluster, d.Running = c, c
 		d.Current = func(context.Context) (cluster.Release, error) { return h.Get(o.kube.Release) }
+		d.Replicas = func(ctx context.Context) ([]diagnose.Replica, error) { return o.Replicas(ctx, c, o.kube) }
 		d.Old = func(context.Context) (cluster.Release, error) { return h.Get("key-management") }
 		if r, err = h.Get(o.kube.Release); err == nil {
 			d.Settings = settingsOf(r.Values)

@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/diagnose"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/install"
 )
@@ -23,7 +24,9 @@ func newStatusCmd(a *app.App, run func(context.Context, *statusOptions) error) *
 	}
 	cmd := &cobra.Command{
 		Use: "status", Short: "Show how the release stands", Args: cobra.NoArgs,
-		Long:    "Show the release, its workloads and what keeps pods from being ready. Exits 7 when it is not healthy.",
+		Long: `Show the release, its workloads, what keeps pods from being ready, and what the API's replicas say
+is not right: a clock that the life of keys does not follow, keys that come near their limit.
+Exits 7 when it is not healthy.`,
 		Example: "  kmsctl status -o json",
 		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
@@ -35,7 +38,10 @@ func newStatusCmd(a *app.App, run func(context.Context, *statusOptions) error) *
 func (o *statusOptions) Check() error { return nil }
 
 // statusResult prints how a release stands.
-type statusResult install.Status
+type statusResult struct {
+	install.Status
+	API []diagnose.Finding `json:"api,omitempty"` // what its replicas say is not right
+}
 
 // Table is the release's line, then one a workload, then one a trouble.
 func (s statusResult) Table() ([]string, [][]string) {
@@ -57,6 +63,9 @@ func (s statusResult) Table() ([]string, [][]string) {
 		}
 		rows = append(rows, []string{"pod", p.Name, state, why})
 	}
+	for _, f := range s.API {
+		rows = append(rows, []string{f.Check, "", string(f.Verdict), f.Reason + "; cure: " + f.Cure})
+	}
 	return []string{"WHAT", "NAME", "STATE", "MORE"}, rows
 }
 
@@ -69,7 +78,17 @@ func runStatus(ctx context.Context, o *statusOptions) error {
 	if err != nil {
 		return err
 	}
-	if err := o.Print(statusResult(s)); err != nil {
+	out := statusResult{Status: s}
+	replicas, err := o.Replicas(ctx, c, o.kube)
+	if err != nil {
+		o.Warn("the API was not asked for its clock and its keys: %v", err)
+	}
+	for _, f := range diagnose.Run(ctx, diagnose.ReplicaChecks(func(context.Context) ([]diagnose.Replica, error) { return replicas, nil })).Findings {
+		if f.Verdict == diagnose.Fail || f.Verdict == diagnose.Warn {
+			out.API = append(out.API, f)
+		}
+	}
+	if err := o.Print(out); err != nil {
 		return err
 	}
 	if s.Healthy {
