@@ -95,7 +95,7 @@ func Write(ctx context.Context, w io.Writer, src Source, enc Encoder, head Heade
 		head.Format, head.Version, head.Revision = Format, Version, rev
 		return out.put(row{Header: &head})
 	}, func(r record.Raw) error {
-		if strings.HasPrefix(r.Path, auditDir) {
+		if strings.HasPrefix(r.Path, auditDir) || strings.HasPrefix(r.Path, record.RestoredDir) { // for this store's own log
 			return nil
 		}
 		count.add(r)

@@ -58,6 +58,9 @@ type key struct {
 
 const install = `{"id":"i1","serial":"s1"}`
 
+// moment is when a restore ends.
+var moment = time.Date(2026, 11, 25, 16, 0, 0, 0, time.UTC)
+
 func keyPath(i int) string { return fmt.Sprintf("keys/inst/key-%04d", i) }
 
 // fill makes a store with n keys, of which one lives in the token.
@@ -115,7 +118,9 @@ func paths(t *testing.T, c store.EtcdClient) []string {
 	t.Helper()
 	var all []string
 	_, _, err := store.NewRestorer(c).Present(t.Context(), func(r record.Raw) error {
-		all = append(all, r.Path)
+		if !strings.HasPrefix(r.Path, record.RestoredDir) { // what a restore adds of itself
+			all = append(all, r.Path)
+		}
 		return nil
 	})
 	if err != nil {
@@ -139,7 +144,7 @@ func begin(t *testing.T, b []byte, to backup.Target, choice backup.Choice, later
 
 func run(t *testing.T, p *backup.Plan, b []byte) int {
 	t.Helper()
-	n, err := p.Run(t.Context(), reader(t, b), codec(t, 1))
+	n, err := p.Run(t.Context(), reader(t, b), codec(t, 1), "me", moment)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -252,11 +257,11 @@ func (d *dying) Put(ctx context.Context, r []record.Swap) error {
 	return d.Restorer.Put(ctx, r)
 }
 
-func (d *dying) Finish(ctx context.Context, in json.RawMessage) error {
+func (d *dying) Finish(ctx context.Context, in json.RawMessage, note record.Raw) error {
 	if d.left--; d.left < 0 {
 		return errKilled
 	}
-	return d.Restorer.Finish(ctx, in)
+	return d.Restorer.Finish(ctx, in, note)
 }
 
 func TestAKilledRestoreKeepsTheStoreClosedAndGoesOn(t *testing.T) {
@@ -266,7 +271,7 @@ func TestAKilledRestoreKeepsTheStoreClosedAndGoesOn(t *testing.T) {
 	for left := range 7 { // 6 batches and the end
 		to := etcd(t)
 		p := begin(t, b, &dying{store.NewRestorer(to), left}, backup.Ask, nil)
-		if _, err := p.Run(t.Context(), reader(t, b), codec(t, 1)); !errors.Is(err, errKilled) {
+		if _, err := p.Run(t.Context(), reader(t, b), codec(t, 1), "me", moment); !errors.Is(err, errKilled) {
 			t.Fatalf("after %d: %v", left, err)
 		}
 		if err := store.NewPlain(to).Whole(t.Context()); fault.KindOf(err) != fault.NotReady || fault.HintOf(err) == "" {
@@ -441,7 +446,7 @@ func TestUndo(t *testing.T) {
 		before := content(t, c)
 		for left := range 4 { // batches and the end
 			p := begin(t, b, &dying{store.NewRestorer(c), left}, backup.Revive, nil)
-			if n, err := p.Run(t.Context(), reader(t, b), codec(t, 1)); err == nil {
+			if n, err := p.Run(t.Context(), reader(t, b), codec(t, 1), "me", moment); err == nil {
 				t.Logf("%s: %d batches are all, %d records", name, left, n)
 				break
 			}
@@ -470,7 +475,7 @@ func TestARestoreThatWasTakenOverStops(t *testing.T) {
 	c := etcd(t)
 	first := begin(t, b, store.NewRestorer(c), backup.Ask, nil)
 	second := begin(t, b, store.NewRestorer(c), backup.Revive, nil)
-	if _, err := first.Run(t.Context(), reader(t, b), codec(t, 1)); fault.KindOf(err) != fault.Conflict || fault.HintOf(err) == "" {
+	if _, err := first.Run(t.Context(), reader(t, b), codec(t, 1), "me", moment); fault.KindOf(err) != fault.Conflict || fault.HintOf(err) == "" {
 		t.Errorf("the first run: %v", err)
 	}
 	if !second.Begun || !second.Revive {
@@ -488,7 +493,7 @@ func TestARestoreThatWasTakenOverStops(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := second.Run(t.Context(), reader(t, b), codec(t, 1)); fault.KindOf(err) != fault.Conflict {
+	if _, err := second.Run(t.Context(), reader(t, b), codec(t, 1), "me", moment); fault.KindOf(err) != fault.Conflict {
 		t.Errorf("the second run: %v", err)
 	}
 	if _, err := backup.Begin(t.Context(), reader(t, b), to, backup.Ask); fault.KindOf(err) != fault.Conflict {

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/hsm"
@@ -22,7 +23,7 @@ type Target interface {
 	Begin(ctx context.Context, m record.RestoreMark) error
 	Mark(ctx context.Context, m record.RestoreMark) error // changes the mark that Present saw
 	Put(ctx context.Context, swaps []record.Swap) error
-	Finish(ctx context.Context, install json.RawMessage) error
+	Finish(ctx context.Context, install json.RawMessage, note record.Raw) error
 }
 
 // Choice is what becomes of that which was removed after the copy was made.
@@ -322,17 +323,24 @@ const (
 	batchBytes   = 512 << 10
 )
 
+// Codec checks records and makes them; record.Codec is one.
+type Codec interface {
+	Decoder
+	Encoder
+}
+
 // Run writes what was planned, from a second reading of the same copy, and
 // gives the number of records written. Killed at any moment, the store stays
-// closed until a run for the same copy has ended well, or was undone.
-func (p *Plan) Run(ctx context.Context, r *Reader, dec Decoder) (int, error) {
+// closed until a run for the same copy has ended well, or was undone. What it
+// did, when and by whom stays as a record.Restored.
+func (p *Plan) Run(ctx context.Context, r *Reader, codec Codec, by string, now time.Time) (int, error) {
 	b := batch{t: p.t}
 	for _, s := range p.aside {
 		if err := b.add(ctx, s); err != nil {
 			return 0, err
 		}
 	}
-	_, err := r.Each(dec, func(e record.Raw) error {
+	_, err := r.Each(codec, func(e record.Raw) error {
 		if w, ok := p.write[e.Path]; ok && (!w.revive || p.Revive) {
 			return b.add(ctx, record.Swap{Path: e.Path, Value: e.Value, Before: w.before})
 		}
@@ -347,7 +355,27 @@ func (p *Plan) Run(ctx context.Context, r *Reader, dec Decoder) (int, error) {
 	if err != nil {
 		return b.written, err
 	}
-	return b.written, p.t.Finish(ctx, p.Install())
+	note, err := p.note(codec, record.Restored{At: now.UTC(), By: by, Backup: r.id, Made: r.Header.CreatedAt, Revision: r.Header.Revision,
+		Written: b.written, Kept: len(p.Kept), Replaced: p.Replaced})
+	if err != nil {
+		return b.written, err
+	}
+	return b.written, p.t.Finish(ctx, p.Install(), note)
+}
+
+// note is the record of what was done.
+func (p *Plan) note(enc Encoder, n record.Restored) (record.Raw, error) {
+	if p.Revive {
+		for _, e := range p.Removed[:min(len(p.Removed), record.MaxRevived)] {
+			n.Revived = append(n.Revived, e.Path)
+		}
+		n.More = len(p.Removed) - len(n.Revived)
+	} else {
+		n.LeftOut = len(p.Removed)
+	}
+	path := record.RestoredDir + n.At.Format(time.RFC3339Nano)
+	b, err := enc.Encode(path, n)
+	return record.Raw{Path: path, Value: b}, err
 }
 
 type batch struct {

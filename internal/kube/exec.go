@@ -6,7 +6,9 @@ import (
 	"io"
 	"strings"
 
+	authv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/remotecommand"
 	"k8s.io/client-go/util/exec"
@@ -17,6 +19,7 @@ import (
 // Exec is a command in a container of a service's pod.
 type Exec struct {
 	Namespace, Service, Container string
+	Pod                           string // the one; empty: any that runs
 
 	// Command makes the command from the container's own arguments, in which
 	// $(POD_NAME) is replaced by the pod's name.
@@ -60,7 +63,7 @@ func (c *Cluster) runningPod(ctx context.Context, e Exec) (name string, args []s
 	}
 	var found *corev1.Pod
 	for i := range pods {
-		if p := &pods[i]; running(p) && (found == nil || ready(p)) {
+		if p := &pods[i]; running(p) && (found == nil || ready(p)) && (e.Pod == "" || e.Pod == p.Name) {
 			found = p
 		}
 	}
@@ -84,4 +87,14 @@ func running(p *corev1.Pod) bool {
 		}
 	}
 	return p.DeletionTimestamp == nil && p.Status.Phase == corev1.PodRunning
+}
+
+// WhoAmI is who the API server takes this account for; empty before Kubernetes
+// 1.28, which does not tell.
+func (c *Cluster) WhoAmI(ctx context.Context) string {
+	r, err := c.client.AuthenticationV1().SelfSubjectReviews().Create(ctx, &authv1.SelfSubjectReview{}, metav1.CreateOptions{})
+	if err != nil {
+		return ""
+	}
+	return r.Status.UserInfo.Username
 }

@@ -32,6 +32,7 @@ func TestRunPicksAPodWhoseContainersRun(t *testing.T) {
 		return p
 	}
 	svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: "oss", Namespace: "n"}, Spec: corev1.ServiceSpec{Selector: map[string]string{"app": "oss"}}}
+	only := ""
 	find := func(pods ...*corev1.Pod) (string, []string, error) {
 		client := fake.NewClientset(svc)
 		for _, p := range pods {
@@ -39,7 +40,7 @@ func TestRunPicksAPodWhoseContainersRun(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		return kube.NewFor(client).RunningPod(t.Context(), kube.Exec{Namespace: "n", Service: "oss", Container: "oss"})
+		return kube.NewFor(client).RunningPod(t.Context(), kube.Exec{Namespace: "n", Service: "oss", Pod: only, Container: "oss"})
 	}
 	name, args, err := find(pod("a", true, true, true), pod("b", false, false, false), pod("c", false, true, false), pod("d", true, true, false), pod("e", false, true, false))
 	if err != nil || name != "d" || strings.Join(args, " ") != "--audit-dir=/audit/d" {
@@ -50,5 +51,9 @@ func TestRunPicksAPodWhoseContainersRun(t *testing.T) {
 	}
 	if _, _, err := find(pod("a", true, true, true), pod("b", true, false, false)); fault.KindOf(err) != fault.NotReady || fault.HintOf(err) == "" {
 		t.Errorf("none runs: %v", err)
+	}
+	only = "e"
+	if name, args, err := find(pod("d", true, true, false), pod("e", false, true, false)); err != nil || name != "e" || strings.Join(args, " ") != "--audit-dir=/audit/e" {
+		t.Errorf("one by name: %s %v %v", name, args, err)
 	}
 }

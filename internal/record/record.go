@@ -14,6 +14,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"time"
 )
 
 // Version is the first byte of every record written today.
@@ -77,6 +78,28 @@ type RestoreMark struct {
 	Undo    bool            `json:"undo,omitempty"`    // it is being undone
 	Install json.RawMessage `json:"install,omitempty"` // the installation's record before; absent: there was none
 }
+
+// Restored is what a restore leaves in the store when it is finished, for the
+// audit log: whoever opens the store next writes it there.
+type Restored struct {
+	At       time.Time `json:"at"`
+	By       string    `json:"by"`
+	Backup   string    `json:"backup"`   // which one
+	Made     time.Time `json:"made"`     // when the backup was made
+	Revision int64     `json:"revision"` // of the store that it is a copy of
+	Written  int       `json:"written"`
+	Kept     int       `json:"kept"` // newer in the store than in the backup
+	LeftOut  int       `json:"leftOut"`
+	Revived  []string  `json:"revived"` // what had been removed since, by path
+	More     int       `json:"more"`    // of those, beyond MaxRevived
+	Replaced string    `json:"replaced,omitempty"`
+}
+
+// RestoredDir is where it lies; MaxRevived bounds it to what one record may be.
+const (
+	RestoredDir = "restored/"
+	MaxRevived  = 2000
+)
 
 // Codec authenticates records under one key. Safe for concurrent use.
 type Codec struct{ key [32]byte }

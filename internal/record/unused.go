@@ -7,11 +7,11 @@ import (
 
 // WrittenUnused says whether a KMS writes such a record by itself, before
 // anybody uses it: heads of its audit log, its clock, what its master keys are
-// about and what they sealed, the end of a clearing, keys that sign its tokens,
+// about and what they sealed, the end of a clearing or a restore, keys that sign its tokens,
 // and the administrators' keys that its start registers. value is as the store
 // has it.
 func WrittenUnused(path string, value []byte) bool {
-	for _, own := range []string{"audit/", "clear/", "clock/", "master/", "uses/master/", "iam/signing-keys/"} {
+	for _, own := range []string{"audit/", "clear/", "clock/", "master/", RestoredDir, "uses/master/", "iam/signing-keys/"} {
 		if strings.HasPrefix(path, own) {
 			return true
 		}

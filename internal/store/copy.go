@@ -200,10 +200,10 @@ func (r *Restorer) Put(ctx context.Context, swaps []record.Swap) error {
 	return r.commit(ctx, ops...)
 }
 
-// Finish writes the installation's record and takes the mark away, with what
-// was kept: from now on the store is whole.
-func (r *Restorer) Finish(ctx context.Context, install json.RawMessage) error {
-	return r.end(ctx, install)
+// Finish writes the installation's record and a note, and takes the mark away,
+// with what was kept: from now on the store is whole.
+func (r *Restorer) Finish(ctx context.Context, install json.RawMessage, note record.Raw) error {
+	return r.end(ctx, install, clientv3.OpPut(rec+note.Path, string(note.Value)))
 }
 
 // Undo takes back what an unfinished restore did; record.ErrNotFound when
@@ -264,8 +264,8 @@ func (r *Restorer) pages(ctx context.Context, prefix string, op func(*mvccpb.Key
 	}
 }
 
-func (r *Restorer) end(ctx context.Context, install json.RawMessage) error {
-	ops := []clientv3.Op{clientv3.OpDelete(plain + markName), clientv3.OpDelete(keptDir, clientv3.WithPrefix())}
+func (r *Restorer) end(ctx context.Context, install json.RawMessage, ops ...clientv3.Op) error {
+	ops = append(ops, clientv3.OpDelete(plain+markName), clientv3.OpDelete(keptDir, clientv3.WithPrefix()))
 	if install != nil {
 		ops = append(ops, clientv3.OpPut(plain+installName, string(install)))
 	}

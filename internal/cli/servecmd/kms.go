@@ -119,7 +119,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Clearing: k.clearing(), Rotation: k.master, Limits: c.Limits, Trace: c.Trace})
 	k.gauges()
 	k.work(ctx)
-	if err := errors.Join(k.noteCleared(ctx, cleared), k.noteMoved(ctx, moved)); err != nil {
+	if err := errors.Join(k.noteCleared(ctx, cleared), k.noteMoved(ctx, moved), k.noteRestored(ctx)); err != nil {
 		k.Close()
 		return nil, err
 	}

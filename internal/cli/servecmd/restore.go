@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/backup"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
+	"github.com/kmsctl/kmsctl/internal/iam"
 	"github.com/kmsctl/kmsctl/internal/record"
 	"github.com/kmsctl/kmsctl/internal/seal"
 	"github.com/kmsctl/kmsctl/internal/secret"
@@ -59,9 +61,12 @@ them. The account of the kubeconfig needs the right to run commands in pods (cre
 
 What was purged, destroyed or revoked after the backup was made is not brought back in passing:
 when the store holds the newer state, or --audit-log tells of it, choose --revive or --leave-out.
-In a release the log of the pod is looked at, too. Into a store that is empty, and without an
+In a release the logs of all its API's pods are looked at, too. Into a store that is empty, and without an
 audit log, nothing can tell what was removed since, and everything in the backup comes back. So
-do there the counts of what each key encrypted: rotate a key that had come near its limit.`,
+do there the counts of what each key encrypted: rotate a key that had come near its limit.
+
+The KMS that opens the store next writes into its audit log who restored which backup, how much
+came back, and each thing that was revived.`,
 		Example: "  kmsctl restore kms.backup.age --data ./new --secret hsm-Secret.yaml --values overrides_hsm.yaml --audit-log old/audit/audit.log --leave-out\n" +
 			"  kmsctl restore kms.backup.age --in-cluster-service --backup-passphrase-file pass\n  kmsctl restore --undo --in-cluster-service",
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -90,7 +95,7 @@ do there the counts of what each key encrypted: rotate a key that had come near 
 func (o *restoreOptions) Check() error {
 	errs := []error{o.pass.Check(), o.kms.Pass.Check(), o.removals.Check(), oneOf(o.file, o.undo)}
 	if o.inCluster && len(o.removals.auditLog) > 0 {
-		errs = append(errs, fault.Usagef("--audit-log, --in-cluster-service: only one of them").WithHint("the log of the API's pod is looked at anyhow"))
+		errs = append(errs, fault.Usagef("--audit-log, --in-cluster-service: only one of them").WithHint("the logs of the API's pods are looked at anyhow"))
 	}
 	if (o.kms.SecretFile == "") != (o.kms.ValuesFile == "") {
 		errs = append(errs, fault.Usagef("--secret, --values: give both or none"))
@@ -114,12 +119,15 @@ type removalFlags struct {
 	auditLog []string
 	revive   bool
 	leaveOut bool
+	by       string            // who restores, for the audit log
+	told     map[string]string // of what was removed since, by who knows more logs
 }
 
 // Add puts the flags into fs.
 func (f *removalFlags) Add(fs *pflag.FlagSet) {
 	fs.StringArrayVar(&f.auditLog, "audit-log", nil, "file or folder of an audit log that goes on after the backup was made; repeatable")
 	fs.BoolVar(&f.revive, "revive", false, "bring back what was removed after the backup was made, too")
+	f.by = iam.LocalAdmin().String()
 	fs.BoolVar(&f.leaveOut, "leave-out", false, "do not bring back what was removed after the backup was made")
 }
 
@@ -247,7 +255,7 @@ func (f *removalFlags) restore(ctx context.Context, a *app.App, read func() (*ba
 	if err != nil {
 		return restoreResult{}, err
 	}
-	later, err := f.later(r.Header)
+	later, err := f.later(r.Header.CreatedAt)
 	if err != nil {
 		return restoreResult{}, err
 	}
@@ -268,7 +276,7 @@ func (f *removalFlags) restore(ctx context.Context, a *app.App, read func() (*ba
 	if r, err = read(); err != nil {
 		return restoreResult{}, err
 	}
-	n, err := plan.Run(ctx, r, codec)
+	n, err := plan.Run(ctx, r, codec, f.by, a.Now())
 	if err != nil {
 		return restoreResult{}, err
 	}
@@ -354,8 +362,11 @@ func (o *restoreOptions) recall() error {
 }
 
 // later reads from audit logs what was removed after the backup was made.
-func (f *removalFlags) later(h backup.Header) (map[string]string, error) {
-	all := map[string]string{}
+func (f *removalFlags) later(since time.Time) (map[string]string, error) {
+	all := maps.Clone(f.told)
+	if all == nil {
+		all = map[string]string{}
+	}
 	for _, log := range f.auditLog {
 		files, err := audit.Files(log)
 		if err != nil {
@@ -366,7 +377,7 @@ func (f *removalFlags) later(h backup.Header) (map[string]string, error) {
 			if err != nil {
 				return nil, fault.New(fault.NotFound, "read audit log", path, err).WithHint("check --audit-log")
 			}
-			err = audit.Removals(in, h.CreatedAt, func(id, why string) { all[id] = why })
+			err = audit.Removals(in, since, func(id, why string) { all[id] = why })
 			if err := errors.Join(err, in.Close()); err != nil {
 				return nil, fault.New(fault.BadContent, "read audit log", path, err).WithHint("see `kmsctl audit verify --log %s`", log)
 			}

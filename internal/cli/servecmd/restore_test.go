@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/kmsctl/kmsctl/internal/backup"
 	"github.com/kmsctl/kmsctl/internal/cli"
@@ -71,7 +72,7 @@ func (c *cluster) store(t *testing.T) (to *store.Restorer, records func() map[st
 	return to, func() map[string]string {
 		all := map[string]string{}
 		in, _, err := to.Present(t.Context(), func(r record.Raw) error {
-			if !strings.HasPrefix(r.Path, "audit/") { // an API writes them by itself
+			if !strings.HasPrefix(r.Path, "audit/") && !strings.HasPrefix(r.Path, record.RestoredDir) { // an API writes and takes them by itself
 				all[r.Path] = string(r.Value)
 			}
 			return nil
@@ -279,7 +280,7 @@ func TestRestoreUnderRunningReplicas(t *testing.T) {
 	}
 
 	begin(backup.Ask)
-	code, out, errs = c.restore(t, copied, "--revive")
+	code, out, errs = c.restore(t, copied, "--revive", "--by", "kubernetes:me")
 	if code != 0 || out["goneOn"] != true || len(out["revived"].([]any)) != 1 {
 		t.Fatalf("gone on: %d %v %s", code, out, errs)
 	}
@@ -290,6 +291,70 @@ func TestRestoreUnderRunningReplicas(t *testing.T) {
 		service := *r
 		service.token = login(t, r.h, r.url, orders.APIKey)
 		service.unwraps(orders)
+	}
+	// One replica at least wrote it down, and none that was undone.
+	logs := ""
+	for _, dir := range []string{c.file("audit"), c.file("audit-b"), c.file("audit-c")} {
+		b, err := os.ReadFile(dir + "/audit.log")
+		if err != nil {
+			t.Fatal(err)
+		}
+		logs += string(b)
+	}
+	if n := strings.Count(logs, `"action":"kmsctl.restore",`); n < 1 || n > 3 || strings.Count(logs, `"action":"kmsctl.restore.revive",`) != n || !strings.Contains(logs, `"principal":"kubernetes:me"`) {
+		t.Errorf("%d lines of a restore", n)
+	}
+}
+
+// TestRemovedThroughAnotherReplica: each API's log tells what was removed
+// through it, and a restore in a pod is told by those that are elsewhere.
+func TestRemovedThroughAnotherReplica(t *testing.T) {
+	c := newCluster(t)
+	c.storage(t)
+	c.connector(t, "a-phrase")
+	key, hash := adminKey(t)
+	r := c.open(t, key, hash)
+	orders := r.onboard("orders")
+	copied := c.backup(t, r, key)
+	h, err := backup.NewReader(bytes.NewReader(copied))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, _, text := r.do("DELETE", "/kmsctl/v1/iam/policies/"+orders.ServiceID+"/"+orders.PolicyID, "", ""); s != 204 {
+		t.Fatal(s, text)
+	}
+	r.stop()
+	tell := func(since time.Time) map[string]any {
+		t.Helper()
+		var o, e bytes.Buffer
+		a := app.New("test")
+		a.Out, a.Err, a.Getenv = &o, &e, programsOf(t, nil)
+		if code := cli.Main(t.Context(), programs, a, append([]string{"run", "restore", "-o", "json", "--audit-dir", c.file("audit"), "--removed-since", since.Format(time.RFC3339Nano)}, c.behind()...)); code != 0 {
+			t.Fatal(e.String())
+		}
+		var out struct{ Removed map[string]any }
+		if err := json.Unmarshal(o.Bytes(), &out); err != nil {
+			t.Fatal(err)
+		}
+		return out.Removed
+	}
+	if got := tell(time.Now()); len(got) != 0 {
+		t.Errorf("%v", got)
+	}
+	got := tell(h.Header.CreatedAt)
+	if why, _ := got[orders.PolicyID].(string); len(got) != 1 || !strings.Contains(why, "iam.policies.delete") {
+		t.Fatalf("%v", got)
+	}
+	told, err := json.Marshal(map[string]any{"removed": got})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fresh := c.freshStorage(t)
+	if code, _, errs := fresh.restore(t, append(append(told, '\n'), copied...)); code != 9 || !strings.Contains(errs, orders.PolicyID) {
+		t.Errorf("nobody was asked: %d %s", code, errs)
+	}
+	if code, out, errs := fresh.restore(t, append(append(told, '\n'), copied...), "--leave-out"); code != 0 || len(out["leftOut"].([]any)) != 1 {
+		t.Errorf("%d %v %s", code, out, errs)
 	}
 }
 
