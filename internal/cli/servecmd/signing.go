@@ -25,7 +25,7 @@ const usualPeriod = 90 * 24 * time.Hour
 // Add puts the flag into fs.
 func (f *SigningFlags) Add(fs *pflag.FlagSet) {
 	fs.DurationVar(&f.Period, "signing-key-period", usualPeriod,
-		"how long one key signs access tokens before a new one does; what it signed stays good until it ends; 0: until `kmsctl iam signing-key rotate`")
+		"how long one key signs access tokens before a new one does; what it signed stays good until it ends; 0: until 'kmsctl iam signing-key rotate'")
 }
 
 // Check holds the rule of the flag.
