@@ -4,10 +4,38 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/miekg/pkcs11"
+
 	"github.com/kmsctl/kmsctl/internal/hsm"
 )
 
 func init() { pairBits, carryBits = 1024, 1024 } // RSA-4096 takes seconds each
+
+// CacheSize is how many root keys stay in the session.
+const CacheSize = cacheSize
+
+// Objects counts what is in the token, and what lives as long as a session.
+func (t *Token) Objects() (onToken, inSession int, err error) {
+	err = t.with(func(s pkcs11.SessionHandle) error {
+		all, err := t.listAll(s)
+		if err != nil {
+			return err
+		}
+		for _, h := range all {
+			stays, err := t.flag(s, h, pkcs11.CKA_TOKEN)
+			if err != nil {
+				return err
+			}
+			if stays {
+				onToken++
+			} else {
+				inSession++
+			}
+		}
+		return nil
+	})
+	return onToken, inSession, err
+}
 
 // OpenOAEP is openOAEP, for its own test.
 var OpenOAEP = openOAEP

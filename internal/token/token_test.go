@@ -152,6 +152,43 @@ func TestNoLibraryNoToken(t *testing.T) {
 	}
 }
 
+// TestRootKeysCostTheTokenNothing: thousands of them are made, brought in and
+// used. The token keeps not one object more, and beside it, in the session,
+// only as many as the cache does.
+func TestRootKeysCostTheTokenNothing(t *testing.T) {
+	dir := t.TempDir()
+	tok := openToken(t, dir)
+	count := func() (objects, files, cached int) {
+		t.Helper()
+		objects, cached, err := tok.Objects()
+		if err != nil {
+			t.Fatal(err)
+		}
+		all, err := filepath.Glob(filepath.Join(dir, "tokens", "*", "*.object"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return objects, len(all), cached
+	}
+	objects, files, _ := count()
+	for i := range 3000 {
+		bring := tok.CreateRootKey
+		if i%3 == 0 {
+			bring = func() (hsm.NewKey, error) { return tok.ImportRootKey(pin(fmt.Sprintf("%032d", i))) }
+		}
+		k, err := bring()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tok.Wrap(k.Blob, []byte("dek"), nil); err != nil {
+			t.Fatalf("key %d: %v", i, err)
+		}
+	}
+	if o, f, cached := count(); o != objects || f != files || objects == 0 || cached > token.CacheSize {
+		t.Errorf("%d objects in %d files, %d in %d before; %d cached", o, f, objects, files, cached)
+	}
+}
+
 func TestCacheUnderPressure(t *testing.T) {
 	tok := openToken(t, t.TempDir())
 	var blobs [][]byte
