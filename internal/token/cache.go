@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// A root key stays in the token while it is used, and at most for cacheTime.
+// A root key stays in the token for as long as it is used, and at most for
+// cacheTime, or until the cache is looked through next.
 const (
 	cacheSize = 256
 	cacheTime = 15 * time.Minute
@@ -132,10 +133,34 @@ func (c *cache) evict(id [32]byte, forget func(keyPair)) {
 }
 
 // empty takes every key out; who uses one may go on.
-func (c *cache) empty(forget func(keyPair)) {
+func (c *cache) empty(forget func(keyPair)) { c.takeOut(0, forget) }
+
+// tidy takes out, until stop is closed, what has been here for too long: a key
+// that nobody asks for any more, and that may have been destroyed by another
+// process of the KMS.
+func (c *cache) tidy(stop <-chan struct{}, forget func(keyPair)) {
+	tick := time.NewTicker(c.ttl / tidyEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-stop:
+			return
+		case <-tick.C:
+			c.takeOut(c.ttl, forget)
+		}
+	}
+}
+
+// tidyEvery is how often in the life of a key the cache is looked through.
+const tidyEvery = 15
+
+func (c *cache) takeOut(age time.Duration, forget func(keyPair)) {
 	c.mu.Lock()
 	var out []keyPair
 	for _, k := range c.keys {
+		if time.Since(k.since) < age {
+			continue
+		}
 		if k.users == 0 {
 			out = append(out, k.keys)
 		}

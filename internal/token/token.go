@@ -55,6 +55,8 @@ type Token struct {
 	master  *masterKeys // makes what is new
 	masters map[uint16]*masterKeys
 	cache   *cache
+	tidying sync.WaitGroup
+	rest    func() // ends the tidying
 
 	carrying carrying // of keys from another token
 }
@@ -78,7 +80,7 @@ func Open(c Config) (*Token, error) {
 		return nil, fault.New(fault.Unreachable, "initialise PKCS#11 library", c.Module, err).
 			WithHint("check the library's own configuration; for SoftHSM, SOFTHSM2_CONF and its token folder")
 	}
-	t := &Token{ctx: ctx, shim: newShim(c.Module), module: c.Module, cache: newCache(cacheSize, cacheTime), refused: map[[32]byte]error{}, masters: map[uint16]*masterKeys{}}
+	t := &Token{ctx: ctx, shim: newShim(c.Module), module: c.Module, cache: newCache(cacheSize, cacheTime), refused: map[[32]byte]error{}, masters: map[uint16]*masterKeys{}, rest: func() {}}
 	slot, err := t.find(c)
 	if err != nil {
 		t.Close()
@@ -94,6 +96,9 @@ func Open(c Config) (*Token, error) {
 	for range cap(t.pool) {
 		t.pool <- 0 // opened when first needed
 	}
+	stop := make(chan struct{})
+	t.rest = sync.OnceFunc(func() { close(stop) })
+	t.tidying.Go(func() { t.cache.tidy(stop, t.forget) })
 	return t, nil
 }
 
@@ -117,6 +122,8 @@ func (t *Token) bound(n int) (int, error) {
 
 // Close logs out and finalises the module.
 func (t *Token) Close() {
+	t.rest()
+	t.tidying.Wait()
 	if t.pool != nil {
 		_ = t.ctx.CloseAllSessions(t.slot) // what fails here ends with C_Finalize
 	}
