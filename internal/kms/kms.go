@@ -190,8 +190,14 @@ type versionRecord struct {
 	Sealed    []byte    `json:"sealed,omitempty"`
 }
 
-func keyPath(instance, id string) string          { return "keys/" + instance + "/" + id }
-func versionDir(instance, key string) string      { return "versions/" + instance + "/" + key + "/" }
+// Folders of the records of keys, and of their older versions.
+const (
+	keysDir     = "keys/"
+	versionsDir = "versions/"
+)
+
+func keyPath(instance, id string) string          { return keysDir + instance + "/" + id }
+func versionDir(instance, key string) string      { return versionsDir + instance + "/" + key + "/" }
 func aliasPath(instance, alias string) string     { return "aliases/" + instance + "/" + alias }
 func (k *keyRecord) path() string                 { return keyPath(k.Instance, k.ID) }
 func (k *keyRecord) dual() bool                   { return k.DualAuth != nil && k.DualAuth.Enabled }

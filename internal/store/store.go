@@ -111,7 +111,8 @@ type Store struct {
 	since int64                       // the diary is complete from here on
 	rev   int64                       // the view is complete up to here
 	moved chan struct{}               // closed and replaced when rev grows
-	heard time.Time                   // last sign of life of the watch
+	tell  func(path string, was, is []byte)
+	heard time.Time // last sign of life of the watch
 }
 
 // entry is a record as it came from etcd. One that was proven on its way into
@@ -306,17 +307,34 @@ func (s *Store) apply(res clientv3.WatchResponse) {
 		dir, _ := split(path)
 		s.vers[dir] = e.Kv.ModRevision
 		s.note(change{path, e.Kv.ModRevision})
+		old, had := find(s.kv, path)
+		had = had && old.proven && old.rev != e.Kv.ModRevision && s.tell != nil
 		if e.Type == clientv3.EventTypeDelete {
+			if had {
+				s.tell(path, record.Body(old.value), nil)
+			}
 			drop(s.kv, path)
 			continue
 		}
 		proven := s.codec.Authentic(path, e.Kv.Value)
+		if had && proven {
+			s.tell(path, record.Body(old.value), record.Body(e.Kv.Value))
+		}
 		put(s.kv, path, entry{e.Kv.Value, e.Kv.ModRevision, proven, &decoded{}})
 		if proven && path == record.EndPath {
 			s.end()
 		}
 	}
 	s.advance(upTo)
+}
+
+// Tell calls f for each record that any process changes or removes from now
+// on, with its old value and its new one, which is nil for one that is gone.
+// f must not block, nor change what it is given.
+func (s *Store) Tell(f func(path string, was, is []byte)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.tell = f
 }
 
 // Lag is the time since the watch last gave a sign of life.

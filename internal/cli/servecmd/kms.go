@@ -51,7 +51,7 @@ type KMS struct {
 	uses   *kms.Uses
 	again  *reopener
 	near   int    // versions of keys near their limit, when they were last looked at
-	rest   func() // ends the work on the master keys
+	rest   func() // ends what works beside the calls
 	store  *store.Store
 	plain  *store.Plain
 	codec  *record.Codec

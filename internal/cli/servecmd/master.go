@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/audit"
@@ -62,15 +63,16 @@ func (k *KMS) openMasters(ctx context.Context) (epoch kms.Epoch, err error) {
 	return epoch, k.audit.Resign(ctx, k.Token.Maker().Sign, stands.PublicKey)
 }
 
-// work begins to work on changes of the master keys.
+// work begins to work on changes of the master keys, and to forget keys that
+// any process takes out of use.
 func (k *KMS) work(ctx context.Context) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		k.rotate(ctx)
-	}()
-	k.rest = func() { cancel(); <-done }
+	forgetting := kms.NewForgetting(k.store, k.Token)
+	k.store.Tell(forgetting.Changed)
+	var working sync.WaitGroup
+	working.Go(func() { k.rotate(ctx) })
+	working.Go(func() { forgetting.Work(ctx) })
+	k.rest = func() { cancel(); working.Wait() }
 }
 
 func (k *KMS) rotate(ctx context.Context) {
