@@ -271,8 +271,8 @@ func login(ctx context.Context, p Plain, t Token, info hsm.TokenInfo, now func()
 		// An attempt whose end nobody saw counts as refused when the token
 		// itself says that a wrong PIN was entered.
 		if a.State == refused || (a.State == pending && info.PINCountLow) {
-			return fault.Newf(fault.Denied, "log in to token", info.Label, "this password was refused before (%s); it is not tried again", a.At.Format(time.RFC3339)).
-				WithHint("correct hsm-pass in hsm-secret; the next start with another password tries once more (%d refused so far)", a.Refusals)
+			return fault.Newf(fault.Denied, "log in to token", info.Label, "this password was refused before (%s, %d refused so far); it is not tried again", a.At.Format(time.RFC3339), a.Refusals).
+				WithHint("correct hsm-pass in hsm-secret; another password is tried once")
 		}
 	}
 	a.Fingerprint, a.State, a.At = print, pending, now().UTC().Truncate(time.Second)

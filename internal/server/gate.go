@@ -75,7 +75,7 @@ func (g *Gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case "/readyz":
 		writeJSON(w, http.StatusServiceUnavailable, kmsapi.Health{Reasons: []string{*g.reason.Load()}})
 	default:
-		w.Header().Set("Retry-After", "5")
+		w.Header().Set("Retry-After", soon)
 		writeError(w, kmsapi.Unavailable, "Request could not be served", *g.reason.Load())
 	}
 }

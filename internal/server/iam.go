@@ -65,7 +65,7 @@ func (s *Server) answerToken(ctx context.Context, w http.ResponseWriter, r *http
 	case http.StatusBadRequest:
 		writeJSON(w, e.Status, kmsapi.TokenError{ErrorCode: iam.CodeUnknownKey, ErrorMessage: "Provided API key could not be found"})
 	default:
-		w.Header().Set("Retry-After", "5")
+		w.Header().Set("Retry-After", soon)
 		writeError(w, kmsapi.Unavailable, "Token could not be issued", "")
 	}
 	return e.Status, e.Detail, e.Principal

@@ -149,12 +149,16 @@ func (m *limiter) enter(ctx context.Context) (leave func(), err error) {
 	}
 }
 
+// soon is what Retry-After says while the HSM or the storage is away, in
+// seconds: one that is back is used within this time.
+const soon = "2"
+
 // retryAfter says when to come again, for refusals that pass by.
 func retryAfter(h http.Header, code string, lim *limited) {
 	switch {
 	case lim != nil:
 		h.Set("Retry-After", strconv.Itoa(lim.after))
 	case code == kmsapi.Unavailable:
-		h.Set("Retry-After", "5")
+		h.Set("Retry-After", soon)
 	}
 }
