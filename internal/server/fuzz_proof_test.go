@@ -13,6 +13,10 @@ import (
 
 	"github.com/golang-jwt/jwt/v5"
 
+	"github.com/kmsctl/kmsctl/internal/connector"
+	"github.com/kmsctl/kmsctl/internal/hsm"
+	"github.com/kmsctl/kmsctl/internal/secret"
+	"github.com/kmsctl/kmsctl/internal/testkit"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -114,8 +118,26 @@ func FuzzTokens(f *testing.F) {
 // FuzzEnvelopes changes ciphertexts, and what was authenticated with them. The
 // whole and unchanged one gives the plaintext; any other is the caller's
 // error, and leaves nothing behind.
-func FuzzEnvelopes(f *testing.F) {
-	x := newTarget(f)
+func FuzzEnvelopes(f *testing.F) { fuzzEnvelopes(f, newTarget(f)) }
+
+// FuzzEnvelopesOnSoftHSM does the same with a real token behind the connector.
+// It stays up, logged in once, and what is whole still opens.
+func FuzzEnvelopesOnSoftHSM(f *testing.F) {
+	c, err := connector.Start(f.Context(), connector.Options{Path: testkit.Connector(f), Module: testkit.SoftHSM, SoftHSMDir: f.TempDir(), PIN: secret.New([]byte("password"))})
+	must(f, err)
+	f.Cleanup(c.Close)
+	must(f, c.Login(f.Context()))
+	_, err = c.OpenMaster(f.Context(), hsm.MasterIDs{Install: "test", Wrap: []byte("wrap-id-16-bytes"), Seal: []byte("seal-id-16-bytes"), Sign: []byte("sign-id-16-bytes")}, true)
+	must(f, err)
+	pid := c.Pid()
+	fuzzEnvelopes(f, newTargetOn(f, c))
+	if c.Pid() != pid {
+		f.Errorf("the connector's process %d became %d", pid, c.Pid())
+	}
+}
+
+func fuzzEnvelopes(f *testing.F, x *target) {
+	f.Helper()
 	ctx, in, me := f.Context(), x.by.instance, "me"
 	born, err := x.kms.CreateKey(ctx, in, "default", me, kmsapi.CreateKey{Name: "born"})
 	must(f, err)

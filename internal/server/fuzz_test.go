@@ -15,6 +15,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/kmsctl/kmsctl/internal/connector"
 	"github.com/kmsctl/kmsctl/internal/hsm"
 	"github.com/kmsctl/kmsctl/internal/iam"
 	"github.com/kmsctl/kmsctl/internal/secret"
@@ -36,8 +37,13 @@ type target struct {
 
 func newTarget(tb testing.TB) *target {
 	tb.Helper()
+	return newTargetOn(tb, nil)
+}
+
+func newTargetOn(tb testing.TB, own *connector.Client) *target {
+	tb.Helper()
 	quiet := func(c *server.Config) { c.Log = slog.New(slog.DiscardHandler) }
-	x := &target{world: newWorldWith(tb, server.Limits{}, quiet)}
+	x := &target{world: newWorldOn(tb, own, server.Limits{}, quiet)}
 	x.token.Installed = []hsm.Installation{{ID: "22222222", Objects: []string{"mkek:v1"}}}
 	x.renew(tb)
 	return x

@@ -14,6 +14,7 @@ import (
 	"text/tabwriter"
 
 	"github.com/kmsctl/kmsctl/internal/server"
+	"github.com/kmsctl/kmsctl/internal/testkit"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -80,6 +81,7 @@ func (s *status) Unwrap() http.ResponseWriter { return s.ResponseWriter }
 // not for, and each code of the API's errors must have been an answer.
 func TestMain(m *testing.M) {
 	code := m.Run()
+	testkit.Cleanup()
 	if code == 0 && flag.Lookup("test.run").Value.String() == "" && flag.Lookup("test.list").Value.String() == "" {
 		if untested := seen.table(testing.Verbose()); len(untested) > 0 {
 			fmt.Printf("endpoints without a test that they do, one that they refuse what is wrong, and one whom:\n  %s\n", strings.Join(untested, "\n  "))

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/audit"
+	"github.com/kmsctl/kmsctl/internal/connector"
 	"github.com/kmsctl/kmsctl/internal/hsm"
 	"github.com/kmsctl/kmsctl/internal/iam"
 	"github.com/kmsctl/kmsctl/internal/kms"
@@ -133,6 +134,13 @@ func newWorld(tb testing.TB) *world {
 
 func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Config)) *world {
 	tb.Helper()
+	return newWorldOn(tb, nil, limits, more...)
+}
+
+// newWorldOn has its keys in a token of one's own; nil: in the one that can be
+// told to fail.
+func newWorldOn(tb testing.TB, own *connector.Client, limits server.Limits, more ...func(*server.Config)) *world {
+	tb.Helper()
 	m, err := store.OpenEmbedded(tb.Context(), tb.TempDir())
 	if err != nil {
 		tb.Fatal(err)
@@ -158,6 +166,9 @@ func newWorldWith(tb testing.TB, limits server.Limits, more ...func(*server.Conf
 	}
 	w.iam = iam.New(w.store, iam.Config{SigningKey: k, Derive: derive, Now: w.now})
 	w.kms = kms.New(w.store, w.token, w.token, w.now, kms.DefaultWindows())
+	if own != nil {
+		w.kms = kms.New(w.store, own, own, w.now, kms.DefaultWindows())
+	}
 	if err := w.kms.KeepTime(tb.Context(), func() time.Duration { return time.Duration(w.passed.Load()) }, true); err != nil {
 		tb.Fatal(err)
 	}
