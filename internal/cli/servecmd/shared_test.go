@@ -1,6 +1,7 @@
 package servecmd_test
 
 import (
+	"encoding/base64"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -110,4 +111,36 @@ func act(t *testing.T, c *kmsclient.Client, id, verb string, in any) (out kmsapi
 		t.Fatal(err)
 	}
 	return out
+}
+
+// TestAnImportTokenOutlivesARestart: material that was sealed before the server
+// and its connector ended comes in after both were started again.
+func TestAnImportTokenOutlivesARestart(t *testing.T) {
+	data := t.TempDir()
+	r := serve(t, data)
+	var o struct{ InstanceID string }
+	r.run(t, &o, "onboard", "orders")
+	var crew struct{ ServiceID, APIKey string }
+	r.run(t, &crew, "onboard", "brings", "--instance", o.InstanceID, "--role", "Manager")
+	r.run(t, nil, "iam", "policies", "create", "--service-id", crew.ServiceID, "--instance", o.InstanceID, "--role", "Manager")
+	client := func(r *running) *kmsclient.Client {
+		k, err := kmsclient.New(kmsclient.Config{Server: r.url, CAFile: filepath.Join(data, "tls", "ca.pem"), APIKey: []byte(crew.APIKey)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.SetInstance(o.InstanceID)
+		return k
+	}
+	material := []byte("0123456789abcdef0123456789abcdef")
+	sent := kmsapi.CreateKey{Type: kmsapi.TypeKey, Name: "sent"}
+	if err := client(r).Seal(t.Context(), material, &sent); err != nil {
+		t.Fatal(err)
+	}
+	r.stop()
+	c := client(serve(t, data))
+	wrapped := act(t, c, imported(t, c, sent), "wrap", kmsapi.WrapRequest{})
+	twin := imported(t, c, kmsapi.CreateKey{Type: kmsapi.TypeKey, Name: "in the clear", Payload: base64.StdEncoding.EncodeToString(material)})
+	if got := act(t, c, twin, "unwrap", kmsapi.UnwrapRequest{Ciphertext: wrapped.Ciphertext}); got.Plaintext != wrapped.Plaintext {
+		t.Error("another material came in")
+	}
 }
