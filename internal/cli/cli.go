@@ -88,17 +88,13 @@ func ExitCode(k fault.Kind) int {
 
 // errorJSON is the error object of -o json, on stderr.
 type errorJSON struct {
-	Code    int    `json:"code"`
-	Kind    string `json:"kind"`
-	Message string `json:"message"`
-	Object  string `json:"object,omitempty"`
-	Hint    string `json:"hint,omitempty"`
+	Code int `json:"code"`
+	fault.Said
 }
 
 func printError(w io.Writer, program, format string, err error) {
-	k := fault.KindOf(err)
 	if format == "json" {
-		b, jerr := json.Marshal(errorJSON{ExitCode(k), k.String(), err.Error(), fault.ObjectOf(err), fault.HintOf(err)})
+		b, jerr := json.Marshal(errorJSON{ExitCode(fault.KindOf(err)), fault.Say(err)})
 		if jerr == nil {
 			fmt.Fprintf(w, "%s\n", b)
 			return

@@ -42,7 +42,7 @@ func TestErrorText(t *testing.T) {
 	b.Reset()
 	printError(&b, "kmsctl", "json", fault.Newf(fault.Denied, "push", "r/i:1", "401").WithHint("log in"))
 	var got errorJSON
-	if err := json.Unmarshal(b.Bytes(), &got); err != nil || got != (errorJSON{4, "denied", `push "r/i:1": 401`, "r/i:1", "log in"}) {
+	if err := json.Unmarshal(b.Bytes(), &got); err != nil || got != (errorJSON{4, fault.Said{Kind: "denied", Message: `push "r/i:1": 401`, Object: "r/i:1", Hint: "log in"}}) {
 		t.Errorf("%s %v", b.String(), err)
 	}
 }

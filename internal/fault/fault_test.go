@@ -41,6 +41,25 @@ func TestKindHintObjectAreFoundThroughWraps(t *testing.T) {
 	}
 }
 
+// TestSaidAndHeard: who is told an error prints what it was, and tells it on as
+// it was.
+func TestSaidAndHeard(t *testing.T) {
+	cause := errors.New(`an "a": inside`)
+	for _, err := range []error{
+		fault.New(fault.Denied, "push image", "a", cause).WithHint("log in"), fault.New(fault.Denied, "", "a", cause), fault.New(fault.NotReady, "open", "", cause),
+		fault.New(fault.NotFound, "find", "a", nil), fmt.Errorf("load: %w", fault.New(fault.Conflict, "lock", `b"c`, cause)), cause,
+	} {
+		heard := fault.Say(err).Err()
+		if heard.Error() != err.Error() || fault.KindOf(heard) != fault.KindOf(err) || fault.HintOf(heard) != fault.HintOf(err) {
+			t.Errorf("%v: heard %v, %v, %q", err, heard, fault.KindOf(heard), fault.HintOf(heard))
+		}
+	}
+	heard := fault.Say(fmt.Errorf("load: %w", fault.New(fault.Conflict, "lock", `b"c`, cause))).Err()
+	if fault.ObjectOf(heard) != `b"c` {
+		t.Errorf("object %q of %v", fault.ObjectOf(heard), heard)
+	}
+}
+
 func TestKindNamesAreDistinct(t *testing.T) {
 	seen := map[string]bool{}
 	for _, k := range fault.Kinds() {

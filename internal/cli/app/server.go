@@ -117,30 +117,14 @@ func SocketPath(data string) string { return filepath.Join(data, "api.sock") }
 // CallReply is what a KMS that is started for one call says once, as a line of
 // JSON, to who started it: where it answers, or why it does not.
 type CallReply struct {
-	Socket string `json:"socket,omitempty"`
-	Kind   string `json:"kind,omitempty"` // of a fault, as Op, Object, Cause and Hint
-	Op     string `json:"op,omitempty"`
-	Object string `json:"object,omitempty"`
-	Cause  string `json:"cause,omitempty"`
-	Hint   string `json:"hint,omitempty"`
+	Socket string      `json:"socket,omitempty"`
+	Failed *fault.Said `json:"failed,omitempty"`
 }
 
 // Failed is the reply that carries an error.
 func Failed(err error) CallReply {
-	r := CallReply{Kind: fault.KindOf(err).String(), Cause: err.Error(), Hint: fault.HintOf(err)}
-	var f *fault.Error
-	if errors.As(err, &f) && f.Error() == err.Error() && f.Err != nil {
-		r.Op, r.Object, r.Cause = f.Op, f.Object, f.Err.Error()
-	}
-	return r
-}
-
-// Err is the error that the reply carries.
-func (r CallReply) Err() error {
-	if r.Socket != "" {
-		return nil
-	}
-	return fault.New(fault.KindNamed(r.Kind), r.Op, r.Object, errors.New(r.Cause)).WithHint("%s", r.Hint)
+	said := fault.Say(err)
+	return CallReply{Failed: &said}
 }
 
 // Descriptors of a KMS that is started for one call: it writes its reply to
@@ -176,7 +160,10 @@ func (a *App) embedded(ctx context.Context, data string, given *StartFlags) (soc
 	if reply.Socket == filepath.Join(data, CallSocket) {
 		a.oneCall = data
 	}
-	return reply.Socket, reply.Err()
+	if reply.Failed != nil {
+		return "", reply.Failed.Err()
+	}
+	return reply.Socket, nil
 }
 
 // startForOneCall starts kms-server and waits for what it says; stop ends it.

@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -117,7 +116,7 @@ func (o inPod) run(ctx context.Context, pod string, in io.Reader, result any, fl
 		return fault.New(fault.KindOf(err), "restore into release", o.kube.Release, err).WithHint("%s", cutOffHint(err))
 	}
 	if code != 0 {
-		return fault.New(fault.KindNamed(said.Kind), "restore into release", o.kube.Release, errors.New(said.Message)).WithHint("%s", said.Hint)
+		return fault.New(fault.KindNamed(said.Kind), "restore into release", o.kube.Release, said.Err())
 	}
 	if err := json.Unmarshal(out.Bytes(), result); err != nil {
 		return fault.New(fault.Other, "restore into release", o.kube.Release, fmt.Errorf("its answer is not understood: %w", err)).WithHint("kmsctl and the release must be of one version")
@@ -146,14 +145,11 @@ func inPodCommand(args, flags []string) []string {
 	return append(cmd, flags...)
 }
 
-// said is an error as a command prints it for machines.
-type said struct{ Kind, Message, Hint string }
-
 // passOn prints what the pod warned of, and gives its error.
-func (o inPod) passOn(stderr string) said {
-	last := said{Message: "it said nothing"}
+func (o inPod) passOn(stderr string) fault.Said {
+	last := fault.Said{Message: "it said nothing"}
 	for line := range strings.Lines(stderr) {
-		var s said
+		var s fault.Said
 		if json.Unmarshal([]byte(line), &s) == nil && s.Message != "" {
 			last = s
 			continue
