@@ -10,10 +10,17 @@ import (
 )
 
 // ConfirmFlags guard the dangerous verbs.
-type ConfirmFlags struct{ Yes bool }
+type ConfirmFlags struct {
+	Yes  bool
+	look string // how to see what will go, without a question
+}
 
-// Add puts --yes into fs.
-func (f *ConfirmFlags) Add(fs *pflag.FlagSet) {
+// WithDryRun is the look of commands that have one.
+const WithDryRun = "--dry-run"
+
+// Add puts --yes into fs; look is how to see what will go.
+func (f *ConfirmFlags) Add(fs *pflag.FlagSet, look string) {
+	f.look = look
 	fs.BoolVar(&f.Yes, "yes", false, "do not ask")
 }
 
@@ -24,7 +31,7 @@ func (a *App) Confirm(f *ConfirmFlags, name string, goes []string) error {
 	}
 	t, err := a.OpenAsker("--yes")
 	if err != nil {
-		return withHint(err, "look at what will go with --dry-run, then give --yes")
+		return withHint(err, "look at what will go with "+f.look+", then give --yes")
 	}
 	defer func() { _ = t.Close() }()
 	fmt.Fprintln(a.Err, "This will go:")

@@ -92,7 +92,7 @@ administrators, and written to the audit log. A clock that is right is left alon
 		Example: "  kmsctl clock confirm\n  kmsctl clock confirm --data ./kms --yes -o json",
 		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, runConfirm) }}
 	o.client.Add(cmd.Flags(), a)
-	o.confirm.Add(cmd.Flags())
+	o.confirm.Add(cmd.Flags(), "`kmsctl clock`")
 	return cmd
 }
 

@@ -57,7 +57,7 @@ its id alone.`,
 	fs.BoolVar(&o.leftovers, "leftovers", false, "only list what other installations left on the token")
 	fs.BoolVar(&o.dryRun, "dry-run", false, "only show what would go")
 	fs.DurationVar(&o.timeout, "timeout", app.ClearTimeout, "how long to wait for the end of the clearing, which goes on by itself")
-	o.confirm.Add(fs)
+	o.confirm.Add(fs, app.WithDryRun)
 	o.start.Add(fs)
 	return cmd
 }

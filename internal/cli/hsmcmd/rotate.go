@@ -97,7 +97,7 @@ func newRotateVerb(a *app.App, command, verb, short, example string) *cobra.Comm
 		fs.BoolVar(&o.move.LeavePlaced, "leave-placed", false, "leave keys behind that stay in the old token by their instance's placement: after the move they cannot be used")
 	case verb == "start":
 		fs.BoolVar(&o.in.DestroyOld, "destroy-old", false, "destroy all older master keys at the end: a backup from before can then not be restored any more")
-		o.confirm.Add(fs)
+		o.confirm.Add(fs, "`kmsctl hsm rotate-master status`")
 	}
 	if verb != "stop" {
 		fs.BoolVar(&o.wait, "wait", false, "wait until what runs is done, also while the KMS or its HSM is away for a moment")

@@ -24,7 +24,8 @@ type clearing struct {
 func (o *changeOptions) addClear(fs *pflag.FlagSet) {
 	fs.Lookup("clear-data").Usage = "when the change is up, clear the HSM's application data: every key goes; it asks first, and counts once for a release: run again, it clears nothing"
 	o.clear.api.AddKey(fs, "--clear-data: file with an administrator's API key")
-	fs.BoolVar(&o.clear.confirm.Yes, "yes", false, "--clear-data: do not ask")
+	o.clear.confirm.Add(fs, app.WithDryRun)
+	fs.Lookup("yes").Usage = "--clear-data: do not ask"
 }
 
 // takeClear takes the flag's own value before the values file is read, whose

@@ -41,7 +41,7 @@ install goes on with the same keys, unless --delete-data and --delete-secrets sa
 	}
 	fs := cmd.Flags()
 	o.kube.Add(fs)
-	o.confirm.Add(fs)
+	o.confirm.Add(fs, app.WithDryRun)
 	fs.BoolVar(&o.deleteSecrets, "delete-secrets", false, "delete hsm-secret, certificates and API keys as well")
 	fs.BoolVar(&o.deleteData, "delete-data", false, "delete the volumes as well: every key that is kept there is lost")
 	fs.BoolVar(&o.dryRun, "dry-run", false, "only show what would go")
