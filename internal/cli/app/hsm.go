@@ -369,13 +369,44 @@ func (a *App) Warn(format string, args ...any) {
 	fmt.Fprintf(a.Err, "kmsctl: warning: "+format+"\n", args...)
 }
 
+// TokenFlags name a PKCS#11 library, and a token by one of three ways.
+type TokenFlags struct {
+	Module string `json:"module,omitempty"`
+	Label  string `json:"tokenLabel,omitempty"`
+	Serial string `json:"tokenSerial,omitempty"`
+	Slot   string `json:"slot,omitempty"`
+}
+
+// Add puts the flags into fs; without says what counts without --module.
+func (f *TokenFlags) Add(fs *pflag.FlagSet, without string) {
+	fs.StringVar(&f.Module, "module", "", "path of the PKCS#11 library"+without)
+	fs.StringVar(&f.Label, "token-label", "", "label of the token")
+	fs.StringVar(&f.Serial, "token-serial", "", "serial number of the token")
+	fs.StringVar(&f.Slot, "slot", "", "slot id; slots can move, so prefer label or serial")
+}
+
+// Check holds the rules of the flags.
+func (f *TokenFlags) Check() error {
+	chosen := 0
+	for _, v := range []string{f.Label, f.Serial, f.Slot} {
+		if v != "" {
+			chosen++
+		}
+	}
+	_, err := ParseSlot(f.Slot)
+	if chosen > 1 {
+		err = errors.Join(err, fault.Usagef("--token-label, --token-serial, --slot: only one of them"))
+	}
+	return err
+}
+
 // ParseSlot reads the value of --slot; empty is none.
 func ParseSlot(s string) (*uint64, error) {
 	if s == "" {
 		return nil, nil
 	}
-	var n uint64
-	if _, err := fmt.Sscanf(s, "%d", &n); err != nil || fmt.Sprint(n) != s {
+	n, err := strconv.ParseUint(s, 10, 64)
+	if err != nil || fmt.Sprint(n) != s {
 		return nil, fault.Usagef("--slot: %q is not a number", s)
 	}
 	return &n, nil

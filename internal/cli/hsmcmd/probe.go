@@ -17,10 +17,7 @@ import (
 
 type probeOptions struct {
 	*app.App
-	module   string
-	label    string
-	serial   string
-	slot     string
+	token    app.TokenFlags
 	password app.SecretInput
 	timeout  time.Duration
 }
@@ -44,10 +41,7 @@ address: send it to us when a token cannot be used.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
 	fs := cmd.Flags()
-	fs.StringVar(&o.module, "module", "", "path of the PKCS#11 library")
-	fs.StringVar(&o.label, "token-label", "", "label of the token")
-	fs.StringVar(&o.serial, "token-serial", "", "serial number of the token")
-	fs.StringVar(&o.slot, "slot", "", "slot id; slots can move, so prefer label or serial")
+	o.token.Add(fs, "")
 	fs.DurationVar(&o.timeout, "timeout", time.Minute, "how long the token may take")
 	o.password.Add(fs)
 	return cmd
@@ -55,21 +49,9 @@ address: send it to us when a token cannot be used.`,
 
 // Check holds the rules of the flags.
 func (o *probeOptions) Check() error {
-	errs := []error{o.password.Check()}
-	if o.module == "" {
+	errs := []error{o.password.Check(), o.token.Check()}
+	if o.token.Module == "" {
 		errs = append(errs, fault.Usagef("--module: missing").WithHint("the PKCS#11 library of the HSM's client, as in /usr/lib/softhsm/libsofthsm2.so"))
-	}
-	if _, err := app.ParseSlot(o.slot); err != nil {
-		errs = append(errs, err)
-	}
-	chosen := 0
-	for _, v := range []string{o.label, o.serial, o.slot} {
-		if v != "" {
-			chosen++
-		}
-	}
-	if chosen > 1 {
-		errs = append(errs, fault.Usagef("--token-label, --token-serial, --slot: only one of them"))
 	}
 	return errors.Join(errs...)
 }
@@ -79,7 +61,7 @@ func runProbe(ctx context.Context, o *probeOptions) error {
 	if err != nil {
 		return err
 	}
-	slot, err := app.ParseSlot(o.slot)
+	slot, err := app.ParseSlot(o.token.Slot)
 	if err != nil {
 		return err
 	}
@@ -93,7 +75,7 @@ func runProbe(ctx context.Context, o *probeOptions) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
-	r, err := connector.Probe(ctx, connector.Options{Path: path, Module: o.module, TokenLabel: o.label, TokenSerial: o.serial, Slot: slot, PIN: pin, Stderr: o.Err})
+	r, err := connector.Probe(ctx, connector.Options{Path: path, Module: o.token.Module, TokenLabel: o.token.Label, TokenSerial: o.token.Serial, Slot: slot, PIN: pin, Stderr: o.Err})
 	if err != nil {
 		return err
 	}

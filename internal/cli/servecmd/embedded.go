@@ -30,15 +30,12 @@ import (
 // `serve` was given; a copy without anything secret lies in the folder, so
 // that a command can start the KMS again for one call.
 type Embedded struct {
-	Data       string       `json:"-"`
-	SecretFile string       `json:"secretFile"` // hsm-Secret.yaml
-	ValuesFile string       `json:"valuesFile"` // overrides_hsm.yaml
-	Module     string       `json:"module,omitempty"`
-	Label      string       `json:"tokenLabel,omitempty"`
-	Serial     string       `json:"tokenSerial,omitempty"`
-	Slot       string       `json:"slot,omitempty"`
-	Windows    WindowFlags  `json:"windows,omitzero"`
-	Signing    SigningFlags `json:"signing,omitzero"`
+	Data       string `json:"-"`
+	SecretFile string `json:"secretFile"` // hsm-Secret.yaml
+	ValuesFile string `json:"valuesFile"` // overrides_hsm.yaml
+	app.TokenFlags
+	Windows WindowFlags  `json:"windows,omitzero"`
+	Signing SigningFlags `json:"signing,omitzero"`
 	// The token to which keys can move; empty: there is none.
 	ToSecretFile string `json:"toSecretFile,omitempty"`
 	ToValuesFile string `json:"toValuesFile,omitempty"`
@@ -53,6 +50,9 @@ type Embedded struct {
 	// those after a clearing. end runs before the KMS is closed. Nil: nothing.
 	Opened func(ctx context.Context, k *KMS, set hsm.Settings) (end func(), err error) `json:"-"`
 }
+
+// ofModel is said of --module.
+const ofModel = "; without it, where the model's client puts it"
 
 const (
 	tokenLabel    = "kms" // what a SoftHSM token of ours is called
@@ -262,7 +262,7 @@ func (e *Embedded) tokens(ctx context.Context, a *app.App, plain kms.Plain, sec 
 	if e.ToSecretFile == "" {
 		return e.connector(ctx, a, sec, set, log)
 	}
-	to := &Embedded{Data: e.Data, SecretFile: e.ToSecretFile, ValuesFile: e.ToValuesFile, Module: e.ToModule, Pass: e.Pass}
+	to := &Embedded{Data: e.Data, SecretFile: e.ToSecretFile, ValuesFile: e.ToValuesFile, TokenFlags: app.TokenFlags{Module: e.ToModule}, Pass: e.Pass}
 	toSec, toSet, err := to.settings(a)
 	if err != nil {
 		return nil, err

@@ -78,10 +78,7 @@ came back, and each thing that was revived.`,
 	app.DataFlag(fs, a, &o.kms.Data)
 	fs.StringVar(&o.kms.SecretFile, "secret", "", "hsm-Secret.yaml; without it, the one that the folder remembers")
 	fs.StringVar(&o.kms.ValuesFile, "values", "", "overrides_hsm.yaml; without it, the one that the folder remembers")
-	fs.StringVar(&o.kms.Module, "module", "", "path of the PKCS#11 library")
-	fs.StringVar(&o.kms.Label, "token-label", "", "label of the token")
-	fs.StringVar(&o.kms.Serial, "token-serial", "", "serial number of the token")
-	fs.StringVar(&o.kms.Slot, "slot", "", "slot id")
+	o.kms.TokenFlags.Add(fs, ofModel)
 	o.kube.AddInCluster(fs, &o.inCluster)
 	fs.StringVar(&o.identity, "backup-identity-file", "", "age identity that opens the backup")
 	fs.BoolVar(&o.undo, "undo", false, "take back what a restore did that was not finished")
@@ -93,15 +90,12 @@ came back, and each thing that was revived.`,
 
 // Check holds the rules of the flags.
 func (o *restoreOptions) Check() error {
-	errs := []error{o.pass.Check(), o.kms.Pass.Check(), o.removals.Check(), oneOf(o.file, o.undo)}
+	errs := []error{o.kms.TokenFlags.Check(), o.pass.Check(), o.kms.Pass.Check(), o.removals.Check(), oneOf(o.file, o.undo)}
 	if o.inCluster && len(o.removals.auditLog) > 0 {
 		errs = append(errs, fault.Usagef("--audit-log, --in-cluster-service: only one of them").WithHint("the logs of the API's pods are looked at anyhow"))
 	}
 	if (o.kms.SecretFile == "") != (o.kms.ValuesFile == "") {
 		errs = append(errs, fault.Usagef("--secret, --values: give both or none"))
-	}
-	if _, err := app.ParseSlot(o.kms.Slot); err != nil {
-		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }

@@ -64,13 +64,10 @@ is not running: the folder remembers where the two files are (and nothing that i
 	fs.StringVar(&o.listen, "listen", "127.0.0.1:28674", "address of the API")
 	fs.StringVar(&o.kms.SecretFile, "secret", "", "hsm-Secret.yaml, plain or encrypted, as \"kmsctl render secret\" writes it")
 	fs.StringVar(&o.kms.ValuesFile, "values", "", "overrides_hsm.yaml")
-	fs.StringVar(&o.kms.Module, "module", "", "path of the PKCS#11 library; without it, where the model's client puts it")
-	fs.StringVar(&o.kms.Label, "token-label", "", "label of the token")
-	fs.StringVar(&o.kms.Serial, "token-serial", "", "serial number of the token")
-	fs.StringVar(&o.kms.Slot, "slot", "", "slot id; slots can move, so prefer label or serial")
+	o.kms.TokenFlags.Add(fs, ofModel)
 	fs.StringVar(&o.kms.ToSecretFile, "to-secret", "", "hsm-Secret.yaml of a second HSM, to which \"kmsctl hsm migrate\" moves all keys")
 	fs.StringVar(&o.kms.ToValuesFile, "to-values", "", "overrides_hsm.yaml of the second HSM")
-	fs.StringVar(&o.kms.ToModule, "to-module", "", "path of the second HSM's PKCS#11 library; without it, where the model's client puts it")
+	fs.StringVar(&o.kms.ToModule, "to-module", "", "path of the second HSM's PKCS#11 library"+ofModel)
 	fs.BoolVar(&o.plainHTTP, "plain-http", false, "serve without TLS, on a loopback address only")
 	fs.StringVar(&o.adminKeyFile, "admin-key-file", "", "make a first administrator's API key and write it here, once")
 	fs.StringSliceVar(&o.san, "san", nil, "further DNS names or addresses in the API's certificate")
@@ -88,7 +85,7 @@ is not running: the folder remembers where the two files are (and nothing that i
 
 // Check holds the rules of the flags.
 func (o *serveOptions) Check() error {
-	errs := []error{o.kms.Pass.Check(), o.kms.Audit.Check(), o.kms.Limit.Check(), o.kms.Signing.Check(), o.kms.Trace.Check(), checkListen(o.listen, o.plainHTTP)}
+	errs := []error{o.kms.TokenFlags.Check(), o.kms.Pass.Check(), o.kms.Audit.Check(), o.kms.Limit.Check(), o.kms.Signing.Check(), o.kms.Trace.Check(), checkListen(o.listen, o.plainHTTP)}
 	for name, v := range map[string]string{"secret": o.kms.SecretFile, "values": o.kms.ValuesFile} {
 		if v == "" && !o.oneCall {
 			errs = append(errs, fault.Usagef("--%s: missing", name).WithHint("make the two files with `kmsctl render secret` and `kmsctl render overrides`"))
@@ -97,20 +94,8 @@ func (o *serveOptions) Check() error {
 	if (o.kms.ToSecretFile == "") != (o.kms.ToValuesFile == "") || o.kms.ToModule != "" && o.kms.ToSecretFile == "" {
 		errs = append(errs, fault.Usagef("--to-secret, --to-values: give both or none").WithHint("they are the two files of the HSM to which keys move; --to-module goes with them"))
 	}
-	if _, err := app.ParseSlot(o.kms.Slot); err != nil {
-		errs = append(errs, err)
-	}
 	if _, err := o.kms.Windows.Windows(); err != nil {
 		errs = append(errs, err)
-	}
-	chosen := 0
-	for _, v := range []string{o.kms.Label, o.kms.Serial, o.kms.Slot} {
-		if v != "" {
-			chosen++
-		}
-	}
-	if chosen > 1 {
-		errs = append(errs, fault.Usagef("--token-label, --token-serial, --slot: only one of them"))
 	}
 	return errors.Join(errs...)
 }
