@@ -11,23 +11,24 @@ import (
 
 // Model is one kind of HSM.
 type Model struct {
-	Name        string // value of hsm.hsm_model, and the image block's key in the values
-	Title       string // for people
-	Image       string // image of the connector's pod
-	NeedsHSMIP  bool   // hsm.hsm_ip
-	NeedsRFSIP  bool   // hsm.rfs_ip
-	NeedsSlot   bool   // hsm.slotId, a string of decimal digits
-	NeedsCerts  bool   // ServerCAFile, <IP>, <IP>-key in hsm-secret
-	Module      string // where the vendor's client puts its PKCS#11 library
-	DefaultPass string // the manual's pass phrase, where any will do
+	Name        string   // value of hsm.hsm_model, and the image block's key in the values
+	Title       string   // for people
+	Image       string   // image of the connector's pod
+	NeedsHSMIP  bool     // hsm.hsm_ip
+	NeedsRFSIP  bool     // hsm.rfs_ip
+	NeedsSlot   bool     // hsm.slotId, a string of decimal digits
+	NeedsCerts  bool     // ServerCAFile, <IP>, <IP>-key in hsm-secret
+	Module      string   // where the vendor's client puts its PKCS#11 library
+	Files       []string // of that client, besides, which the chart's configuration names
+	DefaultPass string   // the manual's pass phrase, where any will do
 }
 
 // The models of the manual.
 var models = []Model{
 	{Name: "gemalto", Title: "SafeNet Luna Network HSM 6.2", Image: "kms-gemaltov6", NeedsHSMIP: true, NeedsCerts: true,
-		Module: "/usr/safenet/lunaclient/lib/libCryptoki2_64.so"},
+		Module: "/usr/safenet/lunaclient/lib/libCryptoki2_64.so", Files: []string{"/usr/safenet/lunaclient/bin/openssl.cnf"}},
 	{Name: "thales", Title: "nCipher nShield Connect 12.40.2", Image: "kms-thalesv12", NeedsHSMIP: true, NeedsRFSIP: true, NeedsSlot: true,
-		Module: "/opt/nfast/toolkits/pkcs11/libcknfast.so"},
+		Module: "/opt/nfast/toolkits/pkcs11/libcknfast.so", Files: []string{"/opt/nfast/sbin/hardserver"}},
 	{Name: "softhsm", Title: "SoftHSM (a token in software: for trials, not for secrets that matter)", Image: "kms-softhsm",
 		Module: "/usr/lib/softhsm/libsofthsm2.so"},
 }
@@ -39,6 +40,15 @@ func Names() []string {
 		out[i] = m.Name
 	}
 	return out
+}
+
+// OfImage finds a model by the image of its connector.
+func OfImage(image string) (Model, bool) {
+	i := slices.IndexFunc(models, func(m Model) bool { return m.Image == image })
+	if i < 0 {
+		return Model{}, false
+	}
+	return models[i], true
 }
 
 // Lookup finds a model by name; the error names those that exist.

@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"strings"
 
 	cdx "github.com/CycloneDX/cyclonedx-go"
@@ -22,6 +23,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/chart"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/file"
+	"github.com/kmsctl/kmsctl/internal/hsm"
 	"github.com/kmsctl/kmsctl/internal/image"
 	"github.com/kmsctl/kmsctl/pkg/ppa"
 )
@@ -265,6 +267,9 @@ func (p *Product) image(spec imageSpec, arch string, layers map[string]*image.La
 	for _, m := range image.Missing(used, vendor) {
 		warnings = append(warnings, fmt.Sprintf("image %s: %s, which is not in it", spec.name, m))
 	}
+	if len(used) == len(spec.layers) {
+		warnings = append(warnings, unfound(spec.name, used)...)
+	}
 	config, err := image.Config(arch, spec.entrypoint, map[string]string{"org.opencontainers.image.title": spec.name, "org.opencontainers.image.version": p.Chart.AppVersion}, used)
 	if err != nil {
 		return archive.NewImage{}, nil, err
@@ -276,13 +281,24 @@ func (p *Product) image(spec imageSpec, arch string, layers map[string]*image.La
 	return img, warnings, nil
 }
 
-func ours(l *image.Layer, name string) bool {
-	for _, e := range l.Entries {
-		if e.Name == name {
-			return true
+// unfound says which files the chart's configuration of a model names that its
+// image lacks: a client that was packed from another folder is seen here, and
+// not when the pod starts.
+func unfound(name string, layers []image.Layer) (warnings []string) {
+	m, ok := hsm.OfImage(name)
+	if !ok {
+		return nil
+	}
+	for _, f := range append([]string{m.Module}, m.Files...) {
+		if !slices.ContainsFunc(layers, func(l image.Layer) bool { return ours(&l, strings.TrimPrefix(f, "/")) }) {
+			warnings = append(warnings, fmt.Sprintf("image %s: the chart's configuration names %s, which is not in it", name, f))
 		}
 	}
-	return false
+	return warnings
+}
+
+func ours(l *image.Layer, name string) bool {
+	return slices.ContainsFunc(l.Entries, func(e image.Entry) bool { return e.Name == name })
 }
 
 func layerBlob(l image.Layer) archive.Blob {

@@ -244,6 +244,26 @@ func TestLunaPod(t *testing.T) {
 	}
 }
 
+// TestClientFiles: what archive build looks for in a vendor's client is what
+// the chart names.
+func TestClientFiles(t *testing.T) {
+	for _, name := range hsm.Names() {
+		m, err := hsm.Lookup(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		manifest, err := release.Template(embedded(t), "r", "n", modelValues(name, nil), "1.37.2")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range append([]string{m.Module}, m.Files...) {
+			if !strings.Contains(manifest, f) {
+				t.Errorf("%s: no %s", name, f)
+			}
+		}
+	}
+}
+
 func TestShieldPod(t *testing.T) {
 	v := modelValues("thales", nil)
 	v["hsm"].(values)["esn"], v["hsm"].(values)["keyhash"] = "1111-2222-3333", strings.Repeat("ab", 20)
