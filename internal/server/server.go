@@ -50,6 +50,9 @@ type Config struct {
 	Log   *slog.Logger
 	// Lag is the age of the view of the store.
 	Lag func() time.Duration
+	// ServeStale answers by a view that is too old, and says so: what was
+	// revoked meanwhile is honoured until the store is back.
+	ServeStale bool
 	// AuditHeads gives the signed heads of the audit logs.
 	AuditHeads func(ctx context.Context) (kmsapi.AuditHeads, error)
 	// Backup writes a copy of the store.
@@ -85,7 +88,7 @@ func New(c Config) *Server {
 	s := &Server{Config: c, mux: http.NewServeMux(), limits: newLimiter(c.Limits, c.Now), metrics: newMetrics(c.Now)}
 	s.reviews = &reviews{ask: c.Review, now: c.Now}
 	s.metrics.ibm.name = s.instanceName
-	s.Gauge("kmsctl_store_view_age_seconds", "Age of the view of the store; above 1 every request is refused.", func() float64 { return c.Lag().Seconds() })
+	s.Gauge("kmsctl_store_view_age_seconds", "Age of the view of the store; above 1 every request is refused, unless --stale-view says otherwise.", func() float64 { return c.Lag().Seconds() })
 	s.Gauge("kmsctl_clock_ahead_seconds", "How far the machine's clock is ahead of the time that the life of keys goes by; negative: behind.", func() float64 { return c.KMS.ClockAhead().Seconds() })
 	s.Gauge("kmsctl_clock_wrong", "1 when that is more than is believed: nothing is purged by the machine's clock.", func() float64 {
 		if c.KMS.ClockFault() != nil {
@@ -183,6 +186,9 @@ func (s *Server) readyz(w http.ResponseWriter, r *http.Request) {
 		h.KeyUse = &kmsapi.KeyUse{Near: keys, Furthest: share}
 		h.Warnings = append(h.Warnings, fmt.Sprintf("keys: %d have encrypted half as many texts by AES-GCM as one version may, or more (see: kmsctl keys versions)", keys))
 	}
+	if silent := s.silent(); silent != "" && s.ServeStale {
+		h.Warnings = append(h.Warnings, silent+": rights that were revoked since are honoured (--stale-view serve)")
+	}
 	status := http.StatusOK
 	if !h.Ready {
 		status = http.StatusServiceUnavailable
@@ -195,10 +201,19 @@ func (s *Server) reasons(ctx context.Context) []string {
 	if err := s.Audit.Ready(); err != nil {
 		out = append(out, "audit: "+err.Error())
 	}
-	if lag := s.Lag(); lag > maxLag {
-		out = append(out, fmt.Sprintf("storage: silent for %s", lag.Round(100*time.Millisecond)))
+	if silent := s.silent(); silent != "" && !s.ServeStale {
+		out = append(out, silent)
 	}
 	return out
+}
+
+// silent says that the view of the store is too old; empty: it is not.
+func (s *Server) silent() string {
+	lag := s.Lag()
+	if lag <= maxLag {
+		return ""
+	}
+	return fmt.Sprintf("storage: silent for %s", lag.Round(100*time.Millisecond))
 }
 
 // call is one request on its way.
@@ -370,7 +385,7 @@ func (s *Server) append(ctx context.Context, e audit.Event) error {
 // do is the order that every call keeps: is the view fresh, who is it, may
 // they, and only then look anything up.
 func (s *Server) do(ctx context.Context, rt route, c *call) (any, error) {
-	if lag := s.Lag(); lag > maxLag {
+	if lag := s.Lag(); lag > maxLag && !s.ServeStale {
 		return nil, fault.Newf(fault.Unreachable, "", "", "the view of the store is %s old", lag).WithReason(kmsapi.Unavailable)
 	}
 	if err := s.Audit.Ready(); err != nil { // nothing is begun that could not be written down

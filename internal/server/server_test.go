@@ -267,6 +267,27 @@ func TestAStaleViewRefuses(t *testing.T) {
 	}
 }
 
+// TestAStaleViewThatServes: who chose so is answered by a view that is too old,
+// and told.
+func TestAStaleViewThatServes(t *testing.T) {
+	w := newWorldWith(t, server.Limits{}, func(c *server.Config) { c.ServeStale = true })
+	c := w.root(t, "shop")
+	k := c.create(t, `"name":"root"`)
+	w.lag.Store(int64(time.Hour))
+	if r := c.act(t, k.ID, "wrap", ""); r.status != 200 {
+		t.Errorf("%+v", r)
+	}
+	var h kmsapi.Health
+	r := c.do(t, "GET", "/readyz", "")
+	if r.into(t, &h); r.status != 200 || len(h.Warnings) != 1 || !strings.Contains(h.Warnings[0], "storage: silent for 1h") {
+		t.Errorf("%+v", r)
+	}
+	w.lag.Store(0)
+	if r := c.do(t, "GET", "/readyz", ""); strings.Contains(r.body, "silent") {
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestReadinessNamesTheReasons(t *testing.T) {
 	w := newWorld(t)
 	c := client{w: w}

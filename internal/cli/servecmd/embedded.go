@@ -114,7 +114,7 @@ func (e *Embedded) Start(ctx context.Context, a *app.App, log *slog.Logger, conn
 	}
 	r.stop = append(r.stop, token.Close)
 	open := func(ctx context.Context) (openKMS, error) {
-		k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Audit: e.Audit.Config(a.Out), Limits: e.Limit.Limits(), Uses: e.Limit.Uses(), Signing: e.Signing, Trace: tracer, Name: embeddedName,
+		k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: filepath.Join(e.Data, "audit"), Audit: e.Audit.Config(a.Out), Limits: e.Limit.Limits(), Uses: e.Limit.Uses(), Signing: e.Signing, Stale: e.Limit.ServeStale(), Trace: tracer, Name: embeddedName,
 			Now: a.Now, Log: log, Windows: windows, Alone: true})
 		if err != nil {
 			return openKMS{}, err

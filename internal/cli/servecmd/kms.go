@@ -31,6 +31,7 @@ type KMSConfig struct {
 	Limits   server.Limits
 	Uses     uint64 // texts that one version of a key encrypts by AES-GCM
 	Signing  SigningFlags
+	Stale    bool // a view of the store that is too old is used
 	Trace    *trace.Tracer
 	Name     string // of this process, for the audit log's heads
 	Now      func() time.Time
@@ -116,7 +117,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	k.master = k.rotation()
 	k.kms.Follow(k.master.Masters)
 	k.Server = server.New(server.Config{KMS: k.kms, Review: c.Review, IAM: k.IAM, Audit: k.audit, Log: c.Log,
-		Lag: st.Lag, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Clearing: k.clearing(), Rotation: k.master, Limits: c.Limits, Trace: c.Trace})
+		Lag: st.Lag, ServeStale: c.Stale, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Clearing: k.clearing(), Rotation: k.master, Limits: c.Limits, Trace: c.Trace})
 	k.gauges()
 	k.work(ctx)
 	if err := errors.Join(k.noteCleared(ctx, cleared), k.noteMoved(ctx, moved), k.noteRestored(ctx)); err != nil {

@@ -66,7 +66,7 @@ refused is not tried again until the secret changes.`,
 	fs.BoolVar(&o.apart, "token-per-replica", false, "replicas use tokens of their own, with the same master keys (clones, or nShield clients with files of their own): keep nothing in one of them that the others would lack")
 	o.windows.Add(fs)
 	o.audit.Add(cmd)
-	o.limit.Add(fs)
+	o.limit.Add(cmd)
 	o.signing.Add(fs)
 	o.trace.Add(fs)
 	return cmd
@@ -190,7 +190,7 @@ func (o *apiOptions) openOnce(ctx context.Context, gate *server.Gate, log *slog.
 		return err
 	}
 	defer stopTracing()
-	k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Uses: o.limit.Uses(), Signing: o.signing, Trace: tracer, Name: name,
+	k, err := OpenKMS(ctx, KMSConfig{Etcd: client, Token: token, AuditDir: o.auditDir, Audit: o.audit.Config(o.Out), Limits: o.limit.Limits(), Uses: o.limit.Uses(), Signing: o.signing, Stale: o.limit.ServeStale(), Trace: tracer, Name: name,
 		Now: o.Now, Log: log, Windows: windows, Review: review})
 	if err != nil {
 		return err

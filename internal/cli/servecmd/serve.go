@@ -77,7 +77,7 @@ is not running: the folder remembers where the two files are (and nothing that i
 	o.kms.Pass.Add(fs)
 	o.kms.Windows.Add(fs)
 	o.kms.Audit.Add(cmd)
-	o.kms.Limit.Add(fs)
+	o.kms.Limit.Add(cmd)
 	o.kms.Signing.Add(fs)
 	o.kms.Trace.Add(fs)
 	return cmd
