@@ -281,6 +281,9 @@ func (a *App) ClientError(op, object string, err error) error {
 	case 503:
 		kind, hint = fault.Unreachable, "the KMS or its HSM is not ready; try again, and look at /readyz"
 	}
+	if e.Code == kmsapi.ConfigRule {
+		hint = "a policy of the instance shuts this address out; see `kmsctl instances policy get`, as somebody who is let in"
+	}
 	if e.Code == kmsapi.ClockAhead {
 		hint = "look at it with `kmsctl clock`; set the machine's clock right, or accept it with `kmsctl clock confirm`"
 	}

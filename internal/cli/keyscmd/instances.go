@@ -44,7 +44,7 @@ func (l instanceList) Table() ([]string, [][]string) {
 func newInstancesCmd(a *app.App) *cobra.Command {
 	cmd := &cobra.Command{Use: "instances", Short: "Create, list and delete instances (tenants)",
 		Long: "An instance is a tenant of the KMS: keys and policies live in one. Only administrators manage instances."}
-	cmd.AddCommand(newInstanceCreateCmd(a), newInstanceListCmd(a), newInstanceDeleteCmd(a))
+	cmd.AddCommand(newInstanceCreateCmd(a), newInstanceListCmd(a), newInstanceDeleteCmd(a), newInstancePolicyCmd(a))
 	return cmd
 }
 

@@ -2,6 +2,7 @@ package keyscmd
 
 import (
 	"context"
+	"crypto/aes"
 	"encoding/base64"
 	"errors"
 	"net/http"
@@ -427,6 +428,9 @@ func (m *materialFlags) fill(ctx context.Context, a *app.App, c *kmsclient.Clien
 		return fault.Usagef("--payload-file: %q is empty", m.file)
 	}
 	if m.token {
+		if _, err := aes.NewCipher(b); err != nil { // before a token is made for it
+			return fault.Usagef("--payload-file: %q has %d bytes; a root key has 128, 192 or 256 bits", m.file, len(b)).WithHint("a line break at its end counts too")
+		}
 		return c.Seal(ctx, b, in)
 	}
 	in.Payload = base64.StdEncoding.EncodeToString(b)
