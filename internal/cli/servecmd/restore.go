@@ -78,7 +78,7 @@ came back, and each thing that was revived.`,
 	app.DataFlag(fs, a, &o.kms.Data)
 	fs.StringVar(&o.kms.SecretFile, "secret", "", "hsm-Secret.yaml; without it, the one that the folder remembers")
 	fs.StringVar(&o.kms.ValuesFile, "values", "", "overrides_hsm.yaml; without it, the one that the folder remembers")
-	o.kms.TokenFlags.Add(fs, ofModel)
+	o.kms.Add(fs, ofModel)
 	o.kube.AddInCluster(fs, &o.inCluster)
 	fs.StringVar(&o.identity, "backup-identity-file", "", "age identity that opens the backup")
 	fs.BoolVar(&o.undo, "undo", false, "take back what a restore did that was not finished")
@@ -90,7 +90,7 @@ came back, and each thing that was revived.`,
 
 // Check holds the rules of the flags.
 func (o *restoreOptions) Check() error {
-	errs := []error{o.kms.TokenFlags.Check(), o.pass.Check(), o.kms.Pass.Check(), o.removals.Check(), oneOf(o.file, o.undo)}
+	errs := []error{o.kms.Check(), o.pass.Check(), o.kms.Pass.Check(), o.removals.Check(), oneOf(o.file, o.undo)}
 	if o.inCluster && len(o.removals.auditLog) > 0 {
 		errs = append(errs, fault.Usagef("--audit-log, --in-cluster-service: only one of them").WithHint("the logs of the API's pods are looked at anyhow"))
 	}

@@ -64,7 +64,7 @@ is not running: the folder remembers where the two files are (and nothing that i
 	fs.StringVar(&o.listen, "listen", "127.0.0.1:28674", "address of the API")
 	fs.StringVar(&o.kms.SecretFile, "secret", "", "hsm-Secret.yaml, plain or encrypted, as \"kmsctl render secret\" writes it")
 	fs.StringVar(&o.kms.ValuesFile, "values", "", "overrides_hsm.yaml")
-	o.kms.TokenFlags.Add(fs, ofModel)
+	o.kms.Add(fs, ofModel)
 	fs.StringVar(&o.kms.ToSecretFile, "to-secret", "", "hsm-Secret.yaml of a second HSM, to which \"kmsctl hsm migrate\" moves all keys")
 	fs.StringVar(&o.kms.ToValuesFile, "to-values", "", "overrides_hsm.yaml of the second HSM")
 	fs.StringVar(&o.kms.ToModule, "to-module", "", "path of the second HSM's PKCS#11 library"+ofModel)
@@ -85,7 +85,7 @@ is not running: the folder remembers where the two files are (and nothing that i
 
 // Check holds the rules of the flags.
 func (o *serveOptions) Check() error {
-	errs := []error{o.kms.TokenFlags.Check(), o.kms.Pass.Check(), o.kms.Audit.Check(), o.kms.Limit.Check(), o.kms.Signing.Check(), o.kms.Trace.Check(), checkListen(o.listen, o.plainHTTP)}
+	errs := []error{o.kms.Check(), o.kms.Pass.Check(), o.kms.Audit.Check(), o.kms.Limit.Check(), o.kms.Signing.Check(), o.kms.Trace.Check(), checkListen(o.listen, o.plainHTTP)}
 	for name, v := range map[string]string{"secret": o.kms.SecretFile, "values": o.kms.ValuesFile} {
 		if v == "" && !o.oneCall {
 			errs = append(errs, fault.Usagef("--%s: missing", name).WithHint("make the two files with `kmsctl render secret` and `kmsctl render overrides`"))
