@@ -37,6 +37,11 @@ type Trouble struct {
 	Final     bool   `json:"-"`
 }
 
+// TakeOver is the cure for a release of Helm 2 that is in the way.
+func TakeOver(release string) string {
+	return "take it over with Helm's own plugin (helm 2to3 convert " + release + "), or delete it with Helm 2; export hsm-secret first"
+}
+
 // NotReady is the reason of a pod that runs and says itself that it is not
 // ready.
 const NotReady = "NotReady"

@@ -551,7 +551,7 @@ func (p Preflight) helm2(ctx context.Context) []Finding {
 		return failErr(err, "")
 	}
 	if slices.Contains(names, p.Release) {
-		return fail("take it over with Helm's own plugin (helm 2to3 convert "+p.Release+"), or delete it with Helm 2; export hsm-secret first",
+		return fail(cluster.TakeOver(p.Release),
 			"Helm 2 has a release %s: Helm 3 would not see it and collide with its objects", p.Release)
 	}
 	return ok("it has no release %s", p.Release)

@@ -30,6 +30,8 @@ type Cluster interface {
 	ApplySecret(ctx context.Context, s cluster.Secret) (changed bool, err error)
 	Pods(ctx context.Context, namespace, release string) ([]cluster.Pod, error)
 	Workloads(ctx context.Context, namespace, release string) ([]cluster.Workload, error)
+	// Helm2 lists the releases of Helm 2.
+	Helm2(ctx context.Context) ([]string, error)
 	// Lock keeps others from changing the same release; the context that it
 	// gives ends when the lock is lost.
 	Lock(ctx context.Context, namespace, name string) (locked context.Context, unlock func(), err error)
@@ -139,8 +141,11 @@ func (j Job) Run(ctx context.Context, o Options) (Result, error) {
 	version, values := j.Changer.Target()
 	check := func(have cluster.Release) error {
 		good, err := j.lastGood(o.Release)
-		if err != nil || good.Revision == 0 {
+		if err != nil {
 			return err
+		}
+		if good.Revision == 0 {
+			return j.checkHelm2(ctx, o.Release)
 		}
 		if err := checkChange(o, good.Values, values); err != nil {
 			return err
@@ -167,6 +172,20 @@ func (j Job) Run(ctx context.Context, o Options) (Result, error) {
 		j.Line("installed", fmt.Sprintf("release %s, revision %d, chart %s", o.Release, r.Revision, r.Version))
 		return Result{Release: r, Changed: true}, nil
 	})
+}
+
+// checkHelm2 stops before a release of Helm 2 is installed over, which Helm 3
+// does not see. Who may not look goes on: Helm itself refuses objects that are
+// another's.
+func (j Job) checkHelm2(ctx context.Context, name string) error {
+	names, err := j.Cluster.Helm2(ctx)
+	if err != nil && fault.KindOf(err) != fault.Denied {
+		return err
+	}
+	if !slices.Contains(names, name) {
+		return nil
+	}
+	return fault.Newf(fault.Conflict, "install release", name, "Helm 2 has a release of this name").WithHint("%s", cluster.TakeOver(name))
 }
 
 // Upgrade changes the release that is there.

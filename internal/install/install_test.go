@@ -42,7 +42,10 @@ type world struct {
 	install    func(ctx context.Context) error
 	applied    []string
 	lines      []string
+	helm2      []string
 }
+
+func (w *world) Helm2(context.Context) ([]string, error) { return w.helm2, nil }
 
 func newWorld() *world {
 	return &world{namespaces: map[string]bool{}, secrets: map[string]cluster.Secret{}, version: "1.0.0", values: map[string]any{"hsm": map[string]any{"hsm_model": "softhsm"}},
@@ -384,6 +387,7 @@ func TestRefusals(t *testing.T) {
 			}
 		}, fault.Conflict, "the file is there already"},
 		"no hsm-secret": {func(_ *world, o *install.Options) { o.HSMSecret = nil }, fault.NotFound, "hsm-secret"},
+		"of Helm 2":     {func(w *world, _ *install.Options) { w.helm2 = []string{"kms"} }, fault.Conflict, "Helm 2 has a release of this name"},
 		"pending": {func(w *world, _ *install.Options) {
 			w.release = cluster.Release{Name: "kms", Revision: 1, Status: cluster.PendingInstall, Updated: time.Now()}
 		}, fault.Conflict, "is pending-install"},

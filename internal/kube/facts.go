@@ -131,7 +131,8 @@ func (c *Cluster) Nodes(ctx context.Context) ([]cluster.Node, error) {
 // tillerNamespace is where Helm 2 keeps its records.
 const tillerNamespace = "kube-system"
 
-// Helm2 lists releases of Helm 2 by name, from Tiller's records.
+// Helm2 lists releases of Helm 2 by name, from Tiller's records. Those of a
+// release that was deleted and not purged are history.
 func (c *Cluster) Helm2(ctx context.Context) ([]string, error) {
 	opts := metav1.ListOptions{LabelSelector: "OWNER=TILLER"}
 	maps, err := c.client.CoreV1().ConfigMaps(tillerNamespace).List(ctx, opts)
@@ -139,8 +140,13 @@ func (c *Cluster) Helm2(ctx context.Context) ([]string, error) {
 		return nil, c.fault("list Tiller's records in", tillerNamespace, err)
 	}
 	var out []string
+	live := func(labels map[string]string) {
+		if s := labels["STATUS"]; s != "DELETED" && s != "SUPERSEDED" {
+			out = append(out, labels["NAME"])
+		}
+	}
 	for _, m := range maps.Items {
-		out = append(out, m.Labels["NAME"])
+		live(m.Labels)
 	}
 	// Tiller can be told to keep them as Secrets.
 	secrets, err := c.client.CoreV1().Secrets(tillerNamespace).List(ctx, opts)
@@ -149,7 +155,7 @@ func (c *Cluster) Helm2(ctx context.Context) ([]string, error) {
 	}
 	if err == nil {
 		for _, s := range secrets.Items {
-			out = append(out, s.Labels["NAME"])
+			live(s.Labels)
 		}
 	}
 	slices.Sort(out)

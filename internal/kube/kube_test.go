@@ -351,3 +351,18 @@ func TestForwardNeedsAPod(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// TestHelm2: a release counts while one of its records is neither deleted nor
+// superseded, whichever way Tiller keeps them.
+func TestHelm2(t *testing.T) {
+	record := func(name, release, status string) metav1.ObjectMeta {
+		return metav1.ObjectMeta{Name: name, Namespace: "kube-system", Labels: map[string]string{"OWNER": "TILLER", "NAME": release, "STATUS": status}}
+	}
+	client := fake.NewClientset(&corev1.ConfigMap{ObjectMeta: record("a.v1", "a", "SUPERSEDED")}, &corev1.ConfigMap{ObjectMeta: record("a.v2", "a", "DEPLOYED")},
+		&corev1.ConfigMap{ObjectMeta: record("b.v1", "b", "SUPERSEDED")}, &corev1.ConfigMap{ObjectMeta: record("b.v2", "b", "DELETED")},
+		&corev1.Secret{ObjectMeta: record("c.v1", "c", "FAILED")}, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "other", Namespace: "kube-system"}})
+	got, err := kube.NewFor(client).Helm2(t.Context())
+	if err != nil || strings.Join(got, " ") != "a c" {
+		t.Errorf("%v %v", got, err)
+	}
+}
