@@ -44,6 +44,7 @@ func (d Doctor) Checks() []Check {
 		{"hsm certificates", d.certificates},
 		{"hsm reachable", d.reachable},
 		{"pods", d.withCluster(d.pods)},
+		{"namespace", d.withCluster(d.namespace)},
 		{"import of keys", d.imports},
 		{"old product", d.withCluster(d.old)},
 		{"old api key", d.withCluster(d.oldKey)},
@@ -106,6 +107,9 @@ func explain(p cluster.Pod) Finding {
 	where := p.Name
 	if p.Node != "" {
 		where += " on node " + p.Node
+	}
+	if t.Container != "" {
+		where += ", container " + t.Container
 	}
 	said := t.Reason
 	for _, s := range []string{t.Message, t.Log} {
