@@ -401,7 +401,7 @@ func (s *Service) load(ctx context.Context, instance, id string) (*keyRecord, in
 	if errors.Is(err, record.ErrNotFound) {
 		return nil, 0, fault.Newf(fault.NotFound, "", id, "key does not exist").WithReason(kmsapi.KeyNotFound)
 	}
-	if fault.KindOf(err) == fault.BadContent { // somebody wrote to the store past us, and is not believed
+	if errors.Is(err, record.ErrForged) { // somebody wrote to the store past us, and is not believed
 		return nil, 0, fault.New(fault.BadContent, "", id, err).WithReason(kmsapi.IncompleteMetadata)
 	}
 	if err != nil {

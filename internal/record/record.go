@@ -23,6 +23,10 @@ const Version = 1
 // ErrForged means that a record was not written by this service at this path.
 var ErrForged = errors.New("record is not authentic")
 
+// ErrNewer means that a record is authentic and of a version that this program
+// does not know.
+var ErrNewer = errors.New("record was written by a newer kmsctl")
+
 // ErrNotFound and ErrConflict are what a store answers.
 var (
 	ErrNotFound = errors.New("no such record")
@@ -120,17 +124,20 @@ func (c *Codec) Encode(path string, v any) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode record %q: %w", path, err)
 	}
-	out := make([]byte, 0, 33+len(body))
-	out = append(out, Version)
-	out = append(out, c.mac(Version, path, body)...)
-	return append(out, body...), nil
+	return c.seal(Version, path, body), nil
 }
 
-// Decode checks b as the record of path and reads it into v. A record that is
-// too short, of another version, or whose MAC does not fit is ErrForged.
+func (c *Codec) seal(version byte, path string, body []byte) []byte {
+	out := make([]byte, 0, 33+len(body))
+	out = append(out, version)
+	out = append(out, c.mac(version, path, body)...)
+	return append(out, body...)
+}
+
+// Decode checks b as the record of path and reads it into v.
 func (c *Codec) Decode(path string, b []byte, v any) error {
-	if !c.Authentic(path, b) {
-		return fmt.Errorf("record %q: %w", path, ErrForged)
+	if err := c.Check(path, b); err != nil {
+		return fmt.Errorf("record %q: %w", path, err)
 	}
 	if err := json.Unmarshal(b[33:], v); err != nil {
 		return fmt.Errorf("record %q: %w", path, err)
@@ -138,9 +145,17 @@ func (c *Codec) Decode(path string, b []byte, v any) error {
 	return nil
 }
 
-// Authentic says whether b is a record that this service wrote at path.
-func (c *Codec) Authentic(path string, b []byte) bool {
-	return len(b) >= 33 && b[0] == Version && hmac.Equal(b[1:33], c.mac(b[0], path, b[33:]))
+// Check says whether b is a record that this service wrote at path. One that is
+// too short, or whose MAC does not fit, is ErrForged; the MAC covers the
+// version, so that nobody can pass one for another's.
+func (c *Codec) Check(path string, b []byte) error {
+	switch {
+	case len(b) < 33 || !hmac.Equal(b[1:33], c.mac(b[0], path, b[33:])):
+		return ErrForged
+	case b[0] != Version:
+		return ErrNewer
+	}
+	return nil
 }
 
 // Body is the JSON of an encoded record, unproven; nil when b is none.

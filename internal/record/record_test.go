@@ -63,3 +63,21 @@ func TestKeyLength(t *testing.T) {
 		t.Error("a short key must be refused")
 	}
 }
+
+// TestANewerVersion: what another kmsctl of this installation wrote is no
+// forgery, and is not read as something else.
+func TestANewerVersion(t *testing.T) {
+	c := codec(t, 1)
+	newer := c.SealForTest(record.Version+1, "/k/1", []byte(`{"A":"x"}`))
+	var got body
+	if err := c.Decode("/k/1", newer, &got); !errors.Is(err, record.ErrNewer) || got != (body{}) || record.Body(newer) != nil {
+		t.Errorf("%v %+v", err, got)
+	}
+	newer[0] = record.Version
+	if err := c.Check("/k/1", newer); !errors.Is(err, record.ErrForged) {
+		t.Errorf("passed for today's: %v", err)
+	}
+	if err := codec(t, 2).Check("/k/1", c.SealForTest(record.Version+1, "/k/1", nil)); !errors.Is(err, record.ErrForged) {
+		t.Errorf("of another key: %v", err)
+	}
+}

@@ -191,9 +191,12 @@ func (s *Store) load(ctx context.Context) error {
 		}
 		for _, e := range res.Kvs {
 			path := strings.TrimPrefix(string(e.Key), rec)
-			if !s.codec.Authentic(path, e.Value) {
-				return fault.New(fault.BadContent, "load record", path, record.ErrForged).
-					WithHint("somebody wrote to the store, or it belongs to another HSM master key: compare with a backup before going on")
+			if err := s.codec.Check(path, e.Value); err != nil {
+				f := fault.New(fault.BadContent, "load record", path, err)
+				if errors.Is(err, record.ErrNewer) {
+					return f.WithHint("go back to the kmsctl that wrote it, or restore a backup that was made before it")
+				}
+				return f.WithHint("somebody wrote to the store, or it belongs to another HSM master key: compare with a backup before going on")
 			}
 			put(kv, path, entry{e.Value, e.ModRevision, true, &decoded{}})
 		}
@@ -316,7 +319,7 @@ func (s *Store) apply(res clientv3.WatchResponse) {
 			drop(s.kv, path)
 			continue
 		}
-		proven := s.codec.Authentic(path, e.Kv.Value)
+		proven := s.codec.Check(path, e.Kv.Value) == nil
 		if had && proven {
 			s.tell(path, record.Body(old.value), record.Body(e.Kv.Value))
 		}
