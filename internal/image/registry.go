@@ -246,6 +246,9 @@ func (r *Registry) ping(ctx context.Context) error {
 	}
 	switch answer.status {
 	case http.StatusOK:
+		if strings.HasPrefix(answer.contentType, "text/html") {
+			return fault.Newf(fault.NotFound, "reach registry", r.opts.Host, "it answers, but is no image registry (a web page for /v2/)").WithHint("check the host and port of --registry, and whether a proxy stands before it")
+		}
 		return nil
 	case http.StatusUnauthorized:
 		return r.auth.challenge(ctx, answer.challenges)
@@ -257,9 +260,10 @@ func (r *Registry) ping(ctx context.Context) error {
 
 // rootAnswer is what the API's root says.
 type rootAnswer struct {
-	status     int
-	challenges []string
-	refusal    error
+	status      int
+	contentType string
+	challenges  []string
+	refusal     error
 }
 
 func (r *Registry) root(ctx context.Context) (rootAnswer, error) {
@@ -268,7 +272,7 @@ func (r *Registry) root(ctx context.Context) (rootAnswer, error) {
 		return rootAnswer{}, err
 	}
 	defer drain(resp)
-	return rootAnswer{resp.StatusCode, resp.Header.Values("WWW-Authenticate"), r.refused(resp)}, nil
+	return rootAnswer{resp.StatusCode, resp.Header.Get("Content-Type"), resp.Header.Values("WWW-Authenticate"), r.refused(resp)}, nil
 }
 
 func (r *Registry) unreachable(err error) error {
@@ -390,7 +394,7 @@ func (r *Registry) do(ctx context.Context, q request) (*http.Response, error) {
 			return nil, last
 		}
 		slog.Debug("registry: trying again", "method", q.method, "path", q.path, "try", try, "cause", last)
-		if err := r.wait(ctx, backOff(try, resp)); err != nil {
+		if err := r.wait(ctx, backOff(try, last)); err != nil {
 			return nil, r.unreachable(err)
 		}
 	}
@@ -411,10 +415,11 @@ func passing(resp *http.Response, err error) bool {
 }
 
 // backOff doubles from a quarter of a second, half of it by chance, unless the
-// registry says how long to wait.
-func backOff(try int, resp *http.Response) time.Duration {
-	if resp != nil {
-		if s, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && s >= 0 {
+// registry said how long to wait.
+func backOff(try int, cause error) time.Duration {
+	var e *statusError
+	if errors.As(cause, &e) {
+		if s, err := strconv.Atoi(e.retryAfter); err == nil && s >= 0 {
 			return min(time.Duration(s)*time.Second, 2*time.Minute)
 		}
 	}
@@ -441,9 +446,10 @@ func drain(resp *http.Response) {
 // statusError is an answer that was not wanted; the fault around it has the
 // kind.
 type statusError struct {
-	status int
-	codes  []string
-	text   string
+	status     int
+	codes      []string
+	text       string
+	retryAfter string
 }
 
 func (e *statusError) Error() string { return e.text }
@@ -463,7 +469,7 @@ func (r *Registry) refused(resp *http.Response) error {
 	}
 	b, _ := io.ReadAll(io.LimitReader(resp.Body, 8<<10)) // what cannot be read is not shown
 	_ = json.Unmarshal(b, &body)                         // not all answers are JSON
-	e := &statusError{status: resp.StatusCode, text: fmt.Sprintf("registry %q answered %d %s", r.opts.Host, resp.StatusCode, strings.ToLower(http.StatusText(resp.StatusCode)))}
+	e := &statusError{status: resp.StatusCode, retryAfter: resp.Header.Get("Retry-After"), text: fmt.Sprintf("registry %q answered %d %s", r.opts.Host, resp.StatusCode, strings.ToLower(http.StatusText(resp.StatusCode)))}
 	for _, one := range body.Errors {
 		e.codes = append(e.codes, one.Code)
 		e.text += fmt.Sprintf(": %s: %s", one.Code, one.Message)

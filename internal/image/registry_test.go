@@ -174,6 +174,12 @@ func TestNoRegistry(t *testing.T) {
 	if fault.KindOf(err) != fault.NotFound || !strings.Contains(err.Error(), "no image registry") {
 		t.Errorf("a web server: %v", err)
 	}
+	portal := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "<html>log in</html>") }))
+	t.Cleanup(portal.Close)
+	_, err = Dial(t.Context(), Options{Host: portal.Listener.Addr().String()})
+	if fault.KindOf(err) != fault.NotFound || !strings.Contains(err.Error(), "a web page for /v2/") {
+		t.Errorf("a page that answers everything: %v", err)
+	}
 }
 
 // resumable is a registry that keeps what it received of an upload that broke,

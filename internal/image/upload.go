@@ -53,7 +53,7 @@ func (r *Registry) PutBlob(ctx context.Context, repo, digest string, size int64,
 			return err
 		}
 		slog.Debug("registry: upload broke", "repo", repo, "digest", digest, "at", u.at, "try", try, "cause", err)
-		if werr := r.wait(ctx, backOff(try, nil)); werr != nil {
+		if werr := r.wait(ctx, backOff(try, err)); werr != nil {
 			return r.unreachable(werr)
 		}
 		before := u.at
@@ -159,7 +159,7 @@ func (u *upload) again(err error) bool {
 // run sends what is missing and commits.
 func (u *upload) run(ctx context.Context, digest string) error {
 	if u.location == "" {
-		resp, err := u.r.do(ctx, request{method: http.MethodPost, path: "/v2/" + u.repo + "/blobs/uploads/", repo: u.repo, want: []int{202}})
+		resp, err := u.r.do(ctx, request{method: http.MethodPost, path: "/v2/" + u.repo + "/blobs/uploads/", repo: u.repo, once: true, want: []int{202}})
 		if err != nil {
 			return err
 		}
@@ -300,7 +300,7 @@ func (w *Writer) Write(p []byte) (int, error) {
 		if !u.again(err) || try >= u.r.opts.Tries {
 			return 0, err
 		}
-		if err := u.r.wait(w.ctx, backOff(try, nil)); err != nil {
+		if err := u.r.wait(w.ctx, backOff(try, err)); err != nil {
 			return 0, u.r.unreachable(err)
 		}
 		if err := u.ask(w.ctx); err != nil {
@@ -316,7 +316,7 @@ func (w *Writer) Write(p []byte) (int, error) {
 func (w *Writer) write(end int64) error {
 	u := &w.u
 	if u.location == "" {
-		resp, err := u.r.do(w.ctx, request{method: http.MethodPost, path: "/v2/" + u.repo + "/blobs/uploads/", repo: u.repo, want: []int{202}})
+		resp, err := u.r.do(w.ctx, request{method: http.MethodPost, path: "/v2/" + u.repo + "/blobs/uploads/", repo: u.repo, once: true, want: []int{202}})
 		if err != nil {
 			return err
 		}
