@@ -47,7 +47,7 @@ func (h *HTTP) do(ctx context.Context, method, u, contentType string, body []byt
 		if errors.As(err, &ue) {
 			err = ue.Err
 		}
-		return 0, nil, fault.New(fault.Unreachable, "reach chart repository", h.URL, err).WithHint("is it running, and are --repo and --repo-ca-file right?")
+		return 0, nil, fault.New(fault.Unreachable, "reach chart repository", h.URL, err).WithHint("is it running, and are its address and CA file right?")
 	}
 	for _, w := range want {
 		if status == w {

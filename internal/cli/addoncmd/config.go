@@ -12,6 +12,7 @@ import (
 	yaml3 "go.yaml.in/yaml/v3"
 	"sigs.k8s.io/yaml"
 
+	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/render"
 	"github.com/kmsctl/kmsctl/templates"
@@ -34,9 +35,6 @@ type chart struct {
 }
 
 const addonsKey = "archive_addons"
-
-// repos are the chart repositories that ICP has.
-var repos = []string{"mgmt-charts", "local-charts"}
 
 // parseConfig reads archive_addons of ICP's config.yaml, in its order, and
 // says what in it is probably not meant. It is strict with an addon's own
@@ -288,8 +286,8 @@ func (a addon) check(line int) error {
 			errs = append(errs, fault.Usagef("line %d: %s.%s is missing", line, at, f.key))
 		}
 	}
-	if a.Repo != "" && !slices.Contains(repos, a.Repo) {
-		errs = append(errs, fault.Usagef("line %d: %s.repo: unknown %q", line, at, a.Repo).WithHint("one of: %s; --repo says where it is at a site without ICP", strings.Join(repos, ", ")))
+	if a.Repo != "" && !slices.Contains(app.ICPRepositories, a.Repo) {
+		errs = append(errs, fault.Usagef("line %d: %s.repo: unknown %q", line, at, a.Repo).WithHint("one of: %s; --repo says where it is at a site without ICP", strings.Join(app.ICPRepositories, ", ")))
 	}
 	if a.Path != "" && !filepath.IsLocal(filepath.FromSlash(a.Path)) {
 		errs = append(errs, fault.Usagef("line %d: %s.path: %q does not stay in the cluster folder", line, at, a.Path).WithHint("put the archive into the folder addon, and name it addon/FILE"))

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
 )
 
@@ -15,7 +16,7 @@ func FuzzConfig(f *testing.F) {
 		"archive_addons: {}\nb: &x [1]\n", "archive_addons:\n  a: &a\n    namespace: n\n    repo: local-charts\n    path: p\n    charts:\n    - name: c\n  b: *a\n"} {
 		f.Add([]byte(s))
 	}
-	want := addon{Name: "new", Namespace: "kube-system", Repo: repos[0], Path: "addon/x.tar.gz", Charts: []chart{{Name: "z", Values: map[string]any{"k": "v"}}}}
+	want := addon{Name: "new", Namespace: "kube-system", Repo: app.ICPRepositories[0], Path: "addon/x.tar.gz", Charts: []chart{{Name: "z", Values: map[string]any{"k": "v"}}}}
 	f.Fuzz(func(t *testing.T, text []byte) {
 		have, _, err := parseConfig(text)
 		var own *fault.Error

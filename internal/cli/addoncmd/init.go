@@ -59,10 +59,10 @@ Run it again at any time: what is there already is left alone.`,
 	fs.StringVar(&o.dir, "directory", "cluster", "the cluster folder")
 	fs.StringVar(&o.archive, "archive", "", "archive to put into the folder addon; without it, put key-management-hsm-amd64.tar.gz there yourself")
 	fs.StringVar(&o.name, "name", templates.ChartName, "name of the addon")
-	fs.StringVar(&o.repo, "repo", repos[0], "chart repository: "+strings.Join(repos, ", "))
+	fs.StringVar(&o.repo, "repo", app.ICPRepositories[0], "chart repository: "+strings.Join(app.ICPRepositories, ", "))
 	fs.StringSliceVar(&o.charts, "chart", []string{templates.ChartName}, "chart of the archive that is to be installed; repeatable")
 	fs.BoolVar(&o.loadOnly, "load-only", false, "list no chart: the archive is loaded, and nothing is installed")
-	_ = cmd.RegisterFlagCompletionFunc("repo", cobra.FixedCompletions(repos, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("repo", cobra.FixedCompletions(app.ICPRepositories, cobra.ShellCompDirectiveNoFileComp))
 	o.hsm.AddModel(cmd)
 	o.hsm.AddNamespace(fs)
 	o.hsm.AddSecret(fs)
@@ -74,8 +74,8 @@ Run it again at any time: what is there already is left alone.`,
 // Check holds the rules of the flags.
 func (o *initOptions) Check() error {
 	errs := []error{o.seal.Check()}
-	if !slices.Contains(repos, o.repo) {
-		errs = append(errs, fault.Usagef("--repo: unknown %q", o.repo).WithHint("one of: %s", strings.Join(repos, ", ")))
+	if !slices.Contains(app.ICPRepositories, o.repo) {
+		errs = append(errs, fault.Usagef("--repo: unknown %q", o.repo).WithHint("one of: %s", strings.Join(app.ICPRepositories, ", ")))
 	}
 	if o.name == "" || strings.ContainsAny(o.name, " :#{}[]&*!|>'\"%@`,\n") {
 		errs = append(errs, fault.Usagef("--name: %q is not a plain word", o.name))

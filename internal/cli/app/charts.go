@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/pflag"
@@ -19,6 +20,10 @@ import (
 	"github.com/kmsctl/kmsctl/internal/secret"
 )
 
+// ICPRepositories are the names under which ICP's own chart repositories are
+// known, to its installer and in its manuals.
+var ICPRepositories = []string{"mgmt-charts", "local-charts"}
+
 // OpenCharts opens the chart repository of --repo; nil when there is none.
 func (a *App) OpenCharts(ctx context.Context, f *DeliveryFlags) (push.Charts, error) {
 	kind, rest, isURL := strings.Cut(f.Repo, "://")
@@ -30,6 +35,8 @@ func (a *App) OpenCharts(ctx context.Context, f *DeliveryFlags) (push.Charts, er
 		switch {
 		case err != nil:
 			return nil, err
+		case !ok && slices.Contains(ICPRepositories, f.Repo):
+			return nil, a.KnownRepository(f.Repo) // a folder of that name is ./mgmt-charts
 		case !ok:
 			return &chart.Dir{Path: f.Repo, Now: a.Now}, nil
 		}
