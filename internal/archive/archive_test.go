@@ -50,7 +50,8 @@ func TestForeign(t *testing.T) {
 		"bad-tail": "bytes behind the end", "bad-flipped": "", "bad-size": "cut off", "bad-digest": "diff ID",
 		"bad-two-manifests": `manifest.json has it in "images/one.tar.gz", manifest.yaml in "images/two.tar.gz"`, "bad-absent": `its member "images/two.tar.gz" is missing`,
 		"bad-no-manifest": "neither a manifest.json nor a manifest.yaml", "bad-no-image": "neither a manifest.json nor an index.json",
-		"bad-empty": "cut off", "bad-text": "cut off",
+		"bad-empty": "it is empty", "bad-text": "cut off", "bad-other-name": `member "images/all.tar.gz" does not hold it`,
+		"bad-platform": "is for amd64, as the manifest says, and for s390x", "bad-no-member": `image "org/three:1.0" is in no member`,
 	}
 	for name, b := range testkit.Archives() {
 		t.Run(name, func(t *testing.T) {
@@ -347,8 +348,15 @@ func TestLastPartIsMissing(t *testing.T) {
 			t.Errorf("%d parts: %v, hint %q", n, err, fault.HintOf(err))
 		}
 	}
-	// As long as the first one, and nothing missing all the same.
 	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "x.tar.gz.aa"), ours(t, false, nil)[:4000], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(dir, nil); fault.KindOf(err) != fault.BadContent || !strings.Contains(fault.HintOf(err), `"x.tar.gz.aa": is one missing`) {
+		t.Errorf("ours: %v, hint %q", err, fault.HintOf(err))
+	}
+	// As long as the first one, and nothing missing all the same.
+	dir = t.TempDir()
 	whole = testkit.Tar(testkit.Entry{Name: "a", Data: make([]byte, 3000)})
 	for i, name := range []string{"x.tar.0", "x.tar.1"} {
 		if err := os.WriteFile(filepath.Join(dir, name), whole[i*len(whole)/2:(i+1)*len(whole)/2], 0o600); err != nil {

@@ -234,7 +234,7 @@ func (a *Archive) Size() int64 { return a.size }
 func (a *Archive) readIndex() error {
 	raw, next, err := a.piece(0, IndexName)
 	if raw == nil || err != nil {
-		return err
+		return a.partMissing(err)
 	}
 	x, err := parseIndex(raw)
 	if err != nil {
@@ -242,7 +242,7 @@ func (a *Archive) readIndex() error {
 	}
 	sig, after, err := a.piece(next, SignatureName)
 	if err != nil {
-		return err
+		return a.partMissing(err)
 	}
 	if sig != nil {
 		next = after
@@ -253,7 +253,7 @@ func (a *Archive) readIndex() error {
 		last = max(last, a.base+b.Offset+storedSize(b.Size))
 	}
 	if last > a.size {
-		return cutOff(io.ErrUnexpectedEOF)
+		return a.partMissing(cutOff(io.ErrUnexpectedEOF))
 	}
 	return nil
 }

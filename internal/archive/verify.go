@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/pkg/ppa"
 )
 
@@ -39,6 +40,7 @@ const (
 	ManifestYAML
 	ChartPackage
 	ImageTar
+	OurIndex
 )
 
 // RoleOf tells a member's role by its name; a manifest may name images and
@@ -49,6 +51,8 @@ func RoleOf(name string) Role {
 		return ManifestJSON
 	case name == ppa.YAMLName:
 		return ManifestYAML
+	case name == IndexName:
+		return OurIndex
 	case strings.HasPrefix(name, "images/"):
 		return ImageTar
 	case strings.HasPrefix(name, "charts/"):
@@ -120,7 +124,7 @@ func (a *Archive) Head(ctx context.Context, lim Limits) (m ppa.Manifest, early b
 				early = true
 				return ErrStop
 			}
-		case Other, ChartPackage:
+		case Other, ChartPackage, OurIndex:
 		}
 		return nil
 	})
@@ -190,11 +194,12 @@ type reading struct {
 	lim     Limits
 	check   bool
 	found   Manifests
+	tars    map[string]*Images // what each member was found to hold
 	content Content
 }
 
 func (a *Archive) read(ctx context.Context, lim Limits, check bool) (*Content, error) {
-	v := &reading{a: a, lim: lim, check: check}
+	v := &reading{a: a, lim: lim, check: check, tars: map[string]*Images{}}
 	if err := a.Walk(ctx, lim, nil, v.member); err != nil {
 		return nil, err
 	}
@@ -232,6 +237,15 @@ func (v *reading) sortIn(name string, size int64, r io.Reader) error {
 		return v.found.Take(role, b)
 	case ImageTar:
 		return v.images(name, r)
+	case OurIndex:
+		if v.a.Seekable() {
+			return nil
+		}
+		b, err := ReadSmall(name, size, r)
+		if err != nil {
+			return err
+		}
+		return RefuseDelta(b)
 	case ChartPackage, Other:
 	}
 	return nil
@@ -276,6 +290,7 @@ func (v *reading) images(name string, r io.Reader) error {
 		v.content.Images = append(v.content.Images, ci)
 	}
 	v.content.Lists = append(v.content.Lists, got.Lists...)
+	v.tars[name] = got
 	return nil
 }
 
@@ -309,8 +324,11 @@ func (v *reading) finish() error {
 	if err := CheckMembers(m, v.content.Members); err != nil {
 		return err
 	}
-	if v.a.Index == nil || !v.check {
+	if !v.check {
 		return nil
+	}
+	if err := v.agree(); err != nil || v.a.Index == nil {
+		return err
 	}
 	for _, want := range v.a.Index.Members {
 		n := slices.IndexFunc(v.content.Members, func(m IndexMember) bool { return m.Name == want.Name })
@@ -321,24 +339,76 @@ func (v *reading) finish() error {
 	return nil
 }
 
+// agree looks for each image of the manifest where it should stand.
+func (v *reading) agree() error {
+	m, err := Assign(v.content.Manifest, v.content.Images)
+	if err != nil {
+		return err
+	}
+	for _, e := range m.Images {
+		got := v.tars[e.Archive]
+		if got == nil || got.ListOf(e) >= 0 {
+			continue
+		}
+		img, err := Pick(got, e)
+		if err == nil {
+			err = CheckPlatform(e, img.Platform)
+		}
+		if err != nil {
+			return fault.New(fault.BadContent, "find image "+e.Ref()+" in archive", v.a.Name, err).WithHint("%s", fault.HintOf(err))
+		}
+	}
+	return nil
+}
+
 // CheckMembers says which members the manifest names that are not there.
 func CheckMembers(m ppa.Manifest, members []IndexMember) error {
+	images, charts := Missing(m, members)
 	var errs []error
+	for _, i := range images {
+		errs = append(errs, fmt.Errorf("image %q: %w", i.Ref(), NoMember(i.Archive)))
+	}
+	for _, c := range charts {
+		errs = append(errs, fmt.Errorf("chart %q is missing", path.Base(c.Archive)))
+	}
+	if len(errs) == 0 {
+		return nil
+	}
+	return badContent(errors.Join(errs...)).WithHint(lacking)
+}
+
+const lacking = "the manifest names what the archive does not hold; get the archive again from its maker"
+
+// NoMember is the fault of a member that the manifest names and that is missing.
+func NoMember(name string) error {
+	return fault.Newf(fault.BadContent, "", "", "its member %q is missing", name).WithHint(lacking)
+}
+
+// Missing are the images and charts whose members are not there.
+func Missing(m ppa.Manifest, members []IndexMember) (images []ppa.Image, charts []ppa.Chart) {
 	has := func(name string) bool {
 		return slices.ContainsFunc(members, func(m IndexMember) bool { return m.Name == name })
 	}
 	for _, i := range m.Images {
 		if i.Archive != "" && !has(i.Archive) {
-			errs = append(errs, fmt.Errorf("image %q: its member %q is missing", i.Ref(), i.Archive))
+			images = append(images, i)
 		}
 	}
 	for _, c := range m.Charts {
 		if !has(c.Archive) {
-			errs = append(errs, fmt.Errorf("chart %q is missing", path.Base(c.Archive)))
+			charts = append(charts, c)
 		}
 	}
-	if len(errs) == 0 {
-		return nil
+	return images, charts
+}
+
+// RefuseDelta says, of the index that comes first on a stream, when it is of a
+// delta: what a delta leaves out can be told by its index alone, and to look
+// the rest up the archive must be read from there.
+func RefuseDelta(index []byte) error {
+	x, err := parseIndex(index)
+	if err != nil || x.Base == "" {
+		return nil //nolint:nilerr // a stream is read without its index
 	}
-	return badContent(errors.Join(errs...)).WithHint("the manifest names what the archive does not hold; get the archive again from its maker")
+	return fault.Usagef("a delta cannot be read from standard input").WithHint("give it as a file; load can keep it on disk for a while, by --spool-dir")
 }

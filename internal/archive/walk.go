@@ -32,6 +32,8 @@ func Unpack(r io.Reader) (io.Reader, error) {
 		return nil, cutOff(err)
 	}
 	switch {
+	case len(head) == 0:
+		return nil, badContent(errors.New("it is empty")).WithHint(copyAgain)
 	case bytes.HasPrefix(head, gzipMagic):
 		z, err := gzip.NewReader(br)
 		if err != nil {

@@ -17,7 +17,11 @@ func (a *Archive) Whole(ctx context.Context, lim Limits) error {
 	if !a.Seekable() || a.Index != nil || a.showsEnd() {
 		return nil
 	}
-	err := a.Walk(ctx, lim, nil, func(string, int64, io.Reader) error { return nil })
+	return a.partMissing(a.Walk(ctx, lim, nil, func(string, int64, io.Reader) error { return nil }))
+}
+
+// partMissing says of an archive in parts that is not whole which part is last.
+func (a *Archive) partMissing(err error) error {
 	var f *fault.Error
 	if a.last == "" || !errors.As(err, &f) || f.Kind != fault.BadContent {
 		return err

@@ -37,6 +37,9 @@ type Repack struct {
 // Build reads an archive and says what the new one is to hold; call Close when
 // it is written.
 func (p *Repack) Build(ctx context.Context, a *archive.Archive) (archive.Build, error) {
+	if a.Index != nil && a.Index.Base != "" {
+		return archive.Build{}, fault.Newf(fault.Usage, "repack archive", a.Name, "it is a delta, which lacks layers").WithHint("give the whole new archive")
+	}
 	if a.Index != nil {
 		return fromOurs(a, p.Batch)
 	}
@@ -169,12 +172,11 @@ func findList(e ppa.Image, tars map[string]*archive.Images) (archive.List, strin
 	if got == nil {
 		return archive.List{}, "", false
 	}
-	for _, l := range got.Lists {
-		if named(l.Refs, e.Ref()) || (len(got.Lists) == 1 && !slices.ContainsFunc(got.Images, func(i archive.Image) bool { return len(i.Refs) > 0 })) {
-			return l, e.Archive, true
-		}
+	n := got.ListOf(e)
+	if n < 0 {
+		return archive.List{}, "", false
 	}
-	return archive.List{}, "", false
+	return got.Lists[n], e.Archive, true
 }
 
 // split makes of a list in one member what an archive of ours has: the list by
@@ -189,12 +191,6 @@ func split(e ppa.Image, l archive.List, from *archive.Images) (ppa.Image, []arch
 		}
 	}
 	return e, imgs
-}
-
-// named says whether one of an image's names is ref, a registry's name in
-// front or not.
-func named(refs []string, ref string) bool {
-	return slices.ContainsFunc(refs, func(r string) bool { return r == ref || strings.HasSuffix(r, "/"+ref) })
 }
 
 // member is the name of an image's member in the new archive.
@@ -218,13 +214,14 @@ func appendImage(all []archive.ImageMember, member string, i archive.NewImage) [
 // find looks for the image that the manifest means.
 func (p *Repack) find(e ppa.Image, tars map[string]*archive.Images) (archive.Image, string, error) {
 	for _, member := range sortedKeys(tars) {
-		if e.Archive != "" && e.Archive != member {
-			continue
-		}
-		for _, i := range tars[member].Images {
-			if (e.Archive == member && len(tars[member].Images) == 1) || named(i.Refs, e.Ref()) {
-				return i, member, nil
+		got := tars[member]
+		called := slices.ContainsFunc(got.Images, func(i archive.Image) bool { return archive.Named(i.Refs, e.Ref()) })
+		if e.Archive == member || (e.Archive == "" && called) {
+			i, err := archive.Pick(got, e)
+			if err == nil {
+				err = archive.CheckPlatform(e, i.Platform)
 			}
+			return i, member, err
 		}
 	}
 	return archive.Image{}, "", fault.Newf(fault.BadContent, "find image", e.Ref(), "it is in no member").WithHint("the manifest and the images disagree; get the archive again from its maker")

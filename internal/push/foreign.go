@@ -1,14 +1,11 @@
 package push
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
-	"errors"
-	"fmt"
 	"hash"
 	"io"
-	"slices"
+	"path"
 	"strings"
 	"sync"
 
@@ -93,12 +90,12 @@ func (s *stream) head(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if unplaced(m) {
+	if archive.Unplaced(m) {
 		c, err := s.Archive.Inspect(ctx, s.Limits)
 		if err != nil {
 			return err
 		}
-		if m, err = assign(c.Manifest, c.Images); err != nil {
+		if m, err = archive.Assign(c.Manifest, c.Images); err != nil {
 			return err
 		}
 	}
@@ -120,94 +117,6 @@ func planOf(m ppa.Manifest) map[string][]ppa.Image {
 		}
 	}
 	return plan
-}
-
-// placed are the images whose members the manifest names.
-func placed(m ppa.Manifest) map[string]bool {
-	out := map[string]bool{}
-	for _, i := range m.Images {
-		out[i.Ref()] = out[i.Ref()] || i.Archive != ""
-	}
-	return out
-}
-
-// unplaced says whether the manifest leaves open which member holds an image,
-// as a manifest.yaml alone does.
-func unplaced(m ppa.Manifest) bool {
-	has := placed(m)
-	return slices.ContainsFunc(m.Images, func(i ppa.Image) bool {
-		if i.IsList() {
-			return !slices.ContainsFunc(i.References, func(r ppa.Reference) bool { return has[r.Ref()] })
-		}
-		return !has[i.Ref()]
-	})
-}
-
-// assign finds the members of images for which the manifest names none, by the
-// names in the members' own tars.
-func assign(m ppa.Manifest, members []archive.ContentImage) (ppa.Manifest, error) {
-	if !unplaced(m) {
-		return m, nil
-	}
-	var images []ppa.Image
-	var errs []error
-	has := placed(m)
-	for _, i := range m.Images {
-		if i.Archive != "" {
-			images = append(images, i)
-			continue
-		}
-		refs := []ppa.Reference{{Name: i.Name, Tag: i.Tag}}
-		if len(i.References) > 0 {
-			refs = i.References
-		}
-		n := 0
-		for _, r := range refs {
-			if has[r.Ref()] {
-				n++
-				continue
-			}
-			in, err := holder(members, r)
-			if err != nil {
-				errs = append(errs, err)
-			}
-			if in != "" {
-				images = append(images, ppa.Image{Name: r.Name, Tag: r.Tag, Archive: in})
-				n++
-			}
-		}
-		if n == 0 {
-			errs = append(errs, fmt.Errorf("image %q is in no member", i.Ref()))
-		}
-		if i.IsList() {
-			images = append(images, i)
-		}
-	}
-	m.Images = images
-	if len(errs) > 0 {
-		return m, fault.New(fault.BadContent, "read archive", "", errors.Join(errs...)).WithHint("the manifest and the images disagree; get the archive again from its maker")
-	}
-	return m, nil
-}
-
-// holder is the member with an image of that name, "" when there is none; two
-// that are not the same are an error.
-func holder(members []archive.ContentImage, r ppa.Reference) (string, error) {
-	var found []archive.ContentImage
-	for _, held := range members {
-		if names(held.Refs, r.Ref()) || (r.PullRepository != "" && names(held.Refs, r.PullRepository)) {
-			found = append(found, held)
-		}
-	}
-	if len(found) == 0 {
-		return "", nil
-	}
-	for _, f := range found[1:] {
-		if !bytes.Equal(f.Config, found[0].Config) {
-			return found[0].Member, fmt.Errorf("image %q stands in %q and in %q, and is not the same there", r.Ref(), found[0].Member, f.Member)
-		}
-	}
-	return found[0].Member, nil
 }
 
 // pass reads the archive once.
@@ -253,6 +162,15 @@ func (s *stream) member(name string, size int64, r io.Reader, wanted map[string]
 		return err
 	case archive.ImageTar:
 		return s.imageMember(name, size, r, wanted)
+	case archive.OurIndex:
+		if s.Archive.Seekable() {
+			return nil
+		}
+		b, err := archive.ReadSmall(name, size, r)
+		if err != nil {
+			return err
+		}
+		return archive.RefuseDelta(b)
 	case archive.Other:
 	}
 	return nil
@@ -265,7 +183,7 @@ func (s *stream) imageMember(name string, size int64, r io.Reader, wanted map[st
 		if err != nil {
 			return err
 		}
-		if !unplaced(m) {
+		if !archive.Unplaced(m) {
 			if err := s.take(m); err != nil {
 				return err
 			}
@@ -337,7 +255,7 @@ func (s *stream) finish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if m, err = assign(m, s.held); err != nil {
+	if m, err = archive.Assign(m, s.held); err != nil {
 		return err
 	}
 	if s.planned {
@@ -358,7 +276,7 @@ func (s *stream) finish(ctx context.Context) error {
 		if len(s.report.Objects) == 0 {
 			return err
 		}
-		s.errs = append(s.errs, err) // what is there is loaded all the same
+		s.missing() // what is there is loaded all the same
 	}
 	s.lists(ctx, s.m)
 	if s.Charts != nil {
@@ -374,10 +292,22 @@ func (s *stream) finish(ctx context.Context) error {
 	return nil
 }
 
+// missing reports what the manifest names and the archive does not hold.
+func (s *stream) missing() {
+	images, charts := archive.Missing(s.m, s.members)
+	for _, i := range images {
+		s.done(Object{Kind: "image", Name: i.Ref(), Target: s.target(s.Repository(i.Name), i.Tag)}, archive.NoMember(i.Archive))
+	}
+	for _, c := range charts {
+		file := path.Base(c.Archive)
+		s.done(Object{Kind: "chart", Name: file, Target: file}, archive.NoMember(c.Archive))
+	}
+}
+
 // disagree compares the manifest that the load went by with what the whole
 // archive says.
 func disagree(was, is ppa.Manifest) error {
-	had := placed(was)
+	had := archive.Placed(was)
 	for _, i := range is.Images {
 		if i.Archive != "" && !had[i.Ref()] {
 			return fault.Newf(fault.BadContent, "read archive", "", "its manifests disagree: image %q stands in the one behind the images alone", i.Ref()).

@@ -133,7 +133,7 @@ func (m *marker) manifest() (ppa.Manifest, error) {
 		}
 	}
 	out, err := found.Merged()
-	if err == nil && unplaced(out) {
+	if err == nil && archive.Unplaced(out) {
 		err = fmt.Errorf("the manifest names no members")
 	}
 	return out, err

@@ -3,6 +3,8 @@ package push
 import (
 	"encoding/json"
 	"testing"
+
+	"github.com/kmsctl/kmsctl/internal/archive"
 )
 
 // FuzzMarker gives markers to a load: one whose code is not of the archive is
@@ -38,7 +40,7 @@ func FuzzMarker(f *testing.F) {
 		if !ok {
 			return
 		}
-		if found, err := m.manifest(); err == nil && unplaced(found) {
+		if found, err := m.manifest(); err == nil && archive.Unplaced(found) {
 			t.Errorf("%q: a manifest that names no members was taken", body)
 		}
 	})

@@ -63,12 +63,13 @@ var errLater = errors.New("a layer has to be read once more")
 
 func (r *memberRun) entry(got *archive.Images, e ppa.Image) error {
 	repo := r.s.Repository(e.Name)
-	if n := slices.IndexFunc(got.Lists, func(l archive.List) bool {
-		return names(l.Refs, e.Ref()) || (len(entriesOf(got)) == 0 && len(got.Lists) == 1)
-	}); n >= 0 {
+	if n := got.ListOf(e); n >= 0 {
 		return r.list(got, got.Lists[n], repo, e)
 	}
-	img, err := pick(got, e)
+	img, err := archive.Pick(got, e)
+	if err == nil {
+		err = archive.CheckPlatform(e, img.Platform)
+	}
 	if err != nil {
 		return err
 	}
@@ -107,43 +108,6 @@ func diffIDs(img archive.Image) []string {
 		out = append(out, l.DiffID)
 	}
 	return out
-}
-
-// entriesOf are the images of a tar that have a name.
-func entriesOf(got *archive.Images) (all []archive.Image) {
-	for _, i := range got.Images {
-		if len(i.Refs) > 0 {
-			all = append(all, i)
-		}
-	}
-	return all
-}
-
-// pick finds the image of a tar that the manifest means: the only one, or the
-// one of that name.
-func pick(got *archive.Images, e ppa.Image) (archive.Image, error) {
-	if len(got.Images) == 1 {
-		return got.Images[0], nil
-	}
-	var found []archive.Image
-	var have []string
-	for _, i := range got.Images {
-		if names(i.Refs, e.Ref()) {
-			found = append(found, i)
-		}
-		have = append(have, i.Refs...)
-	}
-	for _, i := range found {
-		if !bytes.Equal(i.Config, found[0].Config) {
-			return i, fault.Newf(fault.BadContent, "", "", "member %q holds two images of that name, and they are not the same", e.Archive).
-				WithHint("get the archive again from its maker")
-		}
-	}
-	if len(found) > 0 {
-		return found[0], nil
-	}
-	return archive.Image{}, fault.Newf(fault.BadContent, "", "", "member %q does not hold it, but %q", e.Archive, have).
-		WithHint("the manifest and the images disagree; get the archive again from its maker")
 }
 
 // image brings an image's layers and configuration into a repository and gives

@@ -2,9 +2,10 @@ package push
 
 import (
 	"context"
+	"errors"
 	"io"
 	"path"
-	"strings"
+	"slices"
 	"sync"
 
 	"github.com/kmsctl/kmsctl/internal/archive"
@@ -29,22 +30,9 @@ func (l *load) native(ctx context.Context) error {
 	if err := l.base(ctx, repos); err != nil {
 		return err
 	}
-	var wg sync.WaitGroup
-	gate := make(chan struct{}, 4*max(l.Jobs, 1)) // images at the same time; their uploads have slots of their own
-	for _, entry := range m.Images {
-		for _, i := range l.Archive.Index.Images {
-			if i.Member != entry.Archive || !names(i.Refs, entry.Ref()) {
-				continue
-			}
-			wg.Add(1)
-			gate <- struct{}{}
-			go func() {
-				defer func() { <-gate; wg.Done() }()
-				l.nativeImage(ctx, entry, i)
-			}()
-		}
+	if err := l.nativeImages(ctx, m); err != nil {
+		return err
 	}
-	wg.Wait()
 	l.lists(ctx, m)
 	if l.Charts == nil || ctx.Err() != nil {
 		return ctx.Err()
@@ -60,25 +48,47 @@ func (l *load) native(ctx context.Context) error {
 	return nil
 }
 
-// names says whether one of an image's names is ref, a registry's name in
-// front or not.
-func names(refs []string, ref string) bool {
-	for _, r := range refs {
-		if r == ref || strings.HasSuffix(r, "/"+ref) {
-			return true
+// nativeImages brings the images, side by side. When the registry is gone,
+// there is no sense in trying the rest.
+func (l *load) nativeImages(parent context.Context, m ppa.Manifest) error {
+	ctx, cancel := context.WithCancelCause(parent)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	gate := make(chan struct{}, 4*max(l.Jobs, 1)) // images at the same time; their uploads have slots of their own
+	for _, entry := range m.Images {
+		n := slices.IndexFunc(l.Archive.Index.Images, func(i archive.IndexImage) bool {
+			return i.Member == entry.Archive && archive.Named(i.Refs, entry.Ref())
+		})
+		if n < 0 {
+			if entry.Archive != "" {
+				l.done(Object{Kind: "image", Name: entry.Ref(), Target: l.target(l.Repository(entry.Name), entry.Tag)}, fault.Newf(fault.BadContent, "", "", "the index does not have it in member %q", entry.Archive).
+					WithHint("the archive was changed; run `kmsctl archive verify`"))
+			}
+			continue
 		}
+		gate <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-gate }()
+			if err := l.nativeImage(ctx, entry, l.Archive.Index.Images[n]); fault.KindOf(err) == fault.Unreachable {
+				cancel(err)
+			}
+		})
 	}
-	return false
+	wg.Wait()
+	if cause := context.Cause(ctx); cause != nil && parent.Err() == nil {
+		return cause
+	}
+	return nil
 }
 
-func (l *load) nativeImage(ctx context.Context, entry ppa.Image, i archive.IndexImage) {
+func (l *load) nativeImage(ctx context.Context, entry ppa.Image, i archive.IndexImage) error {
 	repo := l.Repository(entry.Name)
 	o := Object{Kind: "image", Name: entry.Ref(), Target: l.target(repo, entry.Tag), Digest: i.Manifest.Digest, Status: Pushed}
 	have, err := l.Registry.ManifestDigest(ctx, repo, entry.Tag)
 	if err == nil && have == i.Manifest.Digest {
 		o.Status = Present
 		l.done(o, nil)
-		return
+		return nil
 	}
 	if err == nil {
 		err = l.nativeBlobs(ctx, repo, i)
@@ -86,7 +96,14 @@ func (l *load) nativeImage(ctx context.Context, entry ppa.Image, i archive.Index
 	if err == nil {
 		err = l.nativeManifest(ctx, repo, entry.Tag, i)
 	}
+	if cause := context.Cause(ctx); err != nil && cause != nil && !errors.Is(cause, context.Canceled) {
+		err = cause // why the others were given up
+	}
 	l.done(o, err)
+	if err != nil {
+		return about(err, "push image", o.Target)
+	}
+	return nil
 }
 
 func sizeOf(all []archive.Descriptor) (n int64) {

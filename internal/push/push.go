@@ -180,7 +180,16 @@ func (l *load) outcome(ctx context.Context, err error) error {
 		return errors.Join(distinct(l.errs)...)
 	}
 	return fault.New(fault.Partial, "", "", fmt.Errorf("%d of %d objects are loaded\n%w", done, len(l.report.Objects), errors.Join(distinct(l.errs)...))).
-		WithHint("mend the cause, then run the same command again: it sends only what is missing")
+		WithHint("%s, then run the same command again: it sends only what is missing", cure(l.errs))
+}
+
+// cure is what all the errors hint at, when it is the same.
+func cure(errs []error) string {
+	hint := fault.HintOf(errs[0])
+	if hint == "" || slices.ContainsFunc(errs, func(e error) bool { return fault.HintOf(e) != hint }) {
+		return "mend the cause"
+	}
+	return hint
 }
 
 // distinct drops errors that say the same.

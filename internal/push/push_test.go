@@ -873,7 +873,81 @@ func TestPartial(t *testing.T) {
 		if fault.KindOf(err) != fault.Partial || !strings.Contains(fmt.Sprint(err), "2 of 3 objects are loaded") || !strings.Contains(fmt.Sprint(err), "org/two:1.0") {
 			t.Errorf("%s: %v\n%s", name, err, statuses(r))
 		}
+		if !strings.HasPrefix(fault.HintOf(err), "this user may not do that; ask for push rights") {
+			t.Errorf("%s: hint %q, which does not say what to do", name, fault.HintOf(err))
+		}
 		s.holds(t, "org/one:1.0", testkit.Images()[0])
+	}
+}
+
+// TestAbsentMember: what the manifest names and the archive does not hold is in
+// the report as failed, beside what is loaded.
+func TestAbsentMember(t *testing.T) {
+	t.Parallel()
+	r, err := newSite(t).load(t, testkit.Archives()["bad-absent"], false)
+	if fault.KindOf(err) != fault.Partial || !strings.Contains(fmt.Sprint(err), "2 of 3 objects are loaded") {
+		t.Errorf("got %v", err)
+	}
+	if got := statuses(r); !strings.Contains(got, "image org/two:1.0 failed") {
+		t.Errorf("the report has\n%s", got)
+	}
+}
+
+// TestChangedIndex: an image of the manifest that the index does not have is
+// not passed over.
+func TestChangedIndex(t *testing.T) {
+	t.Parallel()
+	b := ours(t)
+	p := filepath.Join(t.TempDir(), "a.tar.gz")
+	if err := os.WriteFile(p, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a, err := archive.Open(p, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	a.Index.Images = a.Index.Images[:1]
+	s := newSite(t)
+	r, err := image.Dial(t.Context(), image.Options{Host: s.host})
+	if err != nil {
+		t.Fatal(err)
+	}
+	report, err := push.Load(t.Context(), push.Options{Archive: a, Registry: target{r}, Host: s.host, Repository: func(n string) string { return "site/" + n }, Jobs: 1, Limits: archive.DefaultLimits})
+	if fault.KindOf(err) != fault.Partial || !strings.Contains(statuses(report), "image org/two:1.0 failed") {
+		t.Errorf("got %v\n%s", err, statuses(report))
+	}
+}
+
+// TestBusyRegistry: one that takes no upload is asked so often for each blob,
+// not so often squared, and the rest of the images are not tried.
+func TestBusyRegistry(t *testing.T) {
+	t.Parallel()
+	for name, b := range map[string][]byte{"ours": ours(t), "good": testkit.Archives()["good"]} {
+		s := newSite(t)
+		var mu sync.Mutex
+		posts := map[string]int{}
+		s.behind(t, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+			if r.Method == http.MethodPost {
+				mu.Lock()
+				posts[r.URL.Path]++
+				mu.Unlock()
+				w.Header().Set("Retry-After", "0")
+				w.WriteHeader(http.StatusServiceUnavailable)
+				return
+			}
+			next.ServeHTTP(w, r)
+		})
+		_, err := s.load(t, b, false)
+		if fault.KindOf(err) != fault.Unreachable || fault.HintOf(err) == "" {
+			t.Errorf("%s: kind %v: %v", name, fault.KindOf(err), err)
+		}
+		const blobs, tries = 4, 6 // of one image at most, and of one upload
+		for path, n := range posts {
+			if n > blobs*tries {
+				t.Errorf("%s: %d tries to begin uploads at %s", name, n, path)
+			}
+		}
 	}
 }
 
@@ -922,21 +996,23 @@ func TestKnownLayers(t *testing.T) {
 
 func TestRegistryGoes(t *testing.T) {
 	t.Parallel()
-	s := newSite(t)
-	var gone atomic.Bool
-	s.behind(t, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
-		if r.Method == http.MethodPatch || r.Method == http.MethodPut {
-			gone.Store(true)
+	for name, b := range map[string][]byte{"ours": ours(t), "good": testkit.Archives()["good"]} {
+		s := newSite(t)
+		var gone atomic.Bool
+		s.behind(t, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+			if r.Method == http.MethodPatch || r.Method == http.MethodPut {
+				gone.Store(true)
+			}
+			if gone.Load() {
+				w.WriteHeader(http.StatusBadGateway)
+				return
+			}
+			next.ServeHTTP(w, r)
+		})
+		_, err := s.load(t, b, false)
+		if fault.KindOf(err) != fault.Unreachable {
+			t.Errorf("%s: kind %v: %v", name, fault.KindOf(err), err)
 		}
-		if gone.Load() {
-			w.WriteHeader(http.StatusBadGateway)
-			return
-		}
-		next.ServeHTTP(w, r)
-	})
-	_, err := s.load(t, testkit.Archives()["good"], false)
-	if fault.KindOf(err) != fault.Unreachable {
-		t.Errorf("kind %v: %v", fault.KindOf(err), err)
 	}
 }
 

@@ -269,8 +269,11 @@ images:
 		"bad-no-manifest":   Gzip(Tar(chart, one, two)),
 		"bad-no-image":      Gzip(Tar(manifest, chart, one, Entry{Name: two.Name, Data: Tar(Entry{Name: "x", Data: []byte("x")})})),
 		"bad-other-name":    Gzip(Tar(intoBatch, chart, Entry{Name: batch.Name, Data: DockerSave(Image{Ref: "org/one:1.0", Layers: img[0].Layers}, Image{Ref: "org/else:1.0", Layers: img[1].Layers})})),
-		"bad-empty":         {},
-		"bad-text":          []byte("this is no archive\n"),
+		"bad-platform": Gzip(Tar(Entry{Name: "manifest.yaml", Data: []byte("images: [{image: 'org/x:1.0', references: [{repository: 'org/x:1.0', platform: {architecture: amd64}}]}]")},
+			Entry{Name: "images/x.tar", Data: DockerSave(Image{Ref: "org/x:1.0", Arch: "s390x", Layers: img[0].Layers})})),
+		"bad-no-member": Gzip(Tar(manifest, chart, one, two, Entry{Name: "manifest.yaml", Data: []byte("images: [{image: 'org/three:1.0', references: [{repository: 'org/three-amd64:1.0'}]}]")})),
+		"bad-empty":     {},
+		"bad-text":      []byte("this is no archive\n"),
 	}
 }
 
