@@ -300,7 +300,7 @@ func SameModel(release string, was, will map[string]any) error {
 		return nil
 	}
 	return fault.Newf(fault.Conflict, "switch release", release, "its data open with the master keys in its %s HSM alone, and %s has none of them", a, b).
-		WithHint("go on with %s; or give up every key: `kmsctl hsm clear --in-cluster-service`, `kmsctl uninstall`, then `kmsctl install --model %s`; where the old HSM does not answer any more, `kmsctl uninstall --delete-data` without a clearing", a, b)
+		WithHint("go on with %s; or give up every key: `kmsctl hsm clear --in-cluster-service`, `kmsctl uninstall`, then `kmsctl install --model %s`; where the old HSM does not answer any more, `kmsctl uninstall --delete-store` without a clearing", a, b)
 }
 
 // members is how many members a store has by these values.

@@ -235,9 +235,13 @@ func (c *Cluster) DeleteSecret(ctx context.Context, namespace, name string) erro
 	return c.fault("delete Secret", namespace+"/"+name, err)
 }
 
-// Claims lists the volume claims of a release.
-func (c *Cluster) Claims(ctx context.Context, namespace, release string) ([]string, error) {
-	l, err := c.client.CoreV1().PersistentVolumeClaims(namespace).List(ctx, metav1.ListOptions{LabelSelector: selector(release)})
+// Claims lists the volume claims of a release, or of one component of it.
+func (c *Cluster) Claims(ctx context.Context, namespace, release, component string) ([]string, error) {
+	which := selector(release)
+	if component != "" {
+		which += ",app.kubernetes.io/component=" + component
+	}
+	l, err := c.client.CoreV1().PersistentVolumeClaims(namespace).List(ctx, metav1.ListOptions{LabelSelector: which})
 	if err != nil {
 		return nil, c.fault("list volume claims in", namespace, err)
 	}

@@ -163,6 +163,42 @@ func TestInstallStatusUninstall(t *testing.T) {
 	}
 }
 
+// TestDeleteStore: the volumes of the store go by the release's name, the
+// others stay; a store that is on no volume of its own is not said to be gone.
+func TestDeleteStore(t *testing.T) {
+	s := newSite(t)
+	if code, _, errs := s.run(t, s.installArgs(t)...); code != 0 {
+		t.Fatal(errs)
+	}
+	if code, _, errs := s.run(t, "uninstall", "--delete-store", "--yes"); code != 5 || !strings.Contains(errs, "no volume was claimed for it") || !strings.Contains(errs, "nothing was done") {
+		t.Errorf("exit %d\n%s", code, errs)
+	}
+	for name, component := range map[string]string{"etcd-key-management-hsm-storage-0": "storage", "audit-key-management-hsm-oss-0": "oss"} {
+		claim := &corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"app.kubernetes.io/instance": templates.ChartName, "app.kubernetes.io/component": component}}}
+		if _, err := s.client.CoreV1().PersistentVolumeClaims("kube-system").Create(t.Context(), claim, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if code, _, errs := s.run(t, "uninstall", "--delete-store", "--delete-data", "--yes"); code != 2 || !strings.Contains(errs, "--delete-data, --delete-store: only one of them") {
+		t.Errorf("exit %d\n%s", code, errs)
+	}
+	s.asker = typed("another")
+	if code, _, errs := s.run(t, "uninstall", "--delete-store"); code != 130 || !strings.Contains(errs, "volume claim etcd-key-management-hsm-storage-0") || strings.Contains(errs, "audit-") {
+		t.Errorf("exit %d\n%s", code, errs)
+	}
+	if code, _, errs := s.run(t, "uninstall", "--delete-store", "--yes"); code != 0 {
+		t.Errorf("exit %d\n%s", code, errs)
+	}
+	left, err := s.client.CoreV1().PersistentVolumeClaims("kube-system").List(t.Context(), metav1.ListOptions{})
+	if err != nil || len(left.Items) != 1 || left.Items[0].Name != "audit-key-management-hsm-oss-0" {
+		t.Errorf("%+v %v", left.Items, err)
+	}
+	secrets, err := s.client.CoreV1().Secrets("kube-system").List(t.Context(), metav1.ListOptions{})
+	if err != nil || len(secrets.Items) == 0 {
+		t.Errorf("the Secrets went, too: %v", err)
+	}
+}
+
 // TestStatusUnhealthy: exit 7, and the cure as the hint.
 func TestStatusUnhealthy(t *testing.T) {
 	s := newSite(t)

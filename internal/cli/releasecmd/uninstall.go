@@ -22,6 +22,7 @@ type uninstallOptions struct {
 	confirm       app.ConfirmFlags
 	deleteSecrets bool
 	deleteData    bool
+	deleteStore   bool
 	dryRun        bool
 	wait          bool
 	timeout       time.Duration
@@ -35,8 +36,14 @@ func newUninstallCmd(a *app.App, run func(context.Context, *uninstallOptions) er
 	cmd := &cobra.Command{
 		Use: "uninstall", Short: "Remove the release", Args: cobra.NoArgs,
 		Long: `Remove the release. Volumes, hsm-secret, certificates and API keys stay, so that a later
-install goes on with the same keys, unless --delete-data and --delete-secrets say otherwise.`,
-		Example: "  kmsctl uninstall\n  kmsctl uninstall --delete-data --delete-secrets --yes",
+install goes on with the same keys, unless --delete-data and --delete-secrets say otherwise.
+
+--delete-store gives up every key where the HSM is away, so that nothing can be cleared on it:
+the volumes of the store go, and a later install, with whatever HSM, begins anew. The audit log
+stays. So do the objects on the old token: who has it, its password and a backup of the store
+can bring the keys back. When it is there again, clear it with "kmsctl hsm clear --leftovers"
+and --installation, from a KMS that has it, or initialise it by its vendor's means.`,
+		Example: "  kmsctl uninstall\n  kmsctl uninstall --delete-data --delete-secrets --yes\n  kmsctl uninstall --delete-store --dry-run",
 		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
 	fs := cmd.Flags()
@@ -44,6 +51,7 @@ install goes on with the same keys, unless --delete-data and --delete-secrets sa
 	o.confirm.Add(fs, app.WithDryRun)
 	fs.BoolVar(&o.deleteSecrets, "delete-secrets", false, "delete hsm-secret, certificates and API keys as well")
 	fs.BoolVar(&o.deleteData, "delete-data", false, "delete the volumes as well: every key that is kept there is lost")
+	fs.BoolVar(&o.deleteStore, "delete-store", false, "delete the store's volumes alone: every key is lost, the audit log and the token's objects stay")
 	fs.BoolVar(&o.dryRun, "dry-run", false, "only show what would go")
 	addWait(fs, &o.wait)
 	addTimeout(fs, &o.timeout)
@@ -55,7 +63,27 @@ func (o *uninstallOptions) Check() error {
 	if o.timeout <= 0 {
 		return fault.Usagef("--timeout: %s is not positive", o.timeout)
 	}
+	if o.deleteData && o.deleteStore {
+		return fault.Usagef("--delete-data, --delete-store: only one of them").WithHint("--delete-data takes the audit log and a SoftHSM token along")
+	}
 	return nil
+}
+
+// claims are the volumes that go. A store that is on none of its own is not
+// taken for one that is gone.
+func (o *uninstallOptions) claims(ctx context.Context, c *kube.Cluster) ([]string, error) {
+	switch {
+	case o.deleteData:
+		return c.Claims(ctx, o.kube.Namespace, o.kube.Release, "")
+	case !o.deleteStore:
+		return nil, nil
+	}
+	found, err := c.Claims(ctx, o.kube.Namespace, o.kube.Release, "storage")
+	if err == nil && len(found) == 0 {
+		err = fault.Newf(fault.NotFound, "delete the store of", o.kube.Release, "no volume was claimed for it in namespace %s", o.kube.Namespace).
+			WithHint("with persistence.hostPath remove its folder on the node, with storage.persistence.existingClaim delete that claim; nothing was done")
+	}
+	return found, err
 }
 
 // removed is what uninstall took away.
@@ -85,7 +113,7 @@ func runUninstall(ctx context.Context, o *uninstallOptions) error {
 	}
 	_, err = h.Get(o.kube.Release)
 	gone := fault.KindOf(err) == fault.NotFound
-	if err != nil && (!gone || (!o.deleteSecrets && !o.deleteData)) {
+	if err != nil && (!gone || (!o.deleteSecrets && !o.deleteData && !o.deleteStore)) {
 		return err
 	}
 	r := removed{Release: o.kube.Release, Secrets: []string{}, Claims: []string{}, DryRun: o.dryRun}
@@ -96,13 +124,13 @@ func runUninstall(ctx context.Context, o *uninstallOptions) error {
 			goes = append(goes, "Secret "+s)
 		}
 	}
-	if o.deleteData {
-		if r.Claims, err = c.Claims(ctx, o.kube.Namespace, o.kube.Release); err != nil {
-			return err
-		}
-		for _, p := range r.Claims {
-			goes = append(goes, "volume claim "+p+", with every key and record in it")
-		}
+	claims, err := o.claims(ctx, c)
+	if err != nil {
+		return err
+	}
+	for _, p := range claims {
+		r.Claims = append(r.Claims, p)
+		goes = append(goes, "volume claim "+p+", with every key and record in it")
 	}
 	if o.dryRun {
 		return o.Print(r)
