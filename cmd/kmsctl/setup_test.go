@@ -200,7 +200,7 @@ func (s *site) beginning(p *testkit.Pty, model int) {
 }
 
 // TestSetupAsks goes through the wizard at a terminal for each model, with
-// wrong answers, and ends with the plan, the command and the answers file.
+// wrong answers, a step back and Ctrl-C before the end, goes on, and ends with the plan, the command and the answers file.
 func TestSetupAsks(t *testing.T) {
 	for model, c := range map[string]struct {
 		index   int
@@ -245,9 +245,21 @@ func TestSetupAsks(t *testing.T) {
 	} {
 		t.Run(model, func(t *testing.T) {
 			s := newSite(t)
-			p, out := s.start(t)
+			p, _ := s.start(t)
 			s.beginning(p, c.index)
 			c.own(p)
+			p.Answer("HSM password: ", pin)
+			p.Answer("HSM password, again: ", pin)
+			p.Expect("Storage class of the volumes")
+			p.Type("<\r")
+			p.Expect("HSM password: ")
+			p.Type("\x03")
+			if code := p.Wait(); code != 130 || !strings.Contains(p.Screen(), "your answers are kept, but no secret") {
+				t.Fatalf("exit %d\n%s", code, p.Screen())
+			}
+			s.noSecret(t, p.Screen())
+			p, out := s.start(t) // goes on where it was stopped
+			choose(p, "Go on with the", "no", 0)
 			ending(p)
 			p.Expect("1. load key-management-hsm-amd64.tar.gz")
 			if code := p.Wait(); code != 0 {
