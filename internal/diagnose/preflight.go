@@ -143,7 +143,7 @@ func (p Preflight) cluster(ctx context.Context) []Finding {
 		return failErr(err, "look at kubectl version")
 	}
 	if major == 1 && minor < oldestMinor {
-		return fail(fmt.Sprintf("upgrade the cluster to 1.%d or newer", oldestMinor),
+		return fail(fmt.Sprintf("upgrade the cluster to 1.%d or newer; below, hsm-secret and the certificates can still be applied, before 1.16 by a compare-and-set update, and the chart's objects cannot", oldestMinor),
 			"%s runs Kubernetes %s; the chart needs 1.%d", p.Cluster.Server(), v, oldestMinor)
 	}
 	return ok("%s runs Kubernetes %s", p.Cluster.Server(), v)

@@ -37,6 +37,7 @@ func newPreflightCmd(a *app.App, run func(context.Context, *preflightOptions) er
 		Use: "preflight", Short: "Check whether an installation will work, each check with its cure", Args: cobra.NoArgs,
 		Long: `Look at everything that an installation needs, and change nothing: the cluster and your rights
 in it, storage, registry and images, chart, the HSM and its certificates, what is installed already.
+The oldest Kubernetes for the chart is 1.21.
 
 It takes install's flags; what is not given is not checked. Exits 7 when a check fails.`,
 		Example: `  kmsctl preflight
