@@ -528,8 +528,11 @@ func (c *Client) NewImportPair(ctx context.Context, id, aad []byte) (hsm.ImportP
 // ImportSent brings in material that travelled under an import pair, and gives
 // its bits. What is wrong with the material is one of hsm.Refusals.
 func (c *Client) ImportSent(ctx context.Context, p hsm.ImportPair, aad []byte, m hsm.Sent, place []byte) (hsm.NewKey, int, error) {
-	if c.holder(hsm.VersionOf(nil, p.Sealed)) != c.Maker() && p.Sealed != nil {
-		var err error
+	from, err := c.find(ctx, hsm.VersionOf(nil, p.Sealed))
+	if err != nil {
+		return hsm.NewKey{}, 0, err
+	}
+	if from != c.Maker() && p.Sealed != nil {
 		if p.Sealed, err = c.Reseal(ctx, p.Sealed, aad); err != nil {
 			return hsm.NewKey{}, 0, err
 		}
@@ -571,7 +574,7 @@ func (c *Client) wrap(ctx context.Context, q *wire.WrapRequest) (*wire.WrapReply
 
 // do makes one request on the connection for them.
 func (c *Client) do(ctx context.Context, what string, blob []byte, op func() *wire.Op) (*wire.Op, error) {
-	return forKey(c, blob, func(c *Client) (*wire.Op, error) {
+	return forKey(ctx, c, blob, func(c *Client) (*wire.Op, error) {
 		return callOn(ctx, c, what, quickCall, func(ctx context.Context, l *link) (*wire.Op, error) {
 			w, err := l.openWork(ctx)
 			if err != nil {
@@ -620,8 +623,10 @@ func (c *Client) seal(ctx context.Context, q *wire.SealRequest) ([]byte, error) 
 
 // Unseal opens what Seal made.
 func (c *Client) Unseal(ctx context.Context, sealed, aad []byte) ([]byte, error) {
-	return data(call(ctx, c.holder(hsm.VersionOf(nil, sealed)), "unseal", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
-		return r.Unseal(ctx, &wire.UnsealRequest{Sealed: sealed, Aad: aad})
+	return data(forVersion(ctx, c, hsm.VersionOf(nil, sealed), func(c *Client) (*wire.Bytes, error) {
+		return call(ctx, c, "unseal", quickCall, func(ctx context.Context, r wire.ConnectorClient) (*wire.Bytes, error) {
+			return r.Unseal(ctx, &wire.UnsealRequest{Sealed: sealed, Aad: aad})
+		})
 	}))
 }
 

@@ -17,25 +17,43 @@ type move struct {
 	next   *Client
 	serial string // of its token
 	first  atomic.Uint32
-	sha1   atomic.Bool // the two tokens share OAEP over SHA-1 only
+	over   atomic.Bool   // nothing that was taken over is missing: the successor does alone
+	newest atomic.Uint32 // version that this process knows of; 0: it was not told
+	sha1   atomic.Bool   // the two tokens share OAEP over SHA-1 only
+	follow atomic.Pointer[func(context.Context) error]
 }
 
 // Succeed makes next the HSM to which the keys of c can move: another token,
 // with master keys of its own. It belongs to c, and ends with it. Nothing goes
 // to it before Moved says so.
-func (c *Client) Succeed(next *Client, serial string) { c.move.next, c.move.serial = next, serial }
+func (c *Client) Succeed(next *Client, serial string) {
+	c.move.next, c.move.serial = next, serial
+	c.move.first.Store(0)
+	c.move.over.Store(false)
+}
 
 // Next is the successor, or nil.
 func (c *Client) Next() *Client { return c.move.next }
 
-// Moved says which token makes what is new, and since which version of the
-// master keys.
-func (c *Client) Moved(serial string, since uint16) {
-	if serial != c.move.serial {
-		since = 0
+// Moved says which token makes what is new, since which version of the master
+// keys, and which the newest is. At the end of a move all versions are of the
+// successor. An older view of the store still names what the other made, and
+// that one still opens it while it is there.
+func (c *Client) Moved(serial string, since, newest uint16) {
+	began := c.move.first.Load() != 0
+	switch {
+	case serial != c.move.serial:
+		c.move.first.Store(0)
+	case !began:
+		c.move.first.Store(uint32(since))
 	}
-	c.move.first.Store(uint32(since))
+	c.move.over.Store(serial == c.move.serial && since <= hsm.FirstMaster)
+	c.move.newest.Store(uint32(newest))
 }
+
+// Follow has f say Moved anew when a call meets what is newer than the newest
+// version: another process began to move the keys, or went on with it.
+func (c *Client) Follow(f func(ctx context.Context) error) { c.move.follow.Store(&f) }
 
 // Maker makes what is new.
 func (c *Client) Maker() *Client {
@@ -43,6 +61,18 @@ func (c *Client) Maker() *Client {
 		return c.move.next
 	}
 	return c
+}
+
+// find is holder, after this process learnt of the version.
+func (c *Client) find(ctx context.Context, version uint16) (*Client, error) {
+	if newest := c.move.newest.Load(); newest != 0 && uint32(version) > newest {
+		if f := c.move.follow.Load(); f != nil {
+			if err := (*f)(ctx); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return c.holder(version), nil
 }
 
 // holder has the master keys of a version.
@@ -55,11 +85,11 @@ func (c *Client) holder(version uint16) *Client {
 
 // forKey makes a call where the key of a blob is. One that stays in a token is
 // looked for in both.
-func forKey[R any](c *Client, blob []byte, f func(c *Client) (R, error)) (R, error) {
-	m := c.Maker()
+func forKey[R any](ctx context.Context, c *Client, blob []byte, f func(c *Client) (R, error)) (R, error) {
 	if hsm.HeldID(blob) == nil {
-		return f(c.holder(hsm.VersionOf(blob, nil)))
+		return forVersion(ctx, c, hsm.VersionOf(blob, nil), f)
 	}
+	m := c.Maker()
 	r, err := f(m)
 	if m != c && fault.KindOf(err) == fault.NotFound {
 		if old, oerr := f(c); oerr == nil {
@@ -69,10 +99,20 @@ func forKey[R any](c *Client, blob []byte, f func(c *Client) (R, error)) (R, err
 	return r, err
 }
 
+// forVersion makes a call where the master keys of a version are.
+func forVersion[R any](ctx context.Context, c *Client, version uint16, f func(c *Client) (R, error)) (R, error) {
+	h, err := c.find(ctx, version)
+	if err != nil {
+		var none R
+		return none, err
+	}
+	return f(h)
+}
+
 // both makes a call on both tokens while keys are in both.
 func (c *Client) both(f func(c *Client) error) error {
 	err := f(c.Maker())
-	if c.Maker() != c && c.move.first.Load() > 1 {
+	if c.Maker() != c && !c.move.over.Load() {
 		err = errors.Join(err, f(c))
 	}
 	return err

@@ -117,7 +117,7 @@ func passes(t *testing.T, from, to mover) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Moved("the other", 2)
+	c.Moved("the other", 2, 2)
 	for i, k := range keys {
 		moved, err := c.Rewrap(ctx, k.Blob)
 		if err != nil {

@@ -33,6 +33,13 @@ func NewMasters(p Plain, open Epoch, unlock func(ctx context.Context) (Epoch, er
 
 func (m *Masters) epoch() Epoch { return *m.now.Load() }
 
+// Follow opens what the installation names by now, if that is another than
+// what is open.
+func (m *Masters) Follow(ctx context.Context) error {
+	_, err := m.renew(ctx, m.epoch())
+	return err
+}
+
 // renew opens the master keys anew if the installation is another than seen,
 // and says whether it is.
 func (m *Masters) renew(ctx context.Context, seen Epoch) (bool, error) {

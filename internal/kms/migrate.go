@@ -51,6 +51,7 @@ type Mover interface {
 type Standing struct {
 	Serial    string   // of the token that makes what is new; empty: there is no installation yet
 	Since     uint16   // the first version that is in it
+	Version   uint16   // the newest
 	Left      []string // serial numbers of other tokens, which hold older versions
 	PublicKey []byte   // of the key that signs
 }
@@ -62,9 +63,9 @@ func Stands(ctx context.Context, p Plain) (Standing, error) {
 		if errors.Is(err, record.ErrNotFound) {
 			err = nil
 		}
-		return Standing{}, err
+		return Standing{Version: hsm.FirstMaster}, err // the one with which it will begin
 	}
-	s := Standing{Serial: in.Serial, Since: hsm.FirstMaster}
+	s := Standing{Serial: in.Serial, Since: hsm.FirstMaster, Version: in.version()}
 	for _, o := range in.Others {
 		if o.in(in.Serial, in.Serial) {
 			continue
@@ -339,8 +340,7 @@ func (r *Rotation) bringNext(ctx context.Context, job rotationRecord) error {
 	if _, err := r.Plain.Put(ctx, "install", in, rev); err != nil {
 		return conflict(err)
 	}
-	_, err = r.Masters.renew(ctx, r.Masters.epoch())
-	return err
+	return r.Masters.Follow(ctx)
 }
 
 // leave lets go of the old token: nothing names its master keys any more. Keys
@@ -360,8 +360,7 @@ func (r *Rotation) leave(ctx context.Context, job rotationRecord) error {
 	if _, err := r.Plain.Put(ctx, "install", in, rev); err != nil {
 		return conflict(err)
 	}
-	_, err = r.Masters.renew(ctx, r.Masters.epoch())
-	return err
+	return r.Masters.Follow(ctx)
 }
 
 // behind says whether a key that stays in a token is not in the next one.

@@ -110,7 +110,7 @@ func (w *moveWorld) start(t *testing.T, l *life, from, to *connector.Client) (*k
 			epoch = o.Epoch
 		}
 		s, err := kms.Stands(ctx, w.plain)
-		from.Moved(s.Serial, s.Since)
+		from.Moved(s.Serial, s.Since, s.Version)
 		return epoch, err
 	}
 	epoch, err := open(t.Context())

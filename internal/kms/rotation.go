@@ -184,8 +184,13 @@ func (r *Rotation) Stop(ctx context.Context) (stopped bool, err error) {
 // Kicked wakes who works when a change was started in this process.
 func (r *Rotation) Kicked() <-chan struct{} { return r.kick }
 
-// Work does what is to be done, if anything is and nobody else does it.
+// Work does what is to be done, if anything is and nobody else does it. First
+// it follows what another process did: one that nobody asks for anything would
+// not notice that an HSM is needed no more.
 func (r *Rotation) Work(ctx context.Context) error {
+	if err := r.Masters.Follow(ctx); err != nil {
+		return err
+	}
 	job, _, err := r.job(ctx)
 	if err != nil || job.State != kmsapi.RotationRunning || job.Worker != r.Name && r.Now().Before(job.Until) {
 		return err
@@ -297,7 +302,7 @@ func (r *Rotation) bring(ctx context.Context, job rotationRecord) error {
 
 // resealSecrets takes the installation's own secrets over.
 func (r *Rotation) resealSecrets(ctx context.Context) error {
-	if _, err := r.Masters.renew(ctx, r.Masters.epoch()); err != nil {
+	if err := r.Masters.Follow(ctx); err != nil {
 		return err
 	}
 	var in install
@@ -321,8 +326,7 @@ func (r *Rotation) resealSecrets(ctx context.Context) error {
 	if _, err = r.Plain.Put(ctx, "install", in, rev); err != nil {
 		return conflict(err)
 	}
-	_, err = r.Masters.renew(ctx, r.Masters.epoch())
-	return err
+	return r.Masters.Follow(ctx)
 }
 
 // held is what the master keys made, in whatever record it lies.
@@ -469,7 +473,7 @@ func (r *Rotation) destroyOld(ctx context.Context) error {
 		if _, err := r.Plain.Put(ctx, "install", in, rev); err != nil {
 			return conflict(err)
 		}
-		if _, err := r.Masters.renew(ctx, r.Masters.epoch()); err != nil {
+		if err := r.Masters.Follow(ctx); err != nil {
 			return err
 		}
 	}

@@ -268,47 +268,13 @@ func (e *Embedded) tokens(ctx context.Context, a *app.App, plain kms.Plain, sec 
 		return nil, err
 	}
 	defer toSec.Password.Zero()
-	stands, err := kms.Stands(ctx, plain)
-	if err != nil {
-		return nil, err
-	}
 	next, err := to.connector(ctx, a, toSec, toSet, log)
 	if err != nil {
 		return nil, err
 	}
-	info, err := next.Describe(ctx)
-	if err != nil {
-		next.Close()
-		return nil, err
-	}
-	token, err := e.connector(ctx, a, sec, set, log)
-	gone := err != nil
-	if err == nil {
-		err = different(ctx, token, info)
-	}
-	over := stands.Serial == info.Serial && len(stands.Left) == 0 && (gone || err == nil)
-	if token != nil && (over || err != nil) {
-		token.Close()
-	}
-	switch {
-	case over:
-		a.Warn("all keys have moved to token %q: give its two files as --secret and --values, and leave --to-secret and --to-values out", info.Label)
-		return next, nil
-	case err != nil:
-		next.Close()
-		return nil, err
-	}
-	token.Succeed(next, info.Serial)
-	return token, nil
-}
-
-func different(ctx context.Context, token *connector.Client, other hsm.TokenInfo) error {
-	info, err := token.Describe(ctx)
-	if err == nil && info.Serial == other.Serial {
-		err = fault.Newf(fault.Usage, "serve with two tokens", info.Label, "--values and --to-values name the same one").
-			WithHint("a second SoftHSM token has a label of its own: `kmsctl render overrides --model softhsm --token-label NAME`")
-	}
-	return err
+	return join(ctx, plain, next, func() (*connector.Client, error) { return e.connector(ctx, a, sec, set, log) }, func(label string) {
+		a.Warn("all keys have moved to token %q: give its two files as --secret and --values, and leave --to-secret and --to-values out", label)
+	})
 }
 
 // remember writes down where the two files are, and never what is in them.

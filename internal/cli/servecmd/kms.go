@@ -116,6 +116,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	}
 	k.master = k.rotation()
 	k.kms.Follow(k.master.Masters)
+	k.Token.Follow(k.master.Masters.Follow)
 	k.Server = server.New(server.Config{KMS: k.kms, Review: c.Review, IAM: k.IAM, Audit: k.audit, Log: c.Log,
 		Lag: st.Lag, ServeStale: c.Stale, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Clearing: k.clearing(), Rotation: k.master, Limits: c.Limits, Trace: c.Trace})
 	k.gauges()
@@ -204,7 +205,7 @@ func (r *reopener) open(ctx context.Context, m *connector.Client) (kms.Epoch, er
 // unlockBoth opens the token that makes what is new, and attends to the other,
 // which may hold what was not taken over yet. Each opens itself again.
 func unlockBoth(ctx context.Context, plain *store.Plain, c KMSConfig, again *reopener, stands kms.Standing) (opened kms.Opened, err error) {
-	c.Token.Moved(stands.Serial, stands.Since)
+	c.Token.Moved(stands.Serial, stands.Since, stands.Version)
 	for _, m := range c.Token.Maker().Members() {
 		if opened, err = kms.Unlock(connector.Only(ctx), plain, m, c.Now); err == nil {
 			break

@@ -59,7 +59,7 @@ func (k *KMS) openMasters(ctx context.Context) (epoch kms.Epoch, err error) {
 	if err != nil {
 		return epoch, err
 	}
-	k.Token.Moved(stands.Serial, stands.Since)
+	k.Token.Moved(stands.Serial, stands.Since, stands.Version)
 	return epoch, k.audit.Resign(ctx, k.Token.Maker().Sign, stands.PublicKey)
 }
 

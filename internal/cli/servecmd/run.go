@@ -48,13 +48,21 @@ func newRunAPICmd(a *app.App, run func(context.Context, *apiOptions) error) *cob
 		Use: "api", Short: "Serve the API over an etcd and a connector that run elsewhere", Args: cobra.NoArgs,
 		Long: `Serve the API. It stays up and not ready, and says why on /readyz, while the HSM, its
 password or etcd is not right, and goes on by itself when they are. A password that the HSM
-refused is not tried again until the secret changes.`,
-		Example: "  kmsctl run api --listen :28674 --connector-socket /run/kms/connector.sock --etcd-endpoints https://storage:2379 …",
-		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
+refused is not tried again until the secret changes.
+
+With --to-socket it has a second HSM, to which "kmsctl hsm migrate" moves all keys. Every
+replica of the API needs both until the move is over; one of them works on it, and another
+goes on when that one dies.`,
+		Example: `  kmsctl run api --listen :28674 --connector-socket /run/kms/connector.sock --etcd-endpoints https://storage:2379 …
+  kmsctl run api --connector-socket /run/kms/connector.sock --to-socket /run/kms/next.sock …`,
+		RunE: func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
 	fs := cmd.Flags()
 	fs.StringVar(&o.listen, "listen", ":28674", "address of the API")
 	o.behind.Add(fs)
+	o.behind.AddNext(fs, func(label string) {
+		newLogger(a.Err).Info("all keys have moved, and the second HSM does alone", "token", label, "hint", "see `kmsctl hsm migrate finish`")
+	})
 	fs.StringVar(&o.cert, "tls-cert-file", "", "certificate of the API")
 	fs.StringVar(&o.key, "tls-key-file", "", "its key")
 	fs.StringVar(&o.clientCA, "client-ca-file", "", "CA of client certificates, by which service IDs can be proved")

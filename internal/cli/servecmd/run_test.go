@@ -93,12 +93,12 @@ func (c *cluster) storage(t *testing.T) (stop func()) {
 }
 
 // connector runs the sidecar with a password.
-func (c *cluster) connector(t *testing.T, pin string) (stop func()) {
+func (c *cluster) connector(t *testing.T, pin string, flags ...string) (stop func()) {
 	t.Helper()
 	if err := app.WriteFile(c.pin, []byte(pin), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(testkit.Connector(t), "--socket", c.socket, "--pin-file", c.pin, "--module", testkit.SoftHSM, "--token-label", "kms", "--softhsm-dir", c.token)
+	cmd := exec.Command(testkit.Connector(t), append([]string{"--socket", c.socket, "--pin-file", c.pin, "--module", testkit.SoftHSM, "--token-label", "kms", "--softhsm-dir", c.token}, flags...)...)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
