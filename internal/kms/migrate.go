@@ -112,7 +112,7 @@ func Attend(ctx context.Context, p Plain, t Token, now func() time.Time) (Opened
 // the first. What stands in the way is said before anything is changed.
 func (r *Rotation) Migrate(ctx context.Context, by string, q kmsapi.MigrationRequest) (began bool, err error) {
 	if r.Next == nil {
-		return false, fault.Newf(fault.Conflict, "move the keys to", "another token", "no second token is configured: serve with --to-secret and --to-values, which name the new HSM")
+		return false, fault.Newf(fault.Conflict, "move the keys to", "another token", "no second token is configured: serve with --to-secret and --to-values, which name the new HSM, or give a release the block migration.hsm")
 	}
 	job, rev, err := r.job(ctx)
 	if err != nil {
@@ -197,7 +197,7 @@ func (r *Rotation) planMove(last rotationRecord, in install, by string, info hsm
 // openNext opens the new master keys in the next token, or makes them.
 func (r *Rotation) openNext(ctx context.Context, job rotationRecord) (hsm.Master, error) {
 	if r.Next == nil {
-		return hsm.Master{}, fault.Newf(fault.NotReady, "move the keys to token", job.To.Label, "it is not configured").WithHint("serve with --to-secret and --to-values again, until the move is over")
+		return hsm.Master{}, fault.Newf(fault.NotReady, "move the keys to token", job.To.Label, "it is not configured").WithHint("serve with --to-secret and --to-values again (a release: with migration.hsm), until the move is over")
 	}
 	if _, err := Attend(ctx, r.Plain, r.Next, r.Now); err != nil {
 		return hsm.Master{}, err

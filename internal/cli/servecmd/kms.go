@@ -231,7 +231,7 @@ func unlockBoth(ctx context.Context, plain *store.Plain, c KMSConfig, again *reo
 // halfMoved says that keys are in two tokens, of which one is configured.
 func halfMoved(s kms.Standing) error {
 	return fault.Newf(fault.NotReady, "open the KMS", "", "its keys are moving from the token with serial number %q to %q, and both are needed until the move is over", s.Left[0], s.Serial).
-		WithHint("serve with --secret and --values of the old token, --to-secret and --to-values of the new one; see `kmsctl hsm migrate status`")
+		WithHint("serve with --secret and --values of the old token, --to-secret and --to-values of the new one (a release: with hsm and migration.hsm); see `kmsctl hsm migrate status`")
 }
 
 // gauges shows in the metrics what the parts count.

@@ -61,7 +61,7 @@ goes on when that one dies.`,
 	fs.StringVar(&o.listen, "listen", ":28674", "address of the API")
 	o.behind.Add(fs)
 	o.behind.AddNext(fs, func(label string) {
-		newLogger(a.Err).Info("all keys have moved, and the second HSM does alone", "token", label, "hint", "see `kmsctl hsm migrate finish`")
+		newLogger(a.Err).Info("all keys have moved, and the second HSM does alone", "token", label, "hint", "it can be given alone: see `kmsctl hsm migrate --help`")
 	})
 	fs.StringVar(&o.cert, "tls-cert-file", "", "certificate of the API")
 	fs.StringVar(&o.key, "tls-key-file", "", "its key")
