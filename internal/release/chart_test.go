@@ -467,11 +467,64 @@ func TestValuesRefused(t *testing.T) {
 		"several members":      {"storage": values{"replicas": 3, "persistence": values{"existingClaim": "a"}}},
 		"exclude each other":   {"persistence": values{"hostPath": "/a", "emptyDir": true}},
 		"not an absolute path": {"persistence": values{"hostPath": "a"}},
+		"between two HSMs of":  {"migration": values{"hsm": values{"hsm_model": "gemalto", "hsm_ip": "10.0.0.1"}}},
+		"label of its own":     {"migration": values{"hsm": values{"hsm_model": "softhsm"}}},
 	} {
 		_, err := release.Template(embedded(t), "r", "n", v, "1.37.2")
 		if fault.KindOf(err) != fault.Usage || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v: %v, want %q", v, err, want)
 		}
+	}
+}
+
+// TestMigration: while keys move the pod of the API has a connector of each
+// HSM, with a password and a configuration of its own; without that nothing
+// may leave.
+func TestMigration(t *testing.T) {
+	for model, more := range map[string]values{
+		"softhsm": {"hsm_model": "softhsm", "tokenLabel": "other"},
+		"gemalto": {"hsm_model": "gemalto", "hsm_ip": "10.0.0.9", "secretName": "second"},
+	} {
+		t.Run(model, func(t *testing.T) {
+			render := func(v values) (pod corev1.PodSpec, manifest string) {
+				t.Helper()
+				m, err := release.Template(embedded(t), "r", "n", v, "1.37.2")
+				if err != nil {
+					t.Fatal(err)
+				}
+				return podSpecs(objects(t, m))["r-oss"], m
+			}
+			v := modelValues(model, nil)
+			before, manifest := render(v)
+			if len(before.Containers) != 2 || strings.Contains(manifest, "gives-keys") || strings.Contains(manifest, "to-socket") || strings.Contains(manifest, "-next") {
+				t.Errorf("without a second HSM:\n%s", manifest)
+			}
+			v["migration"] = values{"hsm": more}
+			pod, manifest := render(v)
+			lockedDown(t, "r-oss", pod)
+			if len(pod.Containers) != 3 || !slices.Contains(pod.Containers[0].Args, "--to-socket=/run/kms/next.sock") || !slices.Contains(pod.Containers[1].Args, "--gives-keys") {
+				t.Fatalf("%s", manifest)
+			}
+			next := pod.Containers[2]
+			if next.Name != "hsm-next" || next.Image != pod.Containers[1].Image || next.Args[0] != "--socket=/run/kms/next.sock" || slices.Contains(next.Args, "--gives-keys") {
+				t.Errorf("%+v", next)
+			}
+			for _, m := range next.VolumeMounts {
+				if shared := slices.Contains([]string{"connector", "tmp", "token"}, m.Name); shared == strings.HasSuffix(m.Name, "-next") {
+					t.Errorf("it mounts %s", m.Name)
+				}
+			}
+			pin := pod.Volumes[slices.IndexFunc(pod.Volumes, func(v corev1.Volume) bool { return v.Name == "pin-next" })]
+			if want := map[string]string{"softhsm": "hsm-secret-next", "gemalto": "second"}[model]; pin.Secret.SecretName != want {
+				t.Errorf("password of %s", pin.Secret.SecretName)
+			}
+			if model == "softhsm" && !slices.Contains(next.Args, "--token-label=other") {
+				t.Errorf("%v", next.Args)
+			}
+			if model == "gemalto" && (!strings.Contains(manifest, "name: r-hsm-config-next") || !strings.Contains(manifest, "ServerName00 = 10.0.0.9;")) {
+				t.Errorf("%s", manifest)
+			}
+		})
 	}
 }
 
@@ -525,6 +578,8 @@ func schemaOf(v any, path string) values {
 		switch path {
 		case ".hsm.hsm_model":
 			return values{"enum": hsm.Names()}
+		case ".migration.hsm.hsm_model":
+			return values{"enum": append([]string{""}, hsm.Names()...)}
 		case ".imagePullPolicy":
 			return values{"enum": []string{"IfNotPresent", "Always", "Never"}}
 		case ".service.type":

@@ -9,9 +9,19 @@ import (
 const migrate = "migrate"
 
 func newMigrateCmd(a *app.App) *cobra.Command {
-	cmd := &cobra.Command{Use: migrate, Short: "Move all keys to another HSM, while the KMS serves", Long: `Move all keys of the embedded KMS to another HSM, of the same model or not. Serve with both:
---secret and --values of the old one, --to-secret and --to-values of the new one. Then start
-the move. When it is done, serve with the two files of the new one as --secret and --values.
+	cmd := &cobra.Command{Use: migrate, Short: "Move all keys to another HSM, while the KMS serves", Long: `Move all keys to another HSM, while both are reachable.
+
+An embedded KMS moves to an HSM of the same model or not. Serve with both: --secret and --values
+of the old one, --to-secret and --to-values of the new one. Then start the move. When it is done,
+serve with the two files of the new one as --secret and --values.
+
+A release in a cluster moves to an HSM of the same model, softhsm or gemalto. Put the new one's
+password (and certificates) into a Secret of its own, hsm-secret-next, with the keys of
+hsm-secret. Upgrade with the new one's settings as the block migration.hsm of the values: each
+pod of the API then has a connector of either. Start the move with --in-cluster-service. When
+status says done, upgrade once more: what was in migration.hsm becomes hsm, its secretName with
+it, and the block goes. Until the move is started an upgrade with the values of before takes
+all back; after that pods with one of the two alone are not ready, and lose nothing.
 
 Each root key is wrapped by RSA-OAEP in the old token, under a public key whose private half
 the new token made and holds, and is unwrapped there: it is in the clear nowhere else. Key ids
@@ -31,7 +41,8 @@ during the move cannot be restored. Import tokens whose pair is in the old token
 	cmd.AddCommand(
 		newRotateVerb(a, migrate, "start", "Begin, or go on with what was stopped", `  kmsctl serve --data ./kms --secret old.yaml --values old_hsm.yaml --to-secret new.yaml --to-values new_hsm.yaml
   kmsctl hsm migrate start --data ./kms --wait
-  kmsctl hsm migrate start --data ./kms --leave-placed`),
+  kmsctl hsm migrate start --data ./kms --leave-placed
+  kmsctl hsm migrate start --in-cluster-service --api-key-file admin.key --wait`),
 		newRotateVerb(a, migrate, "status", "Show in which token the master keys are, and how far it is", `  kmsctl hsm migrate status --data ./kms
   kmsctl hsm migrate status --server https://kms:28674 --api-key-file admin.key -o json
   kmsctl hsm migrate status --data ./kms --wait --timeout 10m`),

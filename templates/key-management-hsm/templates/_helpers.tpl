@@ -189,6 +189,125 @@ capability, opens it to group 0. */}}
 {{- end }}
 {{- end }}
 
+{{/* The connector of an HSM: hsm is its block of the values, more the end of the
+names of what it mounts. */}}
+{{- define "kms.connector" -}}
+{{- $m := .hsm.hsm_model -}}
+{{- $block := index .root.Values $m -}}
+- name: {{ .name }}
+  image: {{ include "kms.image" (dict "root" .root "block" $block) }}
+  imagePullPolicy: {{ .root.Values.imagePullPolicy }}
+  args:
+    - --socket=/run/kms/{{ .socket }}.sock
+    - --pin-file=/run/hsm/hsm-pass
+    {{- if and .root.Values.migration.hsm.hsm_model (not .more) }}
+    - --gives-keys
+    {{- end }}
+    {{- if eq $m "softhsm" }}
+    - --module={{ .hsm.module | default "/usr/lib/softhsm/libsofthsm2.so" }}
+    - --token-label={{ .hsm.tokenLabel | default "kms" }}
+    - --softhsm-dir=/token/softhsm
+    {{- else if eq $m "gemalto" }}
+    - --module={{ .hsm.module | default "/usr/safenet/lunaclient/lib/libCryptoki2_64.so" }}
+    {{- with .hsm.tokenLabel }}
+    - --token-label={{ . }}
+    {{- else }}
+    - --slot=0
+    {{- end }}
+    {{- else }}
+    - --module={{ .hsm.module | default "/opt/nfast/toolkits/pkcs11/libcknfast.so" }}
+    {{- with .hsm.tokenLabel }}
+    - --token-label={{ . }}
+    {{- else }}
+    - --slot={{ .hsm.slotId }}
+    {{- end }}
+    {{- end }}
+  {{- if eq $m "gemalto" }}
+  env:
+    - name: ChrystokiConfigurationPath
+      value: /etc/luna
+    # Certificate, source address and registration at the appliance must
+    # be the same node's.
+    - name: HOST_IP
+      valueFrom:
+        fieldRef:
+          fieldPath: status.hostIP
+  {{- else if eq $m "thales" }}
+  env:
+    - name: NFAST_SERVER
+      value: /opt/nfast/sockets/nserver
+  {{- end }}
+  startupProbe:
+    exec:
+      command: [/usr/bin/kms-connector, check, --socket=/run/kms/{{ .socket }}.sock]
+    periodSeconds: 2
+    timeoutSeconds: 5
+    failureThreshold: 60
+  livenessProbe:
+    exec:
+      command: [/usr/bin/kms-connector, check, --socket=/run/kms/{{ .socket }}.sock]
+    periodSeconds: 20
+    timeoutSeconds: 10
+    failureThreshold: 3
+  {{- with $block.resources }}
+  resources:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  securityContext:
+    {{- include "kms.containerSecurity" .root | nindent 4 }}
+  volumeMounts:
+    - name: connector
+      mountPath: /run/kms
+    - name: tmp
+      mountPath: /tmp
+    - name: pin{{ .more }}
+      mountPath: /run/hsm
+      readOnly: true
+    {{- if eq $m "softhsm" }}
+    - name: token
+      mountPath: /token
+    {{- else if eq $m "gemalto" }}
+    - name: hsm-config{{ .more }}
+      mountPath: /etc/luna
+      readOnly: true
+    - name: server-ca{{ .more }}
+      mountPath: /run/luna/server
+      readOnly: true
+    - name: client-certs{{ .more }}
+      mountPath: /run/luna/client/client.pem
+      subPathExpr: $(HOST_IP)
+      readOnly: true
+    - name: client-certs{{ .more }}
+      mountPath: /run/luna/client/clientKey.pem
+      subPathExpr: $(HOST_IP)-key
+      readOnly: true
+    {{- else }}
+    - name: sockets
+      mountPath: /opt/nfast/sockets
+    - name: kmdata
+      mountPath: /opt/nfast/kmdata/local
+    - name: hsm-config{{ .more }}
+      mountPath: /opt/nfast/cknfastrc
+      subPath: cknfastrc
+      readOnly: true
+    {{- end }}
+{{- end }}
+
+{{/* The certificates of a Luna client. */}}
+{{- define "kms.lunaVolumes" -}}
+- name: server-ca{{ .more }}
+  secret:
+    secretName: {{ .hsm.secretName | quote }}
+    defaultMode: 0440
+    items:
+      - key: ServerCAFile
+        path: CAFile.pem
+- name: client-certs{{ .more }}
+  secret:
+    secretName: {{ .hsm.secretName | quote }}
+    defaultMode: 0440
+{{- end }}
+
 {{/* Values that contradict each other stop here, with the reason. */}}
 {{- define "kms.check" -}}
 {{- $v := .Values -}}
@@ -204,6 +323,16 @@ capability, opens it to group 0. */}}
 {{- end }}
 {{- if and (eq $m "thales") (not $v.hsm.slotId) }}
 {{- fail "hsm.slotId: missing for the model thales" }}
+{{- end }}
+{{- $next := $v.migration.hsm -}}
+{{- if and $next.hsm_model (or (ne $next.hsm_model $m) (eq $m "thales")) }}
+{{- fail (printf "migration.hsm.hsm_model: %s to %s: keys of a release move between two HSMs of one model, softhsm or gemalto" $m $next.hsm_model) }}
+{{- end }}
+{{- if and (eq $next.hsm_model "gemalto") (not $next.hsm_ip) }}
+{{- fail "migration.hsm.hsm_ip: missing for the model gemalto" }}
+{{- end }}
+{{- if and (eq $next.hsm_model "softhsm") (eq ($next.tokenLabel | default "kms") ($v.hsm.tokenLabel | default "kms")) }}
+{{- fail "migration.hsm.tokenLabel: a second SoftHSM token has a label of its own" }}
 {{- end }}
 {{- if and $v.persistence.hostPath $v.persistence.emptyDir }}
 {{- fail "persistence: hostPath and emptyDir exclude each other" }}
