@@ -121,8 +121,8 @@ func (r *replicas) use(by, opens *running) (w wrapped, err error) {
 	return w, r.open(opens, w)
 }
 
-// busy makes and uses keys by both until stop gives what was made.
-func (r *replicas) busy() (stop func() []wrapped) {
+// busy makes some keys, and uses them by both, until stop gives what was made.
+func (r *replicas) busy(some int) (stop func() []wrapped) {
 	var mu sync.Mutex
 	var all []wrapped
 	over := make(chan struct{})
@@ -142,7 +142,7 @@ func (r *replicas) busy() (stop func() []wrapped) {
 				mu.Lock()
 				all = append(all, w)
 				mu.Unlock()
-				for made >= 50 && err == nil && r.t.Context().Err() == nil { // enough; only use it
+				for made >= some && err == nil && r.t.Context().Err() == nil { // enough; only use it
 					select {
 					case <-over:
 						return
@@ -181,7 +181,7 @@ func (r *replicas) done(by *running) (s kmsapi.MasterStatus) {
 func TestMasterKeysOfTwoReplicas(t *testing.T) {
 	r, _ := newReplicas(t, func(*cluster) []string { return nil })
 	defer r.stop()
-	end := r.busy()
+	end := r.busy(50)
 	var s kmsapi.MasterStatus
 	for i, by := range []*running{r.b, r.a, r.b} {
 		if err := r.do(by, "POST", "/kmsctl/v1/master/rotate", kmsapi.MasterRotationRequest{DestroyOld: i == 2}, &s); err != nil {
@@ -220,7 +220,7 @@ func besideNext(t *testing.T) func(c *cluster) []string {
 func TestAMoveByTwoReplicas(t *testing.T) {
 	r, c := newReplicas(t, besideNext(t), "--gives-keys")
 	defer r.stop()
-	end := r.busy()
+	end := r.busy(6)
 	var s kmsapi.MasterStatus
 	if err := r.do(r.b, "POST", "/kmsctl/v1/master/migrate", kmsapi.MigrationRequest{}, &s); err != nil {
 		t.Fatal(err)
@@ -254,7 +254,7 @@ func TestAMoveWhoseReplicaIsGone(t *testing.T) {
 	r, _ := newReplicas(t, besideNext(t), "--gives-keys")
 	defer r.stop()
 	var all []wrapped
-	for range 100 {
+	for range 16 {
 		w, err := r.use(r.a, r.b)
 		if err != nil {
 			t.Fatal(err)
