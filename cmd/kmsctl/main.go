@@ -17,6 +17,7 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cli/releasecmd"
 	"github.com/kmsctl/kmsctl/internal/cli/rendercmd"
 	"github.com/kmsctl/kmsctl/internal/cli/setupcmd"
+	"github.com/kmsctl/kmsctl/internal/cli/storagecmd"
 	_ "github.com/kmsctl/kmsctl/internal/gc"
 )
 
@@ -29,7 +30,7 @@ var program = cli.Program{
 	Long: `kmsctl delivers a Key Management Service (KMS) that is backed by a hardware security
 module (HSM) to a Kubernetes site that has no way out, and runs it.`,
 	Verbs: cli.Verbs{keyscmd.New, rendercmd.New, releasecmd.New, auditcmd.New, archivecmd.New, loadcmd.New,
-		addoncmd.New, hsmcmd.New, backupcmd.New, clockcmd.New, setupcmd.New, ofServer},
+		addoncmd.New, hsmcmd.New, backupcmd.New, clockcmd.New, storagecmd.New, setupcmd.New, ofServer},
 }
 
 // ofServer are the commands that open the KMS in their own process.

@@ -118,3 +118,54 @@ type Event struct {
 	Warning               bool
 	Reason, Message       string
 }
+
+// Store is how the members of a release's store stand.
+type Store struct {
+	// Quorum says whether most voters are there and agree: without, nothing is
+	// written, and nothing read that must be new.
+	Quorum  bool          `json:"quorum"`
+	Members []StoreMember `json:"members"`
+}
+
+// States of a member of a store.
+const (
+	MemberHealthy = "healthy" // it answers
+	MemberEmpty   = "empty"   // the store knows it, and its folder has lost its data
+	MemberJoining = "joining" // it has no data, and the store does not know it (any more)
+	MemberAway    = "away"    // it does not answer
+)
+
+// Roles of a member of a store. One that is joining has none.
+const (
+	Voter   = "voter"
+	Learner = "learner" // until it has everything
+)
+
+// StoreMember is one member of a store.
+type StoreMember struct {
+	Name     string   `json:"name"`
+	ID       string   `json:"id,omitempty"` // as etcd's own tools write it
+	Role     string   `json:"role,omitempty"`
+	State    string   `json:"state"`
+	Leader   bool     `json:"leader"`
+	Bytes    int64    `json:"dbBytes"`
+	InUse    int64    `json:"dbBytesInUse"`
+	Quota    int64    `json:"dbBytesQuota"`
+	Revision int64    `json:"revision"`
+	Lag      int64    `json:"lag"` // changes that are agreed on and it has not made
+	Alarms   []string `json:"alarms,omitempty"`
+	Why      string   `json:"why,omitempty"` // it is away
+}
+
+// NoSpace is the alarm of a member whose file has reached its quota.
+const NoSpace = "NOSPACE"
+
+// Member finds a member by its name.
+func (s Store) Member(name string) (StoreMember, bool) {
+	for _, m := range s.Members {
+		if m.Name == name {
+			return m, true
+		}
+	}
+	return StoreMember{}, false
+}

@@ -27,6 +27,8 @@ type Running interface {
 type Doctor struct {
 	Preflight
 	Running Running
+	// Store asks the release's store how its members stand.
+	Store func(ctx context.Context) (cluster.Store, error)
 	// Old finds the release of IBM's own product, key-management.
 	Old func(ctx context.Context) (cluster.Release, error)
 	// Replicas asks the pods of the API.
@@ -45,6 +47,7 @@ func (d Doctor) Checks() []Check {
 		{"hsm reachable", d.reachable},
 		{"pods", d.withCluster(d.pods)},
 		{"namespace", d.withCluster(d.namespace)},
+		{"store", d.withCluster(d.store)},
 		{"import of keys", d.imports},
 		{"old product", d.withCluster(d.old)},
 		{"old api key", d.withCluster(d.oldKey)},
@@ -95,7 +98,7 @@ var symptoms = []symptom{
 	{pattern.Lazy(`-pep`), pattern.Lazy(`CreateContainerConfigError`), "the value of kms-api-key is not valid", "put a real API key into key-management-secret, and start the secret watcher again"},
 	{pattern.Lazy(``), pattern.Lazy(`(?i)no reachable servers`), "the node cannot look up services", "see that the cluster's DNS pods are ready and reached from that node"},
 	{pattern.Lazy(``), pattern.Lazy(`CKR_PIN_INCORRECT|CKR_PIN_LOCKED|refused before`), "the HSM refused the password", "put the right one into hsm-secret; it is tried once, not again, until it changes"},
-	{pattern.Lazy(``), pattern.Lazy(`CKR_DEVICE|CKR_TOKEN_NOT_PRESENT|CKR_GENERAL_ERROR|connection refused|i/o timeout`), "the HSM does not answer: calls end with 503", "see the check \"hsm reachable\", and the appliance's own state"},
+	{pattern.Lazy(`middleware|-oss-`), pattern.Lazy(`CKR_DEVICE|CKR_TOKEN_NOT_PRESENT|CKR_GENERAL_ERROR|connection refused|i/o timeout`), "the HSM does not answer: calls end with 503", "see the check \"hsm reachable\", and the appliance's own state"},
 }
 
 func explain(p cluster.Pod) Finding {

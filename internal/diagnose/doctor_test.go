@@ -56,9 +56,71 @@ func named(name string, labels map[string]string) func(corev1.PodStatus) *corev1
 
 func (w *world) doctor(t *testing.T, old func(context.Context) (cluster.Release, error)) diagnose.Report {
 	t.Helper()
+	return w.doctorOf(t, old, func(context.Context) (cluster.Store, error) { return whole(nil), nil })
+}
+
+func (w *world) doctorOf(t *testing.T, old func(context.Context) (cluster.Release, error), store func(context.Context) (cluster.Store, error)) diagnose.Report {
+	t.Helper()
 	c := w.cluster()
 	w.pre.Cluster = c
-	return note(diagnose.Run(t.Context(), diagnose.Doctor{Preflight: w.pre, Running: c, Old: old, Replicas: w.replicas}.Checks()))
+	return note(diagnose.Run(t.Context(), diagnose.Doctor{Preflight: w.pre, Running: c, Store: store, Old: old, Replicas: w.replicas}.Checks()))
+}
+
+// whole is a store of three, of which the second is spoilt.
+func whole(spoil func(*cluster.StoreMember)) cluster.Store {
+	st := cluster.Store{Quorum: true}
+	for _, name := range []string{"s0", "s1", "s2"} {
+		st.Members = append(st.Members, cluster.StoreMember{Name: name, ID: "1" + name, Role: cluster.Voter, State: cluster.MemberHealthy, Bytes: 1 << 20, InUse: 1 << 20, Quota: 8 << 30})
+	}
+	if spoil != nil {
+		spoil(&st.Members[1])
+	}
+	return st
+}
+
+// TestDoctorOfTheStore: what is wrong with each member is said, with what to
+// type.
+func TestDoctorOfTheStore(t *testing.T) {
+	const replace = "`kmsctl storage replace s1 -n kube-system`"
+	for name, c := range map[string]struct {
+		spoil        func(*cluster.StoreMember)
+		err          error
+		verdict      diagnose.Verdict
+		reason, cure string
+	}{
+		"whole":      {nil, nil, diagnose.OK, "all 3 members are there", ""},
+		"empty":      {func(m *cluster.StoreMember) { m.State = cluster.MemberEmpty }, nil, diagnose.Fail, "s1 has lost its data", replace},
+		"away":       {func(m *cluster.StoreMember) { m.State, m.Why = cluster.MemberAway, "refused" }, nil, diagnose.Fail, "s1 does not answer: refused", replace},
+		"joins":      {func(m *cluster.StoreMember) { m.State, m.Role = cluster.MemberJoining, "" }, nil, diagnose.Warn, "s1 joins the store", "wait"},
+		"learns":     {func(m *cluster.StoreMember) { m.Role = cluster.Learner }, nil, diagnose.Warn, "s1 joins the store", "wait"},
+		"full":       {func(m *cluster.StoreMember) { m.Alarms = []string{cluster.NoSpace} }, nil, diagnose.Fail, "s1 has no room: its file of 1 MiB has reached what etcd may hold (8192 MiB)", "purge"},
+		"corrupt":    {func(m *cluster.StoreMember) { m.Alarms = []string{"CORRUPT"} }, nil, diagnose.Fail, "s1 has raised the alarm CORRUPT", replace},
+		"nearly":     {func(m *cluster.StoreMember) { m.InUse = 7 << 30 }, nil, diagnose.Warn, "s1 holds 7168 of the 8192 MiB", "purge"},
+		"slow":       {func(m *cluster.StoreMember) { m.Lag = 5000 }, nil, diagnose.Warn, "s1 is 5000 changes behind", "disk"},
+		"none":       {nil, fault.Newf(fault.NotFound, "find service", "x", "not there"), diagnose.Skip, "the release has no storage", ""},
+		"forbidden":  {nil, fault.Newf(fault.Denied, "run a command in pod", "x", "no"), diagnose.Skip, "may not run a command", ""},
+		"no pod":     {nil, fault.Newf(fault.NotReady, "reach service", "x", "none of its 3 pods runs"), diagnose.Fail, "none of its 3 pods runs", "pods"},
+		"not looked": {nil, errors.ErrUnsupported, diagnose.Skip, "the store cannot be asked", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			look := func(context.Context) (cluster.Store, error) { return whole(c.spoil), c.err }
+			if errors.Is(c.err, errors.ErrUnsupported) {
+				look = nil
+			}
+			got := find(running(t).doctorOf(t, none, look), "store")
+			if len(got) != 1 || got[0].Verdict != c.verdict || !strings.Contains(got[0].Reason, c.reason) || !strings.Contains(got[0].Cure, c.cure) {
+				t.Errorf("want %s %q, cure %q; got %+v", c.verdict, c.reason, c.cure, got)
+			}
+		})
+	}
+	got := find(running(t).doctorOf(t, none, func(context.Context) (cluster.Store, error) {
+		st := whole(func(m *cluster.StoreMember) { m.State = cluster.MemberEmpty })
+		st.Quorum = false
+		return st, nil
+	}), "store")
+	if len(got) != 2 || !strings.Contains(got[0].Reason, "nothing is written") || !strings.Contains(got[0].Cure, "kmsctl restore FILE") {
+		t.Errorf("without a majority: %+v", got)
+	}
 }
 
 func running(t *testing.T) *world {

@@ -80,7 +80,7 @@ func unseen() (missing []string) {
 // are skipped.
 func messages() (out []string) {
 	at := map[string]int{"fail": 1, "warn": 1, "bad": 2, "skip": 0}
-	for _, file := range []string{"preflight.go", "rights.go", "doctor.go", "replicas.go"} {
+	for _, file := range []string{"preflight.go", "rights.go", "doctor.go", "replicas.go", "store.go"} {
 		f, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
 		if err != nil {
 			panic(err)

@@ -34,7 +34,7 @@ var floor = map[string]int{
 	"internal/server": 3, "internal/plugin": 3, "internal/watcher": 3,
 	"internal/cli/app":      4,
 	"internal/cli/setupcmd": 5, "internal/cli/archivecmd": 5, "internal/cli/loadcmd": 5, "internal/cli/rendercmd": 5,
-	"internal/cli/addoncmd": 5, "internal/cli/releasecmd": 5, "internal/cli/hsmcmd": 5, "internal/cli/servecmd": 5, "internal/cli/keyscmd": 5, "internal/cli/auditcmd": 5, "internal/cli/backupcmd": 5, "internal/cli/clockcmd": 5,
+	"internal/cli/addoncmd": 5, "internal/cli/releasecmd": 5, "internal/cli/hsmcmd": 5, "internal/cli/servecmd": 5, "internal/cli/keyscmd": 5, "internal/cli/auditcmd": 5, "internal/cli/backupcmd": 5, "internal/cli/clockcmd": 5, "internal/cli/storagecmd": 5,
 	"internal/cli": 6,
 	"cmd/kmsctl":   7, "cmd/kms-server": 7, "cmd/kms-connector": 7,
 

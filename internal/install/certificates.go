@@ -33,6 +33,19 @@ func CASecret(release string) string { return release + "-ca" }
 // API is the name of a release's API, its StatefulSet and the Service of its pods.
 func API(release string) string { return release + "-oss" }
 
+// Storage is the name of a release's storage, its StatefulSet and the Service of
+// its pods.
+func Storage(release string) string { return release + "-storage" }
+
+// StorageMembers are the names that the members of a release's store may have,
+// which are those of their pods.
+func StorageMembers(release string) (names []string) {
+	for i := range maxMembers {
+		names = append(names, fmt.Sprintf("%s-%d", Storage(release), i))
+	}
+	return names
+}
+
 func apiSecret(release string) string { return release + "-api-tls" }
 
 // Leaves lists the certificates of a release.
@@ -42,14 +55,14 @@ func Leaves(release, namespace, domain, service string) []Leaf {
 		api = append(api, n, n+"."+namespace, n+"."+namespace+".svc", n+"."+namespace+".svc."+domain)
 	}
 	storage := []string{"localhost", "127.0.0.1"}
-	for i := range maxMembers {
-		n := fmt.Sprintf("%s-storage-%d.%s-storage.%s.svc", release, i, release, namespace)
+	for _, member := range StorageMembers(release) {
+		n := fmt.Sprintf("%s.%s.%s.svc", member, Storage(release), namespace)
 		storage = append(storage, n, n+"."+domain)
 	}
 	return []Leaf{
 		{apiSecret(release), "kms-api", pki.Server, api},
-		{release + "-storage-tls", pki.StorageName, pki.Peer, storage},
-		{release + "-storage-client-tls", "oss", pki.Client, nil},
+		{Storage(release) + "-tls", pki.StorageName, pki.Peer, storage},
+		{Storage(release) + "-client-tls", "oss", pki.Client, nil},
 	}
 }
 

@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
 	"slices"
 	"time"
@@ -19,7 +21,7 @@ import (
 
 const (
 	meetPause = 200 * time.Millisecond
-	meetTime  = 2 * time.Minute // then the pod's log says what it waits for
+	meetLong  = 2 * time.Second // when it waits for a person
 	lookTime  = 5 * time.Second
 )
 
@@ -35,29 +37,36 @@ type meeting struct {
 	web *http.Client
 }
 
-// find gives the members of the store as it shall start: nil when the store
-// begins, with the members of the settings.
-func (s ServerConfig) find(ctx context.Context, info transport.TLSInfo, t *tls.Config) (types.URLsMap, error) {
-	ctx, cancel := context.WithTimeout(ctx, meetTime)
-	defer cancel()
+// meet gives the meeting of this member with the others, until done.
+func (s ServerConfig) meet(info transport.TLSInfo) (m meeting, done func(), err error) {
 	tr, err := transport.NewTransport(info, lookTime)
 	if err != nil {
-		return nil, fault.New(fault.Usage, "read the certificates of storage", s.CertFile, err)
+		return meeting{}, nil, fault.New(fault.Usage, "read the certificates of storage", s.CertFile, err)
 	}
-	defer tr.CloseIdleConnections()
+	return meeting{s, &http.Client{Transport: tr, Timeout: lookTime}}, tr.CloseIdleConnections, nil
+}
+
+// find gives the members of the store as it shall start: nil when the store
+// begins, with the members of the settings. It takes as long as ctx has, since
+// a new start would find what this one finds.
+func (s ServerConfig) find(ctx context.Context, info transport.TLSInfo, t *tls.Config) (types.URLsMap, error) {
+	m, hangUp, err := s.meet(info)
+	if err != nil {
+		return nil, err
+	}
+	defer hangUp()
 	l, err := listen(ctx, s.ListenPeer)
 	if err != nil {
 		return nil, err
 	}
-	early := &http.Server{ReadHeaderTimeout: lookTime, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTooEarly) })}
+	early := &http.Server{ReadHeaderTimeout: lookTime, ErrorLog: log.New(io.Discard, "", 0), Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTooEarly) })}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		_ = early.Serve(tls.NewListener(l, t)) // it ends when it is closed
 	}()
 	defer func() { _ = early.Close(); <-done }()
-	m := meeting{s, &http.Client{Transport: tr, Timeout: lookTime}}
-	for {
+	for pause := meetPause; ; pause = min(2*pause, meetLong) {
 		found, ready, err := m.look(ctx)
 		if err == nil && ready {
 			return found, nil
@@ -65,10 +74,13 @@ func (s ServerConfig) find(ctx context.Context, info transport.TLSInfo, t *tls.C
 		if fault.KindOf(err) == fault.Conflict {
 			return nil, err
 		}
+		if err != nil && s.Waits != nil {
+			s.Waits(err)
+		}
 		select {
 		case <-ctx.Done():
 			return nil, errors.Join(err, ctx.Err())
-		case <-time.After(meetPause):
+		case <-time.After(pause):
 		}
 	}
 }
@@ -133,8 +145,9 @@ func (m meeting) place(store []*membership.Member) (*membership.Member, error) {
 		at, known := m.s.Members[o.Name]
 		switch {
 		case o.Name == m.s.Name && len(o.ClientURLs) > 0:
-			return nil, fault.Newf(fault.Conflict, "start storage in", m.s.Dir, "the store knows member %q, and its folder is empty", o.Name).
-				WithHint("bring back the volume of %s; the others go on without it", o.Name)
+			// What it had promised as a voter is lost: it must not vote again.
+			return nil, fault.Newf(fault.NotReady, "start storage in", m.s.Dir, "the store knows member %q, and its folder is empty", o.Name).
+				WithHint("bring back the volume of %s; when that is lost, `kmsctl storage replace %s` lets it learn all from the others", o.Name, o.Name)
 		case o.Name == m.s.Name || (o.Name == "" && slices.Contains(o.PeerURLs, m.s.Members[m.s.Name])):
 			mine = o
 		case o.Name != "" && !known:
@@ -154,7 +167,7 @@ func (m meeting) add(ctx context.Context, store []*membership.Member) error {
 		if o.IsLearner || len(o.ClientURLs) == 0 {
 			continue
 		}
-		c, err := Dial(ctx, Remote{Endpoints: o.ClientURLs, CAFile: m.s.CAFile, CertFile: m.s.CertFile, KeyFile: m.s.KeyFile})
+		c, err := Dial(ctx, m.s.remote(o.ClientURLs))
 		if err != nil {
 			return err
 		}

@@ -34,9 +34,12 @@ type ServerConfig struct {
 
 	// Members are all members of the store with their URLs for each other,
 	// this one included; none for a store of one that never grows. Members may
-	// join a store, and never leave it.
+	// join a store, and leave it only to join it anew.
 	Members    map[string]string
 	ListenPeer string // https://0.0.0.0:2380
+
+	// Waits hears again and again what a member without data waits for; may be nil.
+	Waits func(error)
 }
 
 // Check holds the rules for the settings.
@@ -135,7 +138,7 @@ func (s ServerConfig) start(ctx context.Context, info transport.TLSInfo, clients
 	// It is ready when most members are, which may be long after.
 	m, err := start(ctx, cfg, tls.NewListener(peers, t), 0)
 	if err != nil {
-		return nil, errors.Join(err, ignoreClosed(peers.Close()))
+		return nil, errors.Join(cmp.Or(s.leftOut(ctx), err), ignoreClosed(peers.Close()))
 	}
 	if err := m.settle(ctx, cfg.PeerURLs); err != nil {
 		m.Close()

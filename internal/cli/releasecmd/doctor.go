@@ -35,10 +35,10 @@ func newDoctorCmd(a *app.App, run func(context.Context, *doctorOptions) error) *
 	}
 	cmd := &cobra.Command{
 		Use: "doctor", Short: "Say what is wrong with a release, and what cures it", Args: cobra.NoArgs,
-		Long: `Look at an installed release: its pods and what keeps them from being ready, hsm-secret, the
-certificates, the HSM, what each replica of the API says of itself, of its clock and of keys that
-come near their limit, and the known faults of the old product beside the release. Changes nothing;
-exits 7 when something is wrong.
+		Long: `Look at an installed release: its pods and what keeps them from being ready, the members of its
+store (asked by a command in one of their pods), hsm-secret, the certificates, the HSM, what each
+replica of the API says of itself, of its clock and of keys that come near their limit, and the
+known faults of the old product beside the release. Changes nothing; exits 7 when something is wrong.
 
 --bundle writes what support needs into a tar.gz: the report, the release's values as far as
 the chart knows them, pods, logs; of Secrets only names and sizes. It holds no secret: what is
@@ -69,6 +69,7 @@ func runDoctor(ctx context.Context, o *doctorOptions) error {
 		d.ClusterErr = err
 	} else {
 		d.Cluster, d.Running = c, c
+		d.Store = func(ctx context.Context) (cluster.Store, error) { return o.Store(ctx, &o.kube) }
 		d.Current = func(context.Context) (cluster.Release, error) { return h.Get(o.kube.Release) }
 		d.Replicas = func(ctx context.Context) ([]diagnose.Replica, error) { return o.Replicas(ctx, c, o.kube) }
 		d.Old = func(context.Context) (cluster.Release, error) { return h.Get("key-management") }

@@ -5,14 +5,11 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"fmt"
 	"io"
 	"maps"
-	"strings"
 	"time"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
-	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/install"
 	"github.com/kmsctl/kmsctl/internal/kube"
 )
@@ -69,9 +66,6 @@ func (o *restoreOptions) runInCluster(ctx context.Context) error {
 	return o.Print(res)
 }
 
-// apiContainer is the API in its pods.
-const apiContainer = "oss"
-
 // inPod runs `run restore` in pods of a release's API.
 type inPod struct {
 	*app.App
@@ -106,56 +100,10 @@ func (o inPod) removedSince(ctx context.Context, since time.Time) (removed, erro
 	return all, nil
 }
 
-// run gives what `run restore` says in a pod, or its error.
+// run gives what `run restore` says in a pod, which knows what stands behind
+// it, or its error.
 func (o inPod) run(ctx context.Context, pod string, in io.Reader, result any, flags ...string) error {
-	var out, errs bytes.Buffer
-	code, err := o.cluster.Run(ctx, kube.Exec{Namespace: o.kube.Namespace, Service: install.API(o.kube.Release), Pod: pod, Container: apiContainer, Stdin: in, Stdout: &out, Stderr: &errs,
-		Command: func(args []string) []string { return inPodCommand(args, flags) }})
-	said := o.passOn(errs.String())
-	if err != nil {
-		return fault.New(fault.KindOf(err), "restore into release", o.kube.Release, err).WithHint("%s", cutOffHint(err))
-	}
-	if code != 0 {
-		return fault.New(fault.KindNamed(said.Kind), "restore into release", o.kube.Release, said.Err())
-	}
-	if err := json.Unmarshal(out.Bytes(), result); err != nil {
-		return fault.New(fault.Other, "restore into release", o.kube.Release, fmt.Errorf("its answer is not understood: %w", err)).WithHint("kmsctl and the release must be of one version")
-	}
-	return nil
-}
-
-// cutOffHint is for who does not know how far it got.
-func cutOffHint(err error) string {
-	if h := fault.HintOf(err); h != "" {
-		return h
-	}
-	return "the same command again goes on where it was; --undo takes back what it did"
-}
-
-// inPodCommand is `run restore` with what the API was told about what stands
-// behind it.
-func inPodCommand(args, flags []string) []string {
-	cmd := []string{"/kms-server", "run", "restore", "-o", "json"}
-	for _, a := range args {
-		name, _, _ := strings.Cut(a, "=")
-		if name == "--connector-socket" || name == "--audit-dir" || strings.HasPrefix(name, "--etcd-") {
-			cmd = append(cmd, a)
-		}
-	}
-	return append(cmd, flags...)
-}
-
-// passOn prints what the pod warned of, and gives its error.
-func (o inPod) passOn(stderr string) fault.Said {
-	last := fault.Said{Message: "it said nothing"}
-	for line := range strings.Lines(stderr) {
-		var s fault.Said
-		if json.Unmarshal([]byte(line), &s) == nil && s.Message != "" {
-			last = s
-			continue
-		}
-		last.Message = strings.TrimSpace(line)
-		fmt.Fprint(o.Err, line)
-	}
-	return last
+	return o.RunInPod(ctx, &o.kube, "restore into release", "the same command again goes on where it was; --undo takes back what it did", app.PodRun{
+		Service: install.API(o.kube.Release), Pod: pod, Container: "oss", Verb: "restore", Stdin: in, Flags: flags,
+		Keep: []string{"--connector-socket=", "--audit-dir=", "--etcd-"}}, result)
 }

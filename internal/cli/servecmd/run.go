@@ -5,13 +5,16 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/fault"
@@ -280,7 +283,9 @@ func newRunStorageCmd(a *app.App, run func(context.Context, *storageOptions) err
 		Long: `Run an etcd member: the only one of its store, or one of three, each of which gets all
 three by --member. A store of three begins only when all three are there and none has data;
 a store that is there is joined, by one member after the other. No member leaves it: a folder
-whose store has members that are not named is refused.`,
+whose store has members that are not named is refused. A member whose folder has lost its data
+does not begin, and says so in its log and on /readyz, until ` + "`kmsctl storage replace`" + ` has
+taken it out: then it joins as one that learns, and votes when it has everything.`,
 		Example: "  kmsctl run storage --data-dir /data --listen-client https://0.0.0.0:2379 --cert-file … --key-file … --ca-file …",
 		RunE:    func(cmd *cobra.Command, _ []string) error { return app.Run(cmd.Context(), o, run) },
 	}
@@ -289,40 +294,57 @@ whose store has members that are not named is refused.`,
 	fs.StringVar(&o.cfg.Name, "name", "storage-0", "name of the member")
 	fs.StringVar(&o.cfg.ListenClient, "listen-client", "https://0.0.0.0:2379", "address for clients")
 	fs.StringVar(&o.cfg.AdvertiseHost, "advertise-host", "", "DNS name that clients use")
-	fs.StringVar(&o.cfg.CertFile, "cert-file", "", "certificate of this server")
-	fs.StringVar(&o.cfg.KeyFile, "key-file", "", "its key")
-	fs.StringVar(&o.cfg.CAFile, "ca-file", "", "CA that signs the certificates of clients and members")
-	fs.StringToStringVar(&o.cfg.Members, "member", nil, "NAME=https://HOST:PORT of each member of the store, this one included; repeatable; without it, it is the only one for good")
+	addPeer(fs, &o.cfg, "this one included; repeatable; without it, it is the only one for good")
 	fs.StringVar(&o.cfg.ListenPeer, "listen-peer", "https://0.0.0.0:2380", "address for the other members")
 	fs.StringVar(&o.health, "listen-health", "", "address of /readyz, in plain HTTP")
 	return cmd
 }
 
-// Check holds the rules of the flags.
-func (o *storageOptions) Check() error {
-	errs := []error{o.cfg.Check()}
-	for name, v := range map[string]string{"data-dir": o.cfg.Dir, "cert-file": o.cfg.CertFile, "key-file": o.cfg.KeyFile, "ca-file": o.cfg.CAFile} {
-		if v == "" {
-			errs = append(errs, fault.Usagef("--%s: missing", name))
+// addPeer puts the flags into fs by which members know each other.
+func addPeer(fs *pflag.FlagSet, c *store.ServerConfig, rest string) {
+	fs.StringVar(&c.CertFile, "cert-file", "", "certificate of this member")
+	fs.StringVar(&c.KeyFile, "key-file", "", "its key")
+	fs.StringVar(&c.CAFile, "ca-file", "", "CA that signs the certificates of clients and members")
+	fs.StringToStringVar(&c.Members, "member", nil, "NAME=https://HOST:PORT of each member of the store, "+rest)
+}
+
+// checkPeer holds the rules of those flags.
+func checkPeer(c store.ServerConfig) error {
+	var errs []error
+	for _, f := range [][2]string{{"cert-file", c.CertFile}, {"key-file", c.KeyFile}, {"ca-file", c.CAFile}} {
+		if f[1] == "" {
+			errs = append(errs, fault.Usagef("--%s: missing", f[0]))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-func runStorage(ctx context.Context, o *storageOptions) error {
-	m, err := store.OpenServer(ctx, o.cfg)
-	if err != nil {
-		return err
+// Check holds the rules of the flags.
+func (o *storageOptions) Check() error {
+	errs := []error{o.cfg.Check(), checkPeer(o.cfg)}
+	if o.cfg.Dir == "" {
+		errs = append(errs, fault.Usagef("--data-dir: missing"))
 	}
-	defer m.Close()
+	return errors.Join(errs...)
+}
+
+func runStorage(ctx context.Context, o *storageOptions) error {
 	log := newLogger(o.Err)
+	h := &storageHealth{log: log}
+	o.cfg.Waits = h.waits
 	if o.health != "" {
-		stop, err := serveHealth(ctx, o.health, m)
+		stop, err := h.serve(ctx, o.health)
 		if err != nil {
 			return err
 		}
 		defer stop()
 	}
+	m, err := store.OpenServer(ctx, o.cfg)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	h.runs(m)
 	log.Info("ready", "listen", o.cfg.ListenClient, "members", max(len(o.cfg.Members), 1))
 	select {
 	case <-ctx.Done():
@@ -335,18 +357,70 @@ func runStorage(ctx context.Context, o *storageOptions) error {
 // healthWait is how long a member may take to agree with the others.
 const healthWait = 3 * time.Second
 
-// serveHealth answers probes. A member without most of the others is not ready.
-func serveHealth(ctx context.Context, listen string, m *store.Member) (stop func(), err error) {
+// storageHealth answers probes, from before the member runs.
+type storageHealth struct {
+	log *slog.Logger
+
+	mu     sync.Mutex
+	member *store.Member // nil until it runs
+	why    error         // it does not run yet
+}
+
+// waits takes what the member waits for, and logs it when it is news.
+func (h *storageHealth) waits(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !sameObject(h.why, err) {
+		h.log.Warn("waiting", "error", err, "kind", fault.KindOf(err).String(), "hint", fault.HintOf(err))
+	}
+	h.why = err
+}
+
+// sameObject says whether two faults are about the same: their causes may have
+// numbers that change from one attempt to the next.
+func sameObject(a, b error) bool {
+	var f, g *fault.Error
+	return errors.As(a, &f) && errors.As(b, &g) && f.Op == g.Op && f.Object == g.Object
+}
+
+func (h *storageHealth) runs(m *store.Member) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.member = m
+}
+
+// ready is nil for a member that most of the others agree with.
+func (h *storageHealth) ready(ctx context.Context) error {
+	h.mu.Lock()
+	m, why := h.member, h.why
+	h.mu.Unlock()
+	switch {
+	case m == nil && why == nil:
+		return errors.New("starting")
+	case m == nil:
+		if hint := fault.HintOf(why); hint != "" {
+			return fmt.Errorf("%w (%s)", why, hint)
+		}
+		return why
+	}
+	ctx, cancel := context.WithTimeout(ctx, healthWait)
+	defer cancel()
+	if err := m.Ready(ctx); err != nil {
+		return fmt.Errorf("the members do not agree: %w", err)
+	}
+	return nil
+}
+
+// serve answers until stop.
+func (h *storageHealth) serve(ctx context.Context, listen string) (stop func(), err error) {
 	l, err := new(net.ListenConfig).Listen(ctx, "tcp", listen)
 	if err != nil {
 		return nil, fault.New(fault.Conflict, "listen on", listen, err)
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), healthWait)
-		defer cancel()
-		if err := m.Ready(ctx); err != nil {
-			http.Error(w, "the members do not agree: "+err.Error(), http.StatusServiceUnavailable)
+		if err := h.ready(r.Context()); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 		}
 	})
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: healthWait}

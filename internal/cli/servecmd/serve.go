@@ -25,7 +25,7 @@ import (
 // New gives the commands of this package.
 func New(a *app.App) []*cobra.Command {
 	run := &cobra.Command{Use: "run", Short: "Run one workload of the KMS, as the chart's pods do"}
-	run.AddCommand(newRunAPICmd(a, nil), newRunStorageCmd(a, nil), newRunWatcherCmd(a, nil), newRunRestoreCmd(a, nil), newRunPrepareCmd(a, nil))
+	run.AddCommand(newRunAPICmd(a, nil), newRunStorageCmd(a, nil), newRunWatcherCmd(a, nil), newRunRestoreCmd(a, nil), newRunMembersCmd(a, nil), newRunPrepareCmd(a, nil))
 	return []*cobra.Command{newServeCmd(a, nil), run, newRestoreCmd(a, nil), newPluginCmd(a, nil)}
 }
 
