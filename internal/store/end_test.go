@@ -2,6 +2,7 @@ package store_test
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -156,5 +157,36 @@ func TestLeave(t *testing.T) {
 	}
 	if err := s.Commit(ctx, record.Change{Path: "late", Value: thing{6}}); fault.KindOf(err) != fault.NotReady {
 		t.Errorf("a late write: %v", err)
+	}
+}
+
+// TestStoreThatBeganAnew: an etcd that lost all its data under a running store
+// is not taken for the one that it was.
+func TestStoreThatBeganAnew(t *testing.T) {
+	configs, endpoints, file := trio(t)
+	alone := configs[0]
+	alone.Members = nil
+	m := begin(t, alone)[0]
+	s := open(t, dial(t, endpoints[:1], file))
+	for i := range 10 {
+		if err := s.Commit(t.Context(), record.Change{Path: fmt.Sprint("x/", i), Value: thing{i}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.Close()
+	m = begin(t, alone)[0]
+	for i := 0; s.Commit(t.Context(), record.Change{Path: fmt.Sprint("later/", i), Value: thing{i}}) != nil; i++ { // until the view is fed again
+		select {
+		case <-s.Ended():
+			t.Fatal("a restart ended the store")
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+	m.Close()
+	wipe(t, alone)
+	begin(t, alone)
+	select {
+	case <-s.Ended():
+	case <-t.Context().Done():
 	}
 }

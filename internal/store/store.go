@@ -251,13 +251,31 @@ func (s *Store) watch(ctx context.Context) {
 		ch := s.c.Watch(wctx, root, clientv3.WithPrefix(), clientv3.WithRev(from), clientv3.WithProgressNotify())
 		compacted := s.follow(wctx, ch)
 		cancel()
-		if compacted && ctx.Err() == nil {
+		switch {
+		case ctx.Err() != nil:
+		case compacted:
 			_ = s.load(ctx) // on failure the view stays stale, says so, and the loop tries again
+		default:
+			s.endOfAnother(ctx)
 		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(50 * time.Millisecond): // a broken etcd must not be asked in a hot loop
 		}
+	}
+}
+
+// endOfAnother ends the store when etcd has not come as far as the view: it
+// has lost all its members' data and begun anew, and would say nothing until
+// it is as far again, and then only what is new.
+func (s *Store) endOfAnother(ctx context.Context) {
+	ctx, cancel := bound(ctx)
+	defer cancel()
+	s.mu.RLock()
+	seen := s.rev
+	s.mu.RUnlock()
+	if res, err := s.c.Get(ctx, root, clientv3.WithCountOnly()); err == nil && res.Header.Revision < seen {
+		s.end()
 	}
 }
 
