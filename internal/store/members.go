@@ -153,7 +153,7 @@ func (h heard) member(name string, o *membership.Member, agreed uint64) cluster.
 		st := h.status
 		m.State, m.Leader = cluster.MemberHealthy, st.Leader == st.Header.MemberId
 		m.Bytes, m.InUse, m.Quota, m.Revision = st.DbSize, st.DbSizeInUse, st.DbSizeQuota, st.Header.Revision
-		m.Lag = max(0, int64(agreed)-int64(st.RaftAppliedIndex)) //nolint:gosec // indexes of a log stay far below 2^63
+		m.Lag = max(0, int64(agreed)-int64(st.RaftAppliedIndex))
 		for _, e := range st.Errors {
 			if a := alarm().FindStringSubmatch(e); a != nil && a[1] == fmt.Sprint(st.Header.MemberId) {
 				m.Alarms = append(m.Alarms, a[2])

@@ -110,7 +110,7 @@ func (s *trio) kill(name string) {
 func (s *trio) probe(name string, status int, says ...string) {
 	s.t.Helper()
 	for got := ""; ; {
-		res, err := http.Get("http://" + s.ports[name][2] + "/readyz") //nolint:noctx // it answers at once
+		res, err := http.Get("http://" + s.ports[name][2] + "/readyz")
 		if err == nil {
 			b, _ := io.ReadAll(res.Body)
 			res.Body.Close()
