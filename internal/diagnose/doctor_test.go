@@ -115,10 +115,10 @@ func TestDoctorOfTheStore(t *testing.T) {
 	}
 	got := find(running(t).doctorOf(t, none, func(context.Context) (cluster.Store, error) {
 		st := whole(func(m *cluster.StoreMember) { m.State = cluster.MemberEmpty })
-		st.Quorum = false
+		st.Quorum, st.Members[2].State = false, cluster.MemberAway
 		return st, nil
 	}), "store")
-	if len(got) != 2 || !strings.Contains(got[0].Reason, "nothing is written") || !strings.Contains(got[0].Cure, "kmsctl restore FILE") {
+	if len(got) != 3 || !strings.Contains(got[0].Reason, "nothing is written") || !strings.Contains(got[0].Cure, "kmsctl restore FILE") || strings.Contains(got[1].Cure+got[2].Cure, "replace") {
 		t.Errorf("without a majority: %+v", got)
 	}
 }

@@ -36,7 +36,7 @@ func (d Doctor) store(ctx context.Context) []Finding {
 		out = append(out, bad(Fail, d.lostCure(), "most members of the store are not there with their data: nothing is written"))
 	}
 	for _, m := range st.Members {
-		if f := d.member(m); f != nil {
+		if f := d.member(m, st.Quorum); f != nil {
 			out = append(out, *f)
 		}
 	}
@@ -49,22 +49,28 @@ func (d Doctor) lostCure() string {
 		"`kubectl delete pvc,pod -n %s -l app.kubernetes.io/instance=%s,app.kubernetes.io/component=storage` makes an empty one, and `kmsctl restore FILE --in-cluster-service` brings a backup in", d.Namespace, d.Release)
 }
 
-// member is what is wrong with one member, or nil.
-func (d Doctor) member(m cluster.StoreMember) *Finding {
-	replace := fmt.Sprintf("kmsctl storage replace %s -n %s", m.Name, d.Namespace)
+// member is what is wrong with one member, or nil. Without a majority nobody
+// can be replaced.
+func (d Doctor) member(m cluster.StoreMember, quorum bool) *Finding {
+	replace := fmt.Sprintf("`kmsctl storage replace %s -n %s`", m.Name, d.Namespace)
+	renew := "delete its volume's claim and its pod, and then: " + replace
 	var f Finding
 	switch {
+	case m.State == cluster.MemberEmpty && !quorum:
+		f = bad(Fail, "bring its volume back", "%s has lost its data, and it must not vote", m.Name)
 	case m.State == cluster.MemberEmpty:
-		f = bad(Fail, "bring its volume back; when that is lost: `"+replace+"`", "%s has lost its data: its volume is empty, and it must not vote", m.Name)
+		f = bad(Fail, "bring its volume back; when that is lost: "+replace, "%s has lost its data: its volume is empty, and it must not vote", m.Name)
+	case m.State == cluster.MemberAway && !quorum:
+		f = bad(Fail, "see why its pod does not run", "%s is away: %s", m.Name, m.Why)
 	case m.State == cluster.MemberAway:
-		f = bad(Fail, "see why its pod does not run; when its volume is lost or damaged, delete the volume's claim and the pod, and then: `"+replace+"`", "%s does not answer: %s", m.Name, m.Why)
+		f = bad(Fail, "see why its pod does not run; when its volume is lost or damaged, "+renew, "%s does not answer: %s", m.Name, m.Why)
 	case m.State == cluster.MemberJoining, m.Role == cluster.Learner:
 		f = bad(Warn, "wait a little: it votes when it has everything", "%s joins the store", m.Name)
 	case slices.Contains(m.Alarms, cluster.NoSpace):
 		f = bad(Fail, "delete and purge keys that are not needed: the store is compacted by itself and takes writes again; reads go on meanwhile",
 			"%s has no room: its file of %d MiB has reached what etcd may hold (%d MiB), and nothing is written", m.Name, m.Bytes>>20, m.Quota>>20)
 	case len(m.Alarms) > 0:
-		f = bad(Fail, "delete its volume's claim and its pod, and then: `"+replace+"`", "%s has raised the alarm %s: its data are damaged", m.Name, strings.Join(m.Alarms, ", "))
+		f = bad(Fail, renew, "%s has raised the alarm %s: its data are damaged", m.Name, strings.Join(m.Alarms, ", "))
 	case m.Quota > 0 && float64(m.InUse) > nearlyFull*float64(m.Quota):
 		f = bad(Warn, "delete and purge keys that are not needed, before nothing can be written", "%s holds %d of the %d MiB that it may", m.Name, m.InUse>>20, m.Quota>>20)
 	case m.Lag > farBehind:

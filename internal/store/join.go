@@ -147,7 +147,7 @@ func (m meeting) place(store []*membership.Member) (*membership.Member, error) {
 		case o.Name == m.s.Name && len(o.ClientURLs) > 0:
 			// What it had promised as a voter is lost: it must not vote again.
 			return nil, fault.Newf(fault.NotReady, "start storage in", m.s.Dir, "the store knows member %q, and its folder is empty", o.Name).
-				WithHint("bring back the volume of %s; when that is lost, `kmsctl storage replace %s` lets it learn all from the others", o.Name, o.Name)
+				WithHint("bring back the volume of %s; when that is lost, `kmsctl storage replace %s` (with the --namespace of its pod) lets it learn all from the others", o.Name, o.Name)
 		case o.Name == m.s.Name || (o.Name == "" && slices.Contains(o.PeerURLs, m.s.Members[m.s.Name])):
 			mine = o
 		case o.Name != "" && !known:
