@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"go.etcd.io/etcd/client/pkg/v3/transport"
@@ -18,6 +19,14 @@ import (
 	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/pattern"
+)
+
+const (
+	// electionTime is how long members may have no leader and be well all the same.
+	electionTime = 3 * time.Second
+	// removeTime is for who removes a member: etcd lets none go before those
+	// that stay have been connected for five seconds.
+	removeTime = 15 * time.Second
 )
 
 // heard is what one member says about the store and itself.
@@ -76,9 +85,23 @@ func (m meeting) hear(ctx context.Context, name string) (h heard) {
 		h.err = err
 		return h
 	}
-	h.status, h.err = c.Status(ctx, me.ClientURLs[0])
+	h.status, h.err = status(ctx, c, me.ClientURLs[0])
 	h.err = errors.Join(h.err, c.Close())
 	return h
+}
+
+// status is what a member says of itself, once it has a leader, if it finds
+// one: when a leader goes, the others choose another within two seconds.
+func status(ctx context.Context, c *clientv3.Client, at string) (*clientv3.StatusResponse, error) {
+	for until := time.Now().Add(electionTime); ; {
+		st, err := c.Status(ctx, at)
+		if err != nil || st.Leader != 0 || time.Now().After(until) {
+			return st, err
+		}
+		if !pause(ctx, meetPause) {
+			return st, nil
+		}
+	}
 }
 
 // called is the member of a list with a name of the settings: one that has just
@@ -174,7 +197,6 @@ func (h heard) member(name string, o *membership.Member, agreed uint64) cluster.
 // fault. Only a member that says itself that it is empty goes, and only while
 // most voters are there without it. A dry run only looks.
 func (s ServerConfig) Forget(ctx context.Context, name, id string, dryRun bool) error {
-	const op = "replace member"
 	said, err := s.hearAll(ctx)
 	if err != nil {
 		return err
@@ -183,16 +205,32 @@ func (s ServerConfig) Forget(ctx context.Context, name, id string, dryRun bool) 
 	m, ok := st.Member(name)
 	switch {
 	case !ok:
-		return fault.Newf(fault.NotFound, op, name, "the members are %s", strings.Join(s.names(), ", "))
+		return fault.Newf(fault.NotFound, opReplace, name, "the members are %s", strings.Join(s.names(), ", "))
 	case m.State == cluster.MemberJoining || (m.ID != "" && m.ID != id):
 		return nil
 	case m.State == cluster.MemberHealthy:
-		return fault.Newf(fault.Conflict, op, name, "it has its data").WithHint("nothing was done; a member whose data are damaged is given an empty volume first")
+		return fault.Newf(fault.Conflict, opReplace, name, "it has its data").WithHint("nothing was done; a member whose data are damaged is given an empty volume first")
 	case m.State == cluster.MemberAway:
-		return fault.Newf(fault.NotReady, op, name, "nobody knows whether it has its data: %s", m.Why).
+		return fault.Newf(fault.NotReady, opReplace, name, "nobody knows whether it has its data: %s", m.Why).
 			WithHint("let its pod start: with its volume it goes on by itself, with an empty one it can be replaced")
 	}
-	voters, there, endpoints := 0, 0, []string{}
+	if err := spares(st, name); err != nil || dryRun {
+		return err
+	}
+	var endpoints []string
+	for _, o := range st.Members {
+		if o.Role == cluster.Voter && o.State == cluster.MemberHealthy {
+			endpoints = append(endpoints, s.called(said[o.Name].list, o.Name).ClientURLs...)
+		}
+	}
+	return s.remove(ctx, endpoints, m)
+}
+
+const opReplace = "replace member"
+
+// spares is nil when a store has a majority without a member that is not there.
+func spares(st cluster.Store, name string) error {
+	voters, there := 0, 0
 	for _, o := range st.Members {
 		if o.Role != cluster.Voter {
 			continue
@@ -200,17 +238,16 @@ func (s ServerConfig) Forget(ctx context.Context, name, id string, dryRun bool) 
 		voters++
 		if o.State == cluster.MemberHealthy {
 			there++
-			endpoints = append(endpoints, s.called(said[o.Name].list, o.Name).ClientURLs...)
 		}
 	}
-	if !st.Quorum || there <= voters/2 {
-		return fault.Newf(fault.NotReady, op, name, "of the %d members that vote, %d are there with their data, and %d must agree", voters, there, voters/2+1).
+	switch {
+	case there <= voters/2:
+		return fault.Newf(fault.NotReady, opReplace, name, "of the %d members that vote, %d are there with their data, and %d must agree", voters, there, voters/2+1).
 			WithHint("bring the others back first; when the volumes of most members are lost, so is the store: delete the claims and pods of all members, and bring a backup into the new store with `kmsctl restore`")
+	case !st.Quorum:
+		return fault.Newf(fault.Unreachable, opReplace, name, "the others have no leader at this moment").WithHint("try again: they choose one within seconds")
 	}
-	if dryRun {
-		return nil
-	}
-	return s.remove(ctx, endpoints, m)
+	return nil
 }
 
 // remove has the members at endpoints take one out.
@@ -223,14 +260,18 @@ func (s ServerConfig) remove(ctx context.Context, endpoints []string, m cluster.
 	if err != nil {
 		return err
 	}
-	ask, cancel := context.WithTimeout(ctx, lookTime)
+	ask, cancel := context.WithTimeout(ctx, removeTime)
 	defer cancel()
-	_, err = c.MemberRemove(ask, id)
+	for {
+		if _, err = c.MemberRemove(ask, id); !errors.Is(err, rpctypes.ErrUnhealthy) || !pause(ask, meetPause) {
+			break
+		}
+	}
 	if errors.Is(err, rpctypes.ErrMemberNotFound) {
 		err = nil // somebody else was quicker
 	}
 	if err := errors.Join(err, c.Close()); err != nil {
-		return fault.New(fault.Unreachable, "replace member", m.Name, err).WithHint("run the same command again: it goes on where it was")
+		return fault.New(fault.Unreachable, opReplace, m.Name, err).WithHint("run the same command again: it goes on where it was")
 	}
 	return nil
 }

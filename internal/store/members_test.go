@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
 	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/store"
@@ -193,8 +195,10 @@ func TestMemberThatWasTakenOut(t *testing.T) {
 	}
 	for _, m := range list.Members {
 		if m.Name == "s1" {
-			if _, err := c.MemberRemove(t.Context(), m.ID); err != nil {
-				t.Fatal(err)
+			for err := error(rpctypes.ErrUnhealthy); err != nil; _, err = c.MemberRemove(t.Context(), m.ID) {
+				if !errors.Is(err, rpctypes.ErrUnhealthy) { // until the others have been connected for long enough
+					t.Fatal(err)
+				}
 			}
 		}
 	}

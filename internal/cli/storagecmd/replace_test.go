@@ -154,6 +154,9 @@ func (s *trio) until(want string) {
 		for _, m := range st.Members {
 			got = append(got, m.Role+"-"+m.State)
 		}
+		if !st.Quorum {
+			got = append(got, "no-quorum")
+		}
 		if strings.Join(got, " ") == want {
 			return
 		}
@@ -222,7 +225,7 @@ func TestReplace(t *testing.T) {
 	s.until(lost)
 
 	s.kill("s2")
-	s.until("voter-healthy voter-empty voter-away")
+	s.until("voter-healthy voter-empty voter-away no-quorum")
 	wants(asker("s1"), 7, "kmsctl: hint: bring the others back first; when the volumes of most members are lost, so is the store", "s1")
 	s.up("s2")
 	s.until(lost)
