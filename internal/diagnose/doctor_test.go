@@ -93,7 +93,7 @@ func TestDoctorOfTheStore(t *testing.T) {
 		"away":       {func(m *cluster.StoreMember) { m.State, m.Why = cluster.MemberAway, "refused" }, nil, diagnose.Fail, "s1 does not answer: refused", replace},
 		"joins":      {func(m *cluster.StoreMember) { m.State, m.Role = cluster.MemberJoining, "" }, nil, diagnose.Warn, "s1 joins the store", "wait"},
 		"learns":     {func(m *cluster.StoreMember) { m.Role = cluster.Learner }, nil, diagnose.Warn, "s1 joins the store", "wait"},
-		"full":       {func(m *cluster.StoreMember) { m.Alarms = []string{cluster.NoSpace} }, nil, diagnose.Fail, "s1 has no room: its file of 1 MiB has reached what etcd may hold (8192 MiB)", "purge"},
+		"full":       {func(m *cluster.StoreMember) { m.Alarms = []string{cluster.NoSpace} }, nil, diagnose.Fail, "s1 has no room: its file of 1 MiB has reached what it may hold (8192 MiB)", "kubectl edit pvc etcd-s1 -n kube-system"},
 		"corrupt":    {func(m *cluster.StoreMember) { m.Alarms = []string{"CORRUPT"} }, nil, diagnose.Fail, "s1 has raised the alarm CORRUPT", replace},
 		"nearly":     {func(m *cluster.StoreMember) { m.InUse = 7 << 30 }, nil, diagnose.Warn, "s1 holds 7168 of the 8192 MiB", "purge"},
 		"slow":       {func(m *cluster.StoreMember) { m.Lag = 5000 }, nil, diagnose.Warn, "s1 is 5000 changes behind", "disk"},

@@ -49,6 +49,12 @@ func (d Doctor) lostCure() string {
 		"`kubectl delete pvc,pod -n %s -l app.kubernetes.io/instance=%s,app.kubernetes.io/component=storage` makes an empty one, and `kmsctl restore FILE --in-cluster-service` brings a backup in", d.Namespace, d.Release)
 }
 
+// roomCure is for a member whose data fill what its volume lets it hold.
+func (d Doctor) roomCure(name, replace string) string {
+	return fmt.Sprintf("enlarge its volume (`kubectl edit pvc etcd-%s -n %s`) and delete its pod: it may hold half of what the volume has over 512 MiB, 8 GiB at most; "+
+		"where a volume cannot grow, give it a larger one instead, and then: %s", name, d.Namespace, replace)
+}
+
 // member is what is wrong with one member, or nil. Without a majority nobody
 // can be replaced.
 func (d Doctor) member(m cluster.StoreMember, quorum bool) *Finding {
@@ -67,12 +73,11 @@ func (d Doctor) member(m cluster.StoreMember, quorum bool) *Finding {
 	case m.State == cluster.MemberJoining, m.Role == cluster.Learner:
 		f = bad(Warn, "wait a little: it votes when it has everything", "%s joins the store", m.Name)
 	case slices.Contains(m.Alarms, cluster.NoSpace):
-		f = bad(Fail, "delete and purge keys that are not needed: the store is compacted by itself and takes writes again; reads go on meanwhile",
-			"%s has no room: its file of %d MiB has reached what etcd may hold (%d MiB), and nothing is written", m.Name, m.Bytes>>20, m.Quota>>20)
+		f = bad(Fail, d.roomCure(m.Name, replace), "%s has no room: its file of %d MiB has reached what it may hold (%d MiB); nothing is written, and reads go on", m.Name, m.Bytes>>20, m.Quota>>20)
 	case len(m.Alarms) > 0:
 		f = bad(Fail, renew, "%s has raised the alarm %s: its data are damaged", m.Name, strings.Join(m.Alarms, ", "))
 	case m.Quota > 0 && float64(m.InUse) > nearlyFull*float64(m.Quota):
-		f = bad(Warn, "delete and purge keys that are not needed, before nothing can be written", "%s holds %d of the %d MiB that it may", m.Name, m.InUse>>20, m.Quota>>20)
+		f = bad(Warn, "purge keys that are not needed; or "+d.roomCure(m.Name, replace), "%s holds %d of the %d MiB that it may", m.Name, m.InUse>>20, m.Quota>>20)
 	case m.Lag > farBehind:
 		f = bad(Warn, "is its disk slow, or its network? see its node", "%s is %d changes behind the others", m.Name, m.Lag)
 	default:

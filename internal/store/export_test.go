@@ -9,6 +9,9 @@ func SetQuota(t *testing.T, n int64) {
 	t.Cleanup(func() { testOnlyQuota = 0 })
 }
 
+// QuotaOf is what a member may hold on a volume of a size.
+func QuotaOf(volume int64) int64 { return quotaOf(volume) }
+
 // StopAsLearner stops members that join, before they have a vote.
 func StopAsLearner(err error) (undo func()) {
 	testOnlyLearning = func() error { return err }

@@ -33,6 +33,7 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
 	"go.etcd.io/etcd/server/v3/features"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
 
@@ -40,7 +41,9 @@ import (
 )
 
 const (
-	quotaBytes   = 8 << 30 // etcd's advised maximum
+	quotaBytes   = 8 << 30   // etcd's advised maximum
+	leastQuota   = 64 << 20  // on however small a volume
+	logBytes     = 512 << 20 // what etcd's log and snapshots take beside its file
 	requestBytes = 2 << 20
 	historyKept  = 5 * time.Minute // revisions older than this are compacted
 	startTimeout = 30 * time.Second
@@ -78,15 +81,33 @@ func OpenEmbedded(ctx context.Context, dir string) (*Member, error) {
 	return start(ctx, cfg, nil, startTimeout)
 }
 
+// quotaOf is what etcd's file may hold on a volume of a size: the volume has to
+// hold it twice while it is written anew. A file that reaches it is a full
+// store, which can be read and recovers; a volume that is full ends the process.
+func quotaOf(volume int64) int64 {
+	if volume == 0 { // not known
+		return quotaBytes
+	}
+	return min(quotaBytes, max(leastQuota, (volume-logBytes)/2))
+}
+
+// lastWords is etcd's log of what makes it end the process, which nothing else
+// tells.
+func lastWords(w io.Writer) *zap.Logger {
+	form := zapcore.NewJSONEncoder(zapcore.EncoderConfig{TimeKey: "time", LevelKey: "level", MessageKey: "msg", EncodeTime: zapcore.RFC3339NanoTimeEncoder, EncodeLevel: zapcore.CapitalLevelEncoder})
+	return zap.New(zapcore.NewCore(form, zapcore.Lock(zapcore.AddSync(w)), zapcore.PanicLevel),
+		zap.Fields(zap.String("hint", "is the disk of its folder full, or failing? what was acknowledged is there when it starts again")))
+}
+
 // base has what etcd's own command has by default, and our limits.
 func base(dir, name string) config.ServerConfig {
 	peers := types.URLs{{Scheme: "http", Host: "127.0.0.1:0"}} // the only member talks to none
 	return config.ServerConfig{
-		Name: name, DataDir: dir, Logger: zap.NewNop(),
+		Name: name, DataDir: dir, Logger: lastWords(os.Stderr),
 		PeerURLs: peers, InitialPeerURLsMap: types.URLsMap{name: peers}, InitialClusterToken: "etcd-cluster", NewCluster: true,
 		TickMs: 100, ElectionTicks: 10, InitialElectionTickAdvance: true, PreVote: true, StrictReconfigCheck: true, MaxLearners: membership.DefaultMaxLearners,
 		SnapshotCount: etcdserver.DefaultSnapshotCount, SnapshotCatchUpEntries: etcdserver.DefaultSnapshotCatchUpEntries, MaxSnapFiles: 5, MaxWALFiles: 5,
-		QuotaBackendBytes: cmp.Or(testOnlyQuota, quotaBytes), BackendFreelistType: bbolt.FreelistMapType, MaxTxnOps: 128, MaxRequestBytes: requestBytes, MaxConcurrentStreams: math.MaxUint32,
+		QuotaBackendBytes: cmp.Or(testOnlyQuota, quotaOf(volumeSize(dir))), BackendFreelistType: bbolt.FreelistMapType, MaxTxnOps: 128, MaxRequestBytes: requestBytes, MaxConcurrentStreams: math.MaxUint32,
 		AutoCompactionMode: v3compactor.ModePeriodic, AutoCompactionRetention: historyKept, CompactHashCheckTime: time.Minute, DowngradeCheckTime: 5 * time.Second,
 		WarningApplyDuration: 100 * time.Millisecond, WarningUnaryRequestDuration: 300 * time.Millisecond,
 		AuthToken: "simple", TokenTTL: 300,

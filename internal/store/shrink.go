@@ -22,8 +22,9 @@ const (
 )
 
 // Shrink forgets the history and writes etcd's files anew, one member after
-// the other. A store that was full takes writes again if there is room now.
-func (s *Store) Shrink(ctx context.Context) error {
+// the other, but for those that are away. A store that was full takes writes
+// again if there is room now.
+func (s *Store) Shrink(ctx context.Context) (away []string, err error) {
 	// Two at a time would get in each other's way: the second finds the history
 	// compacted, does not wait for the pages to be free, and gains nothing.
 	s.shrinking.Lock()
@@ -33,27 +34,45 @@ func (s *Store) Shrink(ctx context.Context) error {
 	s.mu.RLock()
 	rev := s.rev
 	s.mu.RUnlock()
-	if err := shrink(ctx, s.c, rev); err != nil {
-		return err
+	if away, err = shrink(ctx, s.c, rev); err != nil {
+		return away, err
 	}
-	return s.disarm(ctx)
+	return away, s.disarm(ctx)
 }
 
-// shrink forgets the history before rev.
-func shrink(ctx context.Context, c *clientv3.Client, rev int64) error {
+// shrink forgets the history before rev, and writes the files anew.
+func shrink(ctx context.Context, c *clientv3.Client, rev int64) (away []string, err error) {
 	if _, err := c.Compact(ctx, rev, clientv3.WithCompactPhysical()); err != nil && !errors.Is(err, rpctypes.ErrCompacted) {
-		return unreachable("compact", "the store", err)
+		return nil, unreachable("compact", "the store", err)
 	}
-	members := c.Endpoints()
-	if len(members) == 0 {
-		members = []string{""} // the one in this process
+	if len(c.Endpoints()) > 0 {
+		return rewrite(ctx, c, c.Endpoints())
 	}
+	_, err = c.Defragment(ctx, "") // of the one in this process
+	return nil, err
+}
+
+// rewrite writes the files of members anew, and gives those who are away.
+func rewrite(ctx context.Context, c *clientv3.Client, members []string) (away []string, err error) {
 	for _, m := range members {
+		if !answers(ctx, c, m) {
+			away = append(away, m)
+			continue
+		}
 		if _, err := c.Defragment(ctx, m); err != nil {
-			return unreachable("defragment", "the store", err)
+			return away, unreachable("defragment", m, err)
 		}
 	}
-	return nil
+	return away, nil
+}
+
+// answers says whether a member does: etcd's client waits for one that does
+// not for as long as ctx has.
+func answers(ctx context.Context, c *clientv3.Client, member string) bool {
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
+	_, err := c.Status(ctx, member)
+	return err == nil
 }
 
 // disarm takes the alarm of a full store away; a store without room raises it
@@ -91,13 +110,25 @@ func (s *Store) wantShrink() {
 	}
 }
 
-// shrinker shrinks after deletions, and while the store is full.
+// shrinker shrinks after deletions, and while the store is full. Members that
+// were away are seen to when they are back.
 func (s *Store) shrinker(ctx context.Context) {
 	defer close(s.shrunk)
+	var away []string
 	for {
+		var later <-chan time.Time
+		if len(away) > 0 {
+			later = time.After(shrinkEvery)
+		}
+		var err error
 		select {
 		case <-ctx.Done():
 			return
+		case <-later:
+			if still, err := rewrite(ctx, s.c, away); err == nil {
+				away = still
+			}
+			continue
 		case <-s.shrink:
 		}
 		if !s.Full() && !pause(ctx, shrinkAfter) {
@@ -107,7 +138,7 @@ func (s *Store) shrinker(ctx context.Context) {
 		case <-s.shrink:
 		default:
 		}
-		err := s.Shrink(ctx)
+		away, err = s.Shrink(ctx)
 		if !pause(ctx, shrinkEvery) {
 			return
 		}
@@ -133,5 +164,5 @@ func (s *Store) refused(verb, what string, err error) error {
 	}
 	s.noteFull()
 	return fault.Newf(fault.Unreachable, verb+" in the store", what, "it is full").
-		WithHint("purge keys that are not needed; the store is compacted by itself and then takes writes again")
+		WithHint("what was purged makes room by itself within a minute; else it needs a larger volume, of which it may hold half, and a new start")
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/internal/record"
 	"github.com/kmsctl/kmsctl/internal/store"
@@ -91,10 +93,84 @@ func TestFullStore(t *testing.T) {
 	if err := s.Commit(t.Context(), gone...); err != nil {
 		t.Fatalf("delete from a full store: %v", err)
 	}
-	if err := s.Shrink(t.Context()); err != nil {
+	if _, err := s.Shrink(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Commit(t.Context(), record.Change{Path: "after", Value: 1}); err != nil || s.Full() {
 		t.Errorf("afterwards: %v, full: %v", err, s.Full())
+	}
+}
+
+// TestFullStoreOfThree: each member says that it has no room; with one away the
+// others still make room of what is deleted, and what no deletion can cure a
+// larger volume does.
+func TestFullStoreOfThree(t *testing.T) {
+	store.SetQuota(t, 4<<20)
+	configs, endpoints, file := trio(t)
+	members := begin(t, configs...)
+	s := open(t, dial(t, endpoints, file))
+	big := strings.Repeat("x", 200<<10)
+	fill := func(from int) (n int) {
+		t.Helper()
+		var err error
+		for n = from; n < from+100 && err == nil; n++ {
+			err = s.Commit(t.Context(), record.Change{Path: fmt.Sprintf("big/%03d", n), Value: big})
+		}
+		if !strings.Contains(fmt.Sprint(err), "it is full") || !strings.Contains(fault.HintOf(err), "larger volume") {
+			t.Fatalf("after %d records: %v, hint %q", n, err, fault.HintOf(err))
+		}
+		return n
+	}
+	full := func(st cluster.Store) bool {
+		return slices.ContainsFunc(st.Members, func(m cluster.StoreMember) bool {
+			return slices.Contains(m.Alarms, cluster.NoSpace) && m.Quota == 4<<20
+		})
+	}
+	n := fill(0)
+	until(t, configs[0], "full", full)
+
+	members[2].Close()
+	var gone []record.Change
+	for i := range n - 2 {
+		path := fmt.Sprintf("big/%03d", i)
+		var v string
+		rev, err := s.Get(t.Context(), path, &v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		gone = append(gone, record.Change{Path: path, Rev: rev})
+	}
+	if err := s.Commit(t.Context(), gone...); err != nil {
+		t.Fatalf("delete from a full store: %v", err)
+	}
+	if away, err := s.Shrink(t.Context()); err != nil || !slices.Equal(away, endpoints[2:]) {
+		t.Fatalf("with one away: %v %v", away, err)
+	}
+	if err := s.Commit(t.Context(), record.Change{Path: "after", Value: 1}); err != nil || s.Full() {
+		t.Errorf("afterwards: %v, full: %v", err, s.Full())
+	}
+	until(t, configs[0], "with room", func(st cluster.Store) bool { return !full(st) })
+
+	members[2] = begin(t, configs[2])[0]
+	fill(1000)
+	store.SetQuota(t, 64<<20)
+	for i := range members {
+		members[i].Close()
+		members[i] = begin(t, configs[i])[0]
+	}
+	if _, err := s.Shrink(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Commit(t.Context(), record.Change{Path: "larger", Value: 1}); err != nil || s.Full() {
+		t.Errorf("with more room: %v, full: %v", err, s.Full())
+	}
+	until(t, configs[0], "with more room", func(st cluster.Store) bool { return !full(st) && st.Members[0].Quota == 64<<20 })
+}
+
+func TestQuotaOfAVolume(t *testing.T) {
+	for _, c := range []struct{ volume, quota int64 }{{0, 8 << 30}, {100 << 30, 8 << 30}, {2 << 30, 768 << 20}, {1 << 30, 256 << 20}, {300 << 20, 64 << 20}} {
+		if got := store.QuotaOf(c.volume); got != c.quota {
+			t.Errorf("a volume of %d holds %d, want %d", c.volume, got, c.quota)
+		}
 	}
 }

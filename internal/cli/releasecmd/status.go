@@ -100,5 +100,5 @@ func runStatus(ctx context.Context, o *statusOptions) error {
 			return f.WithHint("%s: %s", p.Name, p.Trouble.Cure)
 		}
 	}
-	return f
+	return f.WithHint("`kmsctl doctor -n %s` says what is wrong, and what cures it", o.kube.Namespace)
 }

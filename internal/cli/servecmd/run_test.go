@@ -1,8 +1,10 @@
 package servecmd_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -15,9 +17,12 @@ import (
 	"testing"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
+
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/iam"
 	"github.com/kmsctl/kmsctl/internal/pki"
+	"github.com/kmsctl/kmsctl/internal/store"
 	"github.com/kmsctl/kmsctl/internal/testkit"
 )
 
@@ -259,4 +264,47 @@ func adminKey(t *testing.T) (key, hash string) {
 		t.Fatal(err)
 	}
 	return string(v.Reveal()), `{"id":"` + id + `","hash":"` + sum + `"}`
+}
+
+// TestStorageOnAFullDisk: where no more can be written, the member ends, and
+// its last line says why; with room again, what it acknowledged is there.
+func TestStorageOnAFullDisk(t *testing.T) {
+	c := newCluster(t)
+	etcd, err := store.Dial(t.Context(), store.Remote{Endpoints: []string{"https://" + c.etcd}, CAFile: c.file("ca.pem"), CertFile: c.file("client.pem"), KeyFile: c.file("client-key.pem")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer etcd.Close()
+	// 140,000 blocks are 68 MiB, a little more than a piece of etcd's log: its file meets the limit first.
+	cmd := exec.Command("sh", "-c", `ulimit -f 140000; exec "$@"`, "sh", testkit.Server(t), "run", "storage", "--data-dir", c.file("etcd"), "--listen-client", "https://"+c.etcd,
+		"--advertise-host", "127.0.0.1", "--cert-file", c.file("etcd.pem"), "--key-file", c.file("etcd-key.pem"), "--ca-file", c.file("ca.pem"))
+	var log bytes.Buffer
+	cmd.Stderr = &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { defer close(ended); _ = cmd.Wait() }()
+	t.Cleanup(func() { _ = cmd.Process.Kill(); <-ended })
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() { <-ended; cancel() }()
+	big := strings.Repeat("x", 200<<10)
+	acked := 0
+	for ctx.Err() == nil {
+		if _, err := etcd.Put(ctx, fmt.Sprint("big/", acked), big); err == nil {
+			acked++
+		}
+	}
+	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+	last := lines[len(lines)-1]
+	if acked < 100 || !strings.Contains(last, "file too large") || !strings.Contains(last, `"hint":"is the disk of its folder full`) {
+		t.Fatalf("%d acknowledged; it ended with %s", acked, last)
+	}
+	c.storage(t)
+	res, err := etcd.Get(t.Context(), "big/", clientv3.WithPrefix(), clientv3.WithCountOnly())
+	if err != nil || res.Count < int64(acked) {
+		t.Errorf("%d acknowledged, %v there: %v", acked, res, err)
+	}
+	t.Logf("%d acknowledged", acked)
 }
