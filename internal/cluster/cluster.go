@@ -169,3 +169,18 @@ func (s Store) Member(name string) (StoreMember, bool) {
 	}
 	return StoreMember{}, false
 }
+
+// Well says that a member is as it should be.
+func (m StoreMember) Well() bool {
+	return m.State == MemberHealthy && m.Role == Voter && len(m.Alarms) == 0
+}
+
+// Whole says whether every member is as it should be.
+func (s Store) Whole() bool {
+	for _, m := range s.Members {
+		if !m.Well() {
+			return false
+		}
+	}
+	return s.Quorum
+}

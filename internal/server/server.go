@@ -66,9 +66,12 @@ type Config struct {
 	Review func(ctx context.Context, token string) (account string, err error)
 	// Healthy lists what is wrong with the HSM; empty means ready.
 	Healthy func(ctx context.Context) []string
-	Limits  Limits
-	Trace   *trace.Tracer    // nil: no traces
-	Now     func() time.Time // nil: the machine's clock
+	// Full says whether the store takes no writes: what it holds is served all
+	// the same. Nil: never.
+	Full   func() bool
+	Limits Limits
+	Trace  *trace.Tracer    // nil: no traces
+	Now    func() time.Time // nil: the machine's clock
 }
 
 // Server answers the API. Safe for concurrent use.
@@ -188,6 +191,9 @@ func (s *Server) readyz(w http.ResponseWriter, r *http.Request) {
 	}
 	if silent := s.silent(); silent != "" && s.ServeStale {
 		h.Warnings = append(h.Warnings, silent+": rights that were revoked since are honoured (--stale-view serve)")
+	}
+	if s.Full != nil && s.Full() {
+		h.Warnings = append(h.Warnings, "storage: full, nothing is written until keys are purged, or it has a larger volume and is started again")
 	}
 	status := http.StatusOK
 	if !h.Ready {

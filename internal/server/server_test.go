@@ -295,9 +295,15 @@ func TestReadinessNamesTheReasons(t *testing.T) {
 	if r := c.do(t, "GET", "/readyz", ""); r.status != 200 {
 		t.Errorf("%+v", r)
 	}
+	w.full.Store(true)
+	r := c.do(t, "GET", "/readyz", "")
+	r.into(t, &h)
+	if r.status != 200 || !h.Ready || len(h.Warnings) != 1 || !strings.Contains(h.Warnings[0], "storage: full") {
+		t.Errorf("a full store: %d %+v", r.status, h)
+	}
 	sick := []string{"hsm: not logged in"}
 	w.sick.Store(&sick)
-	r := c.do(t, "GET", "/readyz", "")
+	r = c.do(t, "GET", "/readyz", "")
 	r.into(t, &h)
 	if r.status != 503 || h.Ready || len(h.Reasons) != 1 || h.Reasons[0] != sick[0] {
 		t.Errorf("%d %+v", r.status, h)

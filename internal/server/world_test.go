@@ -100,6 +100,7 @@ type world struct {
 	set         atomic.Int64 // nanoseconds by which the clock was set
 	lag         atomic.Int64
 	sick        atomic.Pointer[[]string]
+	full        atomic.Bool
 	admin       string   // an administrator's API key
 	accounts    sync.Map // tokens of Kubernetes
 	reviews     atomic.Int64
@@ -195,6 +196,7 @@ func newWorldOn(tb testing.TB, own *connector.Client, limits server.Limits, more
 		Rotation: kms.NewRotation(kms.Rotation{Store: st, Plain: installation{}, Name: "here", Now: w.now}), // nobody works on it
 		Lag:      func() time.Duration { return time.Duration(w.lag.Load()) },
 		Healthy:  func(context.Context) []string { return *w.sick.Load() },
+		Full:     w.full.Load,
 		Limits:   limits, Now: w.now,
 	}
 	for _, f := range more {

@@ -17,10 +17,12 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
 	"go.etcd.io/bbolt"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -135,6 +137,10 @@ func start(ctx context.Context, cfg config.ServerConfig, peers net.Listener, pat
 	select {
 	case <-e.ReadyNotify():
 		go m.watch()
+		if err := m.makeRoom(ctx); err != nil {
+			m.Close()
+			return nil, err
+		}
 		return m, nil
 	case <-e.StopNotify():
 		m.Close()
@@ -146,6 +152,31 @@ func start(ctx context.Context, cfg config.ServerConfig, peers net.Listener, pat
 		m.Close()
 		return nil, fault.Newf(fault.Unreachable, "start storage in", cfg.DataDir, "not ready after %s", patience)
 	}
+}
+
+// makeRoom takes back the alarm that the member has no room, when it has some:
+// its volume has grown, or its file is full of free pages. A KMS could not,
+// since to open it one has to write.
+func (m *Member) makeRoom(ctx context.Context) error {
+	own := &pb.AlarmMember{MemberID: uint64(m.etcd.MemberID()), Alarm: pb.AlarmType_NOSPACE}
+	if !slices.ContainsFunc(m.etcd.Alarms(), func(a *pb.AlarmMember) bool { return a.MemberID == own.MemberID && a.Alarm == own.Alarm }) {
+		return nil
+	}
+	file, quota := m.etcd.Backend(), m.etcd.Cfg.QuotaBackendBytes
+	if file.Size() >= quota {
+		if err := file.Defrag(); err != nil {
+			return fault.New(fault.Other, "make room in", m.etcd.Cfg.DataDir, err)
+		}
+	}
+	if file.Size() >= quota {
+		return nil
+	}
+	ctx, cancel := bound(ctx)
+	defer cancel()
+	if _, err := m.etcd.Alarm(ctx, &pb.AlarmRequest{Action: pb.AlarmRequest_DEACTIVATE, MemberID: own.MemberID, Alarm: own.Alarm}); err != nil {
+		return unreachable("take the alarm from", "the store", err)
+	}
+	return nil
 }
 
 // serve answers clients on l. They may ask for a sign of life every few

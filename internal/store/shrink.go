@@ -8,8 +8,6 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
-
-	"github.com/kmsctl/kmsctl/internal/fault"
 )
 
 // What is deleted lies on in etcd's history until it is compacted, and in the
@@ -157,12 +155,10 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// refused turns etcd's refusal of a write into a fault.
+// refused is unreachable for a write; that there is no space is remembered.
 func (s *Store) refused(verb, what string, err error) error {
-	if !errors.Is(err, rpctypes.ErrNoSpace) {
-		return unreachable(verb, what, err)
+	if errors.Is(err, rpctypes.ErrNoSpace) {
+		s.noteFull()
 	}
-	s.noteFull()
-	return fault.Newf(fault.Unreachable, verb+" in the store", what, "it is full").
-		WithHint("what was purged makes room by itself within a minute; else it needs a larger volume, of which it may hold half, and a new start")
+	return unreachable(verb, what, err)
 }

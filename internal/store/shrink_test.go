@@ -167,6 +167,34 @@ func TestFullStoreOfThree(t *testing.T) {
 	until(t, configs[0], "with more room", func(st cluster.Store) bool { return !full(st) && st.Members[0].Quota == 64<<20 })
 }
 
+// TestFullStoreStartsAgain: with more room it takes the first write; with no
+// more it says what it needs.
+func TestFullStoreStartsAgain(t *testing.T) {
+	store.SetQuota(t, 4<<20)
+	dir := t.TempDir()
+	m, c := member(t, dir)
+	big := strings.Repeat("x", 200<<10)
+	for i := range 100 { // the alarm comes after the first write that is refused
+		if _, err := c.Put(t.Context(), fmt.Sprint("big/", i), big); err != nil && i > 0 {
+			if all, err := c.AlarmList(t.Context()); err != nil || len(all.Alarms) == 1 {
+				break
+			}
+		}
+	}
+	m.Close()
+	m, c = member(t, dir)
+	_, err := store.NewPlain(c).Put(t.Context(), "logins/x", 1, 0)
+	if !strings.Contains(fmt.Sprint(err), "it is full") || !strings.Contains(fault.HintOf(err), "larger volume") {
+		t.Errorf("with no more room: %v, hint %q", err, fault.HintOf(err))
+	}
+	m.Close()
+	store.SetQuota(t, 64<<20)
+	_, c = member(t, dir)
+	if _, err := store.NewPlain(c).Put(t.Context(), "logins/x", 1, 0); err != nil {
+		t.Errorf("with more room: %v", err)
+	}
+}
+
 func TestQuotaOfAVolume(t *testing.T) {
 	for _, c := range []struct{ volume, quota int64 }{{0, 8 << 30}, {100 << 30, 8 << 30}, {2 << 30, 768 << 20}, {1 << 30, 256 << 20}, {300 << 20, 64 << 20}} {
 		if got := store.QuotaOf(c.volume); got != c.quota {

@@ -561,5 +561,9 @@ func bound(ctx context.Context) (context.Context, context.CancelFunc) {
 }
 
 func unreachable(verb, what string, err error) error {
+	if errors.Is(err, rpctypes.ErrNoSpace) {
+		return fault.Newf(fault.Unreachable, verb+" in the store", what, "it is full").
+			WithHint("what was purged makes room by itself within a minute; else it needs a larger volume, of which it may hold half, and a new start")
+	}
 	return fault.New(fault.Unreachable, verb+" in the store", what, err).WithHint("is etcd running and reachable?")
 }

@@ -118,7 +118,7 @@ func OpenKMS(ctx context.Context, c KMSConfig) (*KMS, error) {
 	k.kms.Follow(k.master.Masters)
 	k.Token.Follow(k.master.Masters.Follow)
 	k.Server = server.New(server.Config{KMS: k.kms, Review: c.Review, IAM: k.IAM, Audit: k.audit, Log: c.Log,
-		Lag: st.Lag, ServeStale: c.Stale, Healthy: k.healthy, AuditHeads: k.heads, Backup: k.backup, Clearing: k.clearing(), Rotation: k.master, Limits: c.Limits, Trace: c.Trace})
+		Lag: st.Lag, ServeStale: c.Stale, Healthy: k.healthy, Full: st.Full, AuditHeads: k.heads, Backup: k.backup, Clearing: k.clearing(), Rotation: k.master, Limits: c.Limits, Trace: c.Trace})
 	k.gauges()
 	k.work(ctx)
 	if err := errors.Join(k.noteCleared(ctx, cleared), k.noteMoved(ctx, moved), k.noteRestored(ctx)); err != nil {
@@ -407,9 +407,6 @@ func (k *KMS) healthy(ctx context.Context) []string {
 	case <-k.Ended():
 		out = append(out, endedReason)
 	default:
-	}
-	if k.store.Full() {
-		out = append(out, "storage: full, nothing can be written")
 	}
 	return out
 }

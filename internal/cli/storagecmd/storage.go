@@ -7,7 +7,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
-	"github.com/kmsctl/kmsctl/internal/cluster"
 	"github.com/kmsctl/kmsctl/internal/fault"
 )
 
@@ -54,10 +53,8 @@ func runMembers(ctx context.Context, o *membersOptions) error {
 	if err := o.Print(app.Members(st)); err != nil {
 		return err
 	}
-	for _, m := range st.Members {
-		if m.State != cluster.MemberHealthy || m.Role != cluster.Voter || len(m.Alarms) > 0 {
-			return fault.Newf(fault.NotReady, "look at the store of release", o.kube.Release, "it is not whole").WithHint("`kmsctl doctor -n %s` says what cures it", o.kube.Namespace)
-		}
+	if !st.Whole() {
+		return fault.Newf(fault.NotReady, "look at the store of release", o.kube.Release, "it is not whole").WithHint("`kmsctl doctor -n %s` says what cures it", o.kube.Namespace)
 	}
 	return nil
 }
