@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync/atomic"
 
 	"github.com/klauspost/compress/gzip"
 
@@ -108,23 +109,38 @@ func named(name string, err error) error {
 
 // Limits bound what an archive may ask of us.
 type Limits struct {
-	Unpacked int64 // bytes after unpacking, all members together
+	Unpacked int64 // bytes after unpacking, all members together; and all compressed layers
 	Entries  int   // members, and files in one image's tar
 }
 
 // DefaultLimits are far above any archive that exists.
 var DefaultLimits = Limits{Unpacked: 512 << 30, Entries: 200_000}
 
-// limited counts what is read and fails above the limit.
-type limited struct {
-	r         io.Reader
-	left, all int64
+// Budget is what may still be unpacked, by several readers together.
+type Budget struct {
+	all  int64
+	left atomic.Int64
 }
 
-func (l *limited) Read(p []byte) (int, error) {
-	n, err := l.r.Read(p)
-	if l.left -= int64(n); l.left < 0 {
-		return 0, badContent(fmt.Errorf("it unpacks to more than %d bytes", l.all)).WithHint("if that is meant, raise --max-unpacked-size")
+// Budget begins to count what is unpacked.
+func (l Limits) Budget() *Budget {
+	b := &Budget{all: l.Unpacked}
+	b.left.Store(l.Unpacked)
+	return b
+}
+
+// Reader counts what is read of r, and fails above the limit.
+func (b *Budget) Reader(r io.Reader) io.Reader { return &counted{r, b} }
+
+type counted struct {
+	r io.Reader
+	b *Budget
+}
+
+func (c *counted) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	if c.b.left.Add(-int64(n)) < 0 {
+		return 0, badContent(fmt.Errorf("it unpacks to more than %d bytes", c.b.all)).WithHint("if that is meant, raise --max-unpacked-size")
 	}
 	return n, err
 }

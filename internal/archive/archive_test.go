@@ -50,7 +50,7 @@ func TestForeign(t *testing.T) {
 		"bad-tail": "bytes behind the end", "bad-flipped": "", "bad-size": "cut off", "bad-digest": "diff ID",
 		"bad-two-manifests": `manifest.json has it in "images/one.tar.gz", manifest.yaml in "images/two.tar.gz"`, "bad-absent": `its member "images/two.tar.gz" is missing`,
 		"bad-no-manifest": "neither a manifest.json nor a manifest.yaml", "bad-no-image": "neither a manifest.json nor an index.json",
-		"bad-empty": "it is empty", "bad-text": "cut off", "bad-other-name": `member "images/all.tar.gz" does not hold it`,
+		"bad-bomb": "diff ID", "bad-empty": "it is empty", "bad-text": "cut off", "bad-other-name": `member "images/all.tar.gz" does not hold it`,
 		"bad-platform": "is for amd64, as the manifest says, and for s390x", "bad-no-member": `image "org/three:1.0" is in no member`,
 	}
 	for name, b := range testkit.Archives() {
@@ -60,7 +60,7 @@ func TestForeign(t *testing.T) {
 				if in == "file" {
 					a = open(t, write(t, b))
 				}
-				_, err := a.Verify(t.Context(), DefaultLimits)
+				_, err := a.Verify(t.Context(), DefaultLimits, nil)
 				text, bad := wrong[name]
 				if !bad {
 					if err != nil {
@@ -87,7 +87,7 @@ func TestCutAnywhere(t *testing.T) {
 		for n := 0; n < len(whole); n += step {
 			a, err := Open(write(t, whole[:n]), nil)
 			if err == nil {
-				_, err = a.Verify(t.Context(), DefaultLimits)
+				_, err = a.Verify(t.Context(), DefaultLimits, nil)
 				a.Close()
 			}
 			if fault.KindOf(err) != fault.BadContent {
@@ -105,7 +105,7 @@ func TestFlipAnywhere(t *testing.T) {
 		b[n] ^= 1 << (n % 8)
 		a, err := Open(write(t, b), nil)
 		if err == nil {
-			_, err = a.Verify(t.Context(), DefaultLimits)
+			_, err = a.Verify(t.Context(), DefaultLimits, nil)
 			a.Close()
 		}
 		if err == nil && n >= 10 { // a gzip header's own flags carry nothing
@@ -116,11 +116,16 @@ func TestFlipAnywhere(t *testing.T) {
 
 func TestBomb(t *testing.T) {
 	a := open(t, write(t, testkit.Archives()["good"]))
-	_, err := a.Verify(t.Context(), Limits{Unpacked: 1 << 20, Entries: 100})
+	_, err := a.Verify(t.Context(), Limits{Unpacked: 1 << 20, Entries: 100}, nil)
 	if fault.KindOf(err) != fault.BadContent || !strings.Contains(err.Error(), "unpacks to more than 1048576 bytes") {
 		t.Errorf("got %v", err)
 	}
-	_, err = a.Verify(t.Context(), Limits{Unpacked: 1 << 30, Entries: 2})
+	// A compressed layer is small in the archive.
+	_, err = open(t, write(t, testkit.Archives()["bad-bomb"])).Verify(t.Context(), Limits{Unpacked: 4 << 20, Entries: 100}, nil)
+	if fault.KindOf(err) != fault.BadContent || !strings.Contains(err.Error(), "unpacks to more than 4194304 bytes") {
+		t.Errorf("got %v", err)
+	}
+	_, err = a.Verify(t.Context(), Limits{Unpacked: 1 << 30, Entries: 2}, nil)
 	if fault.KindOf(err) != fault.BadContent || !strings.Contains(err.Error(), "more than 2 files") {
 		t.Errorf("got %v", err)
 	}
@@ -173,7 +178,7 @@ func TestOurs(t *testing.T) {
 		if a.Index == nil || len(a.Index.Images) != 2 || len(a.Index.Blobs) != 7 {
 			t.Fatalf("index %+v", a.Index)
 		}
-		if _, err := a.Verify(t.Context(), DefaultLimits); err != nil {
+		if _, err := a.Verify(t.Context(), DefaultLimits, nil); err != nil {
 			t.Error(err)
 		}
 		for _, b := range a.Index.Blobs {
@@ -192,7 +197,7 @@ func TestOurs(t *testing.T) {
 		}
 		// What every tar reads: the same images, without the index.
 		stream := &Archive{Name: "x", stream: bytes.NewReader(whole)}
-		c, err := stream.Verify(t.Context(), DefaultLimits)
+		c, err := stream.Verify(t.Context(), DefaultLimits, nil)
 		if err != nil || len(c.Images) != 2 {
 			t.Errorf("as a stream: %d images, %v", len(c.Images), err)
 		}
@@ -232,7 +237,7 @@ func TestSignatureStandsBehindTheIndex(t *testing.T) {
 	if string(a.Signature) != "signed "+DigestOf(a.Raw) {
 		t.Errorf("signature %q", a.Signature)
 	}
-	if _, err := a.Verify(t.Context(), DefaultLimits); err != nil {
+	if _, err := a.Verify(t.Context(), DefaultLimits, nil); err != nil {
 		t.Error(err)
 	}
 }
@@ -313,7 +318,7 @@ func TestParts(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(dir, "README"), nil, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := open(t, dir).Verify(t.Context(), DefaultLimits); err != nil {
+			if _, err := open(t, dir).Verify(t.Context(), DefaultLimits, nil); err != nil {
 				t.Error(err)
 			}
 			if err := open(t, dir).Whole(t.Context(), DefaultLimits); err != nil {
@@ -412,7 +417,7 @@ func TestHead(t *testing.T) {
 func TestStopped(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err := open(t, write(t, testkit.Archives()["good"])).Verify(ctx, DefaultLimits)
+	_, err := open(t, write(t, testkit.Archives()["good"])).Verify(ctx, DefaultLimits, nil)
 	if fault.KindOf(err) != fault.Stopped {
 		t.Errorf("got %v", err)
 	}
@@ -455,7 +460,7 @@ func FuzzOpen(f *testing.F) {
 		a := &Archive{Name: "x", in: bytes.NewReader(b), size: int64(len(b))}
 		err := a.readIndex()
 		if err == nil {
-			_, err = a.Verify(t.Context(), Limits{Unpacked: 1 << 24, Entries: 1000})
+			_, err = a.Verify(t.Context(), Limits{Unpacked: 1 << 24, Entries: 1000}, nil)
 		}
 		ownError(t, err)
 	})

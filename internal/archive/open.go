@@ -367,7 +367,7 @@ func (a *Archive) Walk(ctx context.Context, lim Limits, tap io.Writer, visit fun
 	if err != nil {
 		return named(a.Name, err)
 	}
-	err = walkTar(&limited{r, lim.Unpacked, lim.Unpacked}, "the archive", lim, false, func(f file, r io.Reader) error {
+	err = walkTar(lim.Budget().Reader(r), "the archive", lim, false, func(f file, r io.Reader) error {
 		return visit(f.name, f.size, r)
 	})
 	if errors.Is(err, errStop) {

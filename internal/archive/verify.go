@@ -139,7 +139,7 @@ func (a *Archive) Head(ctx context.Context, lim Limits) (m ppa.Manifest, early b
 // reading it all.
 func (a *Archive) Inspect(ctx context.Context, lim Limits) (*Content, error) {
 	if a.Index == nil {
-		return a.read(ctx, lim, false)
+		return a.read(ctx, lim, false, nil)
 	}
 	m, err := a.Manifest()
 	if err != nil {
@@ -165,8 +165,9 @@ func (a *Archive) indexImages() (all []ContentImage) {
 
 // Verify reads everything and checks every digest: of blobs by their names, of
 // layers by the diff IDs that the images' configurations name, of all members
-// by the index of one of ours.
-func (a *Archive) Verify(ctx context.Context, lim Limits) (*Content, error) {
+// by the index of one of ours. charts, when it is there, looks at each packed
+// chart.
+func (a *Archive) Verify(ctx context.Context, lim Limits, charts func(name string, pkg []byte) error) (*Content, error) {
 	if a.Index != nil {
 		for _, b := range a.Index.Blobs {
 			if err := a.verifyBlob(ctx, b); err != nil {
@@ -174,7 +175,7 @@ func (a *Archive) Verify(ctx context.Context, lim Limits) (*Content, error) {
 			}
 		}
 	}
-	return a.read(ctx, lim, true)
+	return a.read(ctx, lim, true, charts)
 }
 
 func (a *Archive) verifyBlob(ctx context.Context, b IndexBlob) error {
@@ -193,13 +194,15 @@ type reading struct {
 	a       *Archive
 	lim     Limits
 	check   bool
+	charts  func(name string, pkg []byte) error
+	layers  *Budget // of what compressed layers unpack to
 	found   Manifests
 	tars    map[string]*Images // what each member was found to hold
 	content Content
 }
 
-func (a *Archive) read(ctx context.Context, lim Limits, check bool) (*Content, error) {
-	v := &reading{a: a, lim: lim, check: check, tars: map[string]*Images{}}
+func (a *Archive) read(ctx context.Context, lim Limits, check bool, charts func(name string, pkg []byte) error) (*Content, error) {
+	v := &reading{a: a, lim: lim, check: check, charts: charts, layers: lim.Budget(), tars: map[string]*Images{}}
 	if err := a.Walk(ctx, lim, nil, v.member); err != nil {
 		return nil, err
 	}
@@ -246,7 +249,16 @@ func (v *reading) sortIn(name string, size int64, r io.Reader) error {
 			return err
 		}
 		return RefuseDelta(b)
-	case ChartPackage, Other:
+	case ChartPackage:
+		if v.charts == nil {
+			return nil
+		}
+		b, err := ReadSmall(name, size, r)
+		if err != nil {
+			return err
+		}
+		return v.charts(name, b)
+	case Other:
 	}
 	return nil
 }
@@ -265,7 +277,7 @@ func (v *reading) images(name string, r io.Reader) error {
 		l := seenLayer{size: size}
 		if v.check {
 			var err error
-			if l.digest, l.diffID, err = hashLayer(r); err != nil {
+			if l.digest, l.diffID, err = hashLayer(r, v.layers); err != nil {
 				return fmt.Errorf("%s: %w", name, err)
 			}
 			if declared != "" && l.digest != declared {
@@ -296,14 +308,14 @@ func (v *reading) images(name string, r io.Reader) error {
 
 // hashLayer gives the digest of a layer as it stands there, and of what it
 // unpacks to.
-func hashLayer(r io.Reader) (digest, diffID string, err error) {
+func hashLayer(r io.Reader, most *Budget) (digest, diffID string, err error) {
 	raw, unpacked := sha256.New(), sha256.New()
 	br := bufio.NewReaderSize(io.TeeReader(r, raw), 256<<10)
 	in, err := Unpack(br)
 	if err != nil {
 		return "", "", err
 	}
-	if _, err := io.CopyBuffer(unpacked, in, make([]byte, 256<<10)); err != nil {
+	if _, err := io.CopyBuffer(unpacked, most.Reader(in), make([]byte, 256<<10)); err != nil {
 		return "", "", cutOff(err)
 	}
 	if _, err := io.Copy(io.Discard, br); err != nil {

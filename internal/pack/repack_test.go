@@ -55,7 +55,7 @@ func repack(t *testing.T, b []byte, batch bool) ([]byte, error) {
 // configurations, and the lists, told by their references.
 func configs(t *testing.T, b []byte) map[string]string {
 	t.Helper()
-	c, err := open(t, b).Verify(t.Context(), archive.DefaultLimits)
+	c, err := open(t, b).Verify(t.Context(), archive.DefaultLimits, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -209,7 +209,7 @@ func TestSources(t *testing.T) {
 	} {
 		b, err := build(t, &c.s)
 		if err == nil && c.kind == 0 {
-			if _, err := open(t, b).Verify(t.Context(), archive.DefaultLimits); err != nil {
+			if _, err := open(t, b).Verify(t.Context(), archive.DefaultLimits, nil); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
 			continue

@@ -41,6 +41,7 @@ type stream struct {
 	pending  sync.WaitGroup
 	held     []archive.ContentImage // what the members were found to hold
 	loaded   []markedImage
+	unpacks  *archive.Budget // of what compressed layers unpack to
 	tap      hash.Hash
 	manifest map[string][]byte // the manifests' own bytes
 }
@@ -126,6 +127,7 @@ func (s *stream) pass(ctx context.Context) error {
 		tap = nil
 	}
 	wanted := s.missed
+	s.unpacks = s.Limits.Budget()
 	s.missed, s.members = map[string]bool{}, nil
 	s.ctx, s.cancel = context.WithCancelCause(ctx)
 	defer s.cancel(nil)

@@ -322,7 +322,7 @@ func (j *layerJob) through(mediaType string) error {
 		}
 	}
 	sink := j.newSink()
-	check := newUnpacker(mediaType, j.declared)
+	check := newUnpacker(mediaType, j.declared, j.r.s.unpacks)
 	err := j.each(func(b []byte) error {
 		if err := check.write(b); err != nil {
 			return err
@@ -373,7 +373,7 @@ type unpacker struct {
 	err  error
 }
 
-func newUnpacker(mediaType, declared string) *unpacker {
+func newUnpacker(mediaType, declared string, most *archive.Budget) *unpacker {
 	u := &unpacker{done: make(chan struct{})}
 	if declared != "" || mediaType == archive.TypeLayerRaw {
 		close(u.done)
@@ -386,7 +386,7 @@ func newUnpacker(mediaType, declared string) *unpacker {
 		h := sha256.New()
 		in, err := archive.Unpack(pr)
 		if err == nil {
-			_, err = io.CopyBuffer(h, in, make([]byte, 256<<10))
+			_, err = io.CopyBuffer(h, most.Reader(in), make([]byte, 256<<10))
 		}
 		if err != nil {
 			u.err = fault.Newf(fault.BadContent, "", "", "a compressed layer cannot be unpacked: %w", err)

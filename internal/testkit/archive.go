@@ -272,7 +272,9 @@ images:
 		"bad-platform": Gzip(Tar(Entry{Name: "manifest.yaml", Data: []byte("images: [{image: 'org/x:1.0', references: [{repository: 'org/x:1.0', platform: {architecture: amd64}}]}]")},
 			Entry{Name: "images/x.tar", Data: DockerSave(Image{Ref: "org/x:1.0", Arch: "s390x", Layers: img[0].Layers})})),
 		"bad-no-member": Gzip(Tar(manifest, chart, one, two, Entry{Name: "manifest.yaml", Data: []byte("images: [{image: 'org/three:1.0', references: [{repository: 'org/three-amd64:1.0'}]}]")})),
+		"bad-bomb":      Gzip(Tar(manifest, chart, one, Entry{Name: two.Name, Data: DockerSave(Image{Ref: "org/two:1.0", Layers: [][]byte{Gzip(make([]byte, 8<<20))}})})),
 		"bad-empty":     {},
+		"no-chart":      Gzip(Tar(manifest, Entry{Name: chart.Name, Data: []byte("this is no chart\n")}, one, two)),
 		"bad-text":      []byte("this is no archive\n"),
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kmsctl/kmsctl/internal/archive"
+	"github.com/kmsctl/kmsctl/internal/chart"
 	"github.com/kmsctl/kmsctl/internal/cli/app"
 	"github.com/kmsctl/kmsctl/internal/pack"
 )
@@ -42,7 +43,10 @@ func runVerify(ctx context.Context, o *readOptions) error {
 			return err
 		}
 	}
-	c, err := a.Verify(ctx, o.limits.Limits)
+	c, err := a.Verify(ctx, o.limits.Limits, func(name string, pkg []byte) error {
+		_, err := chart.Open(name, pkg)
+		return err
+	})
 	if err != nil {
 		return err
 	}
