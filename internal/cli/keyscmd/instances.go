@@ -4,12 +4,14 @@ import (
 	"cmp"
 	"context"
 	"net/http"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/kmsctl/kmsctl/internal/cli/app"
+	"github.com/kmsctl/kmsctl/internal/fault"
 	"github.com/kmsctl/kmsctl/pkg/kmsapi"
 )
 
@@ -44,7 +46,7 @@ func (l instanceList) Table() ([]string, [][]string) {
 func newInstancesCmd(a *app.App) *cobra.Command {
 	cmd := &cobra.Command{Use: "instances", Short: "Create, list and delete instances (tenants)",
 		Long: "An instance is a tenant of the KMS: keys and policies live in one. Only administrators manage instances."}
-	cmd.AddCommand(newInstanceCreateCmd(a), newInstanceListCmd(a), newInstanceDeleteCmd(a), newInstancePolicyCmd(a))
+	cmd.AddCommand(newInstanceCreateCmd(a), newInstanceListCmd(a), newInstanceDeleteCmd(a), newInstancePolicyCmd(a), newInstancePortCmd(a))
 	return cmd
 }
 
@@ -132,4 +134,48 @@ func runInstanceDelete(ctx context.Context, o *instanceOptions) error {
 		return o.ClientError("delete instance", o.client.Instance, err)
 	}
 	return nil
+}
+
+// portResult shows where the endpoint is that an allowed-IP policy is about.
+type portResult struct {
+	Port int `json:"privateEndpointPort"`
+}
+
+// Table is one line.
+func (r portResult) Table() ([]string, [][]string) {
+	port := "none (asked without a port: by the socket, or by the scheme's own)"
+	if r.Port != 0 {
+		port = strconv.Itoa(r.Port)
+	}
+	return []string{"PORT"}, [][]string{{port}}
+}
+
+func newInstancePortCmd(a *app.App) *cobra.Command {
+	o := &instanceOptions{App: a}
+	cmd := &cobra.Command{
+		Use: "allowed-ip-port INSTANCE", Short: "Show the port that calls under an allowed-IP policy come to", Args: cobra.ExactArgs(1),
+		Long:    "Show the port of the private endpoint, which an allowed-IP policy is about. There is one endpoint:\nthe port is that of --server.",
+		Example: "  kmsctl instances allowed-ip-port shop --server https://kms-api:28674",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			o.client.Instance = args[0]
+			return app.Run(cmd.Context(), o, runInstancePort)
+		},
+	}
+	o.client.Add(cmd.Flags(), a)
+	return cmd
+}
+
+func runInstancePort(ctx context.Context, o *instanceOptions) error {
+	c, err := o.Client(ctx, &o.client)
+	if err != nil {
+		return err
+	}
+	var out kmsapi.Collection[kmsapi.AllowedPort]
+	if err := c.Do(ctx, http.MethodGet, "/api/v2/instance/allowed_ip_port", nil, &out); err != nil {
+		return o.ClientError("show the port of", o.client.Instance, err)
+	}
+	if len(out.Resources) != 1 {
+		return fault.Newf(fault.Other, "show the port of", o.client.Instance, "the answer holds %d ports, want 1", len(out.Resources))
+	}
+	return o.Print(portResult{out.Resources[0].PrivateEndpointPort})
 }
