@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,9 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/kmsctl/kmsctl/pkg/kmsapi"
+	"github.com/kmsctl/kmsctl/pkg/kmsclient"
 )
 
 // TestScripts runs every script against the programs that `make build` made:
@@ -43,7 +47,7 @@ func TestScripts(t *testing.T) {
 			e.Setenv("XDG_CACHE_HOME", filepath.Join(e.WorkDir, "xdg-cache"))
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "kms": kms, "field": field, "luna": luna,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "kms": kms, "field": field, "seal": seal, "luna": luna,
 			"registry": registry, "museum": museum, "mkarchive": mkarchive, "flip": flip, "cut": cut},
 	})
 }
@@ -66,6 +70,23 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if got != want {
 		ts.Fatalf("%s exited %d, want %d", args[1], got, want)
 	}
+}
+
+// seal encrypts material as a machine without a way to the KMS would: seal TOKEN
+// MATERIAL OUT sets NONCE and IV to what goes with OUT.
+func seal(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 3 {
+		ts.Fatalf("usage: seal TOKEN MATERIAL OUT")
+	}
+	var t kmsapi.ImportToken
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile(args[0])), &t))
+	var in kmsapi.CreateKey
+	ts.Check(kmsclient.SealUnder(t, []byte(ts.ReadFile(args[1])), &in))
+	sealed, err := base64.StdEncoding.DecodeString(in.Payload)
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[2]), sealed, 0o600))
+	ts.Setenv("NONCE", in.EncryptedNonce)
+	ts.Setenv("IV", in.IV)
 }
 
 // field reads one field of the last command's JSON into a variable: field VAR

@@ -28,6 +28,12 @@ func (c *Client) Seal(ctx context.Context, material []byte, in *kmsapi.CreateKey
 	if err := c.Do(ctx, http.MethodGet, "/api/v2/import_token", nil, &t); err != nil {
 		return err
 	}
+	return SealUnder(t, material, in)
+}
+
+// SealUnder does the same under an import token that was fetched before,
+// without a server: where the material is, there need be no network.
+func SealUnder(t kmsapi.ImportToken, material []byte, in *kmsapi.CreateKey) error {
 	key, err := publicKey(t.Payload)
 	if err != nil {
 		return fmt.Errorf("read the import token: %w", err)

@@ -281,11 +281,17 @@ func (a *App) ClientError(op, object string, err error) error {
 	case 503:
 		kind, hint = fault.Unreachable, "the KMS or its HSM is not ready; try again, and look at /readyz"
 	}
-	if e.Code == kmsapi.ConfigRule {
+	switch e.Code {
+	case kmsapi.ConfigRule:
 		hint = "a policy of the instance shuts this address out; see `kmsctl instances policy get`, as somebody who is let in"
-	}
-	if e.Code == kmsapi.ClockAhead {
+	case kmsapi.ClockAhead:
 		hint = "look at it with `kmsctl clock`; set the machine's clock right, or accept it with `kmsctl clock confirm`"
+	case kmsapi.ServiceOnly:
+		hint = "give a service ID's API key: --server with --api-key-file; see `kmsctl iam api-keys create`"
+	case kmsapi.RegistrationAbsent:
+		hint = "see `kmsctl keys registrations list`"
+	case kmsapi.TokenExpired:
+		hint = "make one with `kmsctl keys import-token create`; it is good for a time and a number of reads"
 	}
 	return fault.New(kind, op, object, err).WithHint("%s", hint)
 }

@@ -32,7 +32,7 @@ A standard key holds material that its owner can read.`}
 		keys.AddCommand(v.command(a))
 	}
 	keys.AddCommand(group(a, "alias", "Add and remove further names of a key", aliasVerbs()), group(a, "policy", "Show and set a key's policies", policyVerbs()),
-		group(a, "rings", "Make, list and delete key rings", ringVerbs()))
+		group(a, "rings", "Make, list and delete key rings", ringVerbs()), newRegistrationsCmd(a), newImportTokenCmd(a))
 	return []*cobra.Command{keys, newInstancesCmd(a), newOnboardCmd(a, nil), newIAMCmd(a)}
 }
 
@@ -127,7 +127,8 @@ func newImportCmd(a *app.App, run func(context.Context, *createOptions) error) *
 	cmd := &cobra.Command{
 		Use: "import NAME", Short: "Import material of your own as a root or standard key", Args: cobra.ExactArgs(1),
 		Long: `Import material as a key: 16, 24 or 32 bytes as a root key, up to 7500 as a standard key.
-With --import-token, the material is encrypted on this machine and opened by the KMS alone.`,
+With --import-token, the material is encrypted on this machine and opened by the KMS alone. What was
+encrypted on another machine (see kmsctl keys import-token) comes with --encrypted-nonce and --iv.`,
 		Example: "  kmsctl keys import orders --payload-file key.bin --import-token --instance shop\n  head -c 32 /dev/urandom | kmsctl keys import orders --payload-file - --instance shop",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.name = args[0]
@@ -149,8 +150,8 @@ func (o *createOptions) Check() error {
 	if o.imports && o.material.file == "" {
 		errs = append(errs, fault.Usagef("--payload-file: missing").WithHint("give the file with the raw material, or - for standard input"))
 	}
-	if o.standard && o.material.token {
-		errs = append(errs, fault.Usagef("--import-token, --standard: only one of them").WithHint("an import token is for root keys; a standard key travels by TLS"))
+	if o.standard && (o.material.token || o.material.isSealed()) {
+		errs = append(errs, fault.Usagef("--import-token or --encrypted-nonce, --standard: only one of them").WithHint("an import token is for root keys; a standard key travels by TLS"))
 	}
 	return errors.Join(errs...)
 }

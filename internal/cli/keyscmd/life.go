@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -131,7 +132,7 @@ func lifeVerbs() []verb {
 	const example = "02fd6835-6001-4482-a892-13bd2085f75d --instance shop"
 	return []verb{
 		{use: "rotate KEY", short: "Give a root key new material; the old goes on unwrapping",
-			long:    "Rotate a root key. One that was made in the HSM gets new material there; one that was imported needs\n--payload-file, and with --import-token the material travels encrypted. Once an hour at most.",
+			long:    "Rotate a root key. One that was made in the HSM gets new material there; one that was imported needs\n--payload-file, and with --import-token (or encrypted elsewhere, with --encrypted-nonce and --iv) the\nmaterial travels encrypted. Once an hour at most.",
 			example: "  kmsctl keys rotate " + example, flags: func(c *cobra.Command, o *keyOptions) { o.material.add(c); o.check = o.material.check(o) },
 			run: runRotate},
 		{use: "rewrap KEY", short: "Wrap a DEK anew by the newest version, without showing it", example: "  kmsctl keys rewrap KEY --ciphertext-file wrapped.txt --instance shop",
@@ -197,16 +198,6 @@ func lifeVerbs() []verb {
 				}
 			}, run: func(ctx context.Context, o *keyOptions, c *kmsclient.Client) (any, error) {
 				return one(ctx, c, http.MethodPatch, o.path(), kmsapi.PatchKey{KeyRingID: o.args[1]})
-			}},
-		{use: "registrations [KEY]", short: "List the resources that keys protect", args: cobra.MaximumNArgs(1), example: "  kmsctl keys registrations --instance shop", flags: pageFlags,
-			run: func(ctx context.Context, o *keyOptions, c *kmsclient.Client) (any, error) {
-				path := "/api/v2/keys/registrations"
-				if len(o.args) == 1 {
-					path = o.path("registrations")
-				}
-				var out kmsapi.Collection[kmsapi.Registration]
-				err := c.Do(ctx, http.MethodGet, path+"?limit="+strconv.Itoa(o.limit)+"&offset="+strconv.Itoa(o.offset), nil, &out)
-				return registrationList{out.Resources}, err
 			}},
 	}
 }
@@ -349,19 +340,6 @@ func (l versionList) Table() ([]string, [][]string) {
 	return []string{"ID", "CREATED", "ENCRYPTIONS"}, rows
 }
 
-type registrationList struct {
-	Registrations []kmsapi.Registration `json:"registrations"`
-}
-
-// Table is one line a registration.
-func (l registrationList) Table() ([]string, [][]string) {
-	var rows [][]string
-	for _, r := range l.Registrations {
-		rows = append(rows, []string{r.KeyID, r.ResourceCRN, strconv.FormatBool(r.PreventKeyDeletion), r.Description})
-	}
-	return []string{"KEY", "RESOURCE", "PREVENTS DELETION", "DESCRIPTION"}, rows
-}
-
 type policyList struct {
 	Policies []kmsapi.KeyPolicy `json:"policies"`
 }
@@ -394,26 +372,46 @@ func (l ringList) Table() ([]string, [][]string) {
 	return []string{"ID", "CREATED", "BY"}, rows
 }
 
-// materialFlags bring key material in.
+// materialFlags bring key material in: in the clear, to be encrypted here, or
+// encrypted elsewhere already.
 type materialFlags struct {
-	file  string
-	token bool
+	file   string
+	token  bool
+	sealed kmsapi.RotateRequest // what came with the material that was encrypted elsewhere
 }
 
 func (m *materialFlags) add(c *cobra.Command) {
 	c.Flags().StringVar(&m.file, "payload-file", "", "file with the raw material, - for standard input")
 	c.Flags().BoolVar(&m.token, "import-token", false, "encrypt the material here, under an import token of the KMS (root keys only)")
+	c.Flags().StringVar(&m.sealed.EncryptedNonce, "encrypted-nonce", "", "base64 of the import token's nonce, encrypted by the material: --payload-file is encrypted already, under the token")
+	c.Flags().StringVar(&m.sealed.IV, "iv", "", "base64 of the IV that the nonce was encrypted with")
+	c.Flags().StringVar(&m.sealed.EncryptionAlgorithm, "encryption-algorithm", kmsapi.OAEPSHA256, "how it was encrypted: "+strings.Join(algorithms, " or "))
+	_ = c.RegisterFlagCompletionFunc("encryption-algorithm", cobra.FixedCompletions(algorithms, cobra.ShellCompDirectiveNoFileComp))
 }
+
+var algorithms = []string{kmsapi.OAEPSHA256, kmsapi.OAEPSHA1}
+
+func (m *materialFlags) isSealed() bool { return m.sealed.EncryptedNonce != "" || m.sealed.IV != "" }
 
 func (m *materialFlags) check(o *keyOptions) func() error {
 	return func() error {
-		if m.token && m.file == "" {
-			return fault.Usagef("--import-token: needs --payload-file")
+		var errs []error
+		if (m.token || m.isSealed()) && m.file == "" {
+			errs = append(errs, fault.Usagef("--import-token, --encrypted-nonce: need --payload-file"))
+		}
+		if m.isSealed() && (m.sealed.EncryptedNonce == "" || m.sealed.IV == "") {
+			errs = append(errs, fault.Usagef("--encrypted-nonce, --iv: only both together"))
+		}
+		if m.token && m.isSealed() {
+			errs = append(errs, fault.Usagef("--import-token, --encrypted-nonce: only one of them").WithHint("the first encrypts here, the second says that it was done elsewhere"))
+		}
+		if !slices.Contains(algorithms, m.sealed.EncryptionAlgorithm) {
+			errs = append(errs, fault.Usagef("--encryption-algorithm: %q is none of %s", m.sealed.EncryptionAlgorithm, strings.Join(algorithms, ", ")))
 		}
 		if m.file == "-" && o.client.APIKeyStdin {
-			return fault.Usagef("--payload-file -, --api-key-stdin: standard input can be only one of them")
+			errs = append(errs, fault.Usagef("--payload-file -, --api-key-stdin: standard input can be only one of them"))
 		}
-		return nil
+		return errors.Join(errs...)
 	}
 }
 
@@ -434,5 +432,8 @@ func (m *materialFlags) fill(ctx context.Context, a *app.App, c *kmsclient.Clien
 		return c.Seal(ctx, b, in)
 	}
 	in.Payload = base64.StdEncoding.EncodeToString(b)
+	if m.isSealed() {
+		in.EncryptedNonce, in.IV, in.EncryptionAlgorithm = m.sealed.EncryptedNonce, m.sealed.IV, m.sealed.EncryptionAlgorithm
+	}
 	return nil
 }
