@@ -97,6 +97,21 @@ func (c *cluster) storage(t *testing.T) (stop func()) {
 		"--cert-file", c.file("etcd.pem"), "--key-file", c.file("etcd-key.pem"), "--ca-file", c.file("ca.pem"))
 }
 
+// awaitReady waits until each of them is ready.
+func awaitReady(t *testing.T, h *http.Client, all ...*running) {
+	t.Helper()
+	for _, r := range all {
+		await(t, "readiness", func() bool {
+			res, err := h.Get(r.url + "/readyz")
+			if err != nil {
+				return false
+			}
+			res.Body.Close()
+			return res.StatusCode == http.StatusOK
+		})
+	}
+}
+
 // connector runs the sidecar with a password.
 func (c *cluster) connector(t *testing.T, pin string, flags ...string) (stop func()) {
 	t.Helper()
@@ -208,16 +223,7 @@ func TestTwoReplicas(t *testing.T) {
 	a := c.api(t, "--admin-key-hash-file", admin)
 	b := c.api(t, "--admin-key-hash-file", admin, "--audit-dir", c.file("audit-b"))
 	h := a.client(t)
-	for _, r := range []*running{a, b} {
-		await(t, "readiness", func() bool {
-			res, err := h.Get(r.url + "/readyz")
-			if err != nil {
-				return false
-			}
-			res.Body.Close()
-			return res.StatusCode == 200
-		})
-	}
+	awaitReady(t, h, a, b)
 	root := login(t, h, a.url, key)
 	do := func(r *running, token, method, path, instance, body string, out any) int {
 		t.Helper()
