@@ -59,14 +59,7 @@ func newReplicas(t *testing.T, aside func(c *cluster) []string, flags ...string)
 
 func (r *replicas) ready(one *running) {
 	r.t.Helper()
-	await(r.t, "readiness", func() bool {
-		res, err := r.h.Get(one.url + "/readyz")
-		if err != nil {
-			return false
-		}
-		res.Body.Close()
-		return res.StatusCode == 200
-	})
+	awaitReady(r.t, r.h, one)
 }
 
 func (r *replicas) do(by *running, method, path string, body, out any) error {
