@@ -22,7 +22,7 @@ build: deps ## bin/kmsctl and bin/kms-server (static), and bin/kms-connector (cg
 	CGO_ENABLED=1 go build -trimpath $(TAGS) -ldflags '$(LDFLAGS)' -o bin/kms-connector ./cmd/kms-connector
 
 test: build ## all tests but e2e, with the race detector
-	go test -race -shuffle=on ./...
+	go test -race -shuffle=on -timeout 30m ./...
 
 sanitize: deps ## the C code's tests under AddressSanitizer and UBSan
 	@scripts/sanitize.sh
