@@ -170,10 +170,11 @@ func (s Store) Member(name string) (StoreMember, bool) {
 	return StoreMember{}, false
 }
 
+// Votes says that a member is there and votes.
+func (m StoreMember) Votes() bool { return m.State == MemberHealthy && m.Role == Voter }
+
 // Well says that a member is as it should be.
-func (m StoreMember) Well() bool {
-	return m.State == MemberHealthy && m.Role == Voter && len(m.Alarms) == 0
-}
+func (m StoreMember) Well() bool { return m.Votes() && len(m.Alarms) == 0 }
 
 // Whole says whether every member is as it should be.
 func (s Store) Whole() bool {

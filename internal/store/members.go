@@ -151,7 +151,7 @@ func (s ServerConfig) standing(said map[string]heard) (out cluster.Store) {
 			continue
 		}
 		voters++
-		if h := said[m.Name]; m.State == cluster.MemberHealthy && h.status.Leader != 0 {
+		if m.Votes() && said[m.Name].status.Leader != 0 {
 			there++
 		}
 	}
@@ -219,7 +219,7 @@ func (s ServerConfig) Forget(ctx context.Context, name, id string, dryRun bool) 
 	}
 	var endpoints []string
 	for _, o := range st.Members {
-		if o.Role == cluster.Voter && o.State == cluster.MemberHealthy {
+		if o.Votes() {
 			endpoints = append(endpoints, s.called(said[o.Name].list, o.Name).ClientURLs...)
 		}
 	}
@@ -236,7 +236,7 @@ func spares(st cluster.Store, name string) error {
 			continue
 		}
 		voters++
-		if o.State == cluster.MemberHealthy {
+		if o.Votes() {
 			there++
 		}
 	}

@@ -112,7 +112,7 @@ func runReplace(ctx context.Context, o *replaceOptions) error {
 		return fault.Newf(fault.NotFound, "replace member", o.member, "the members are %s", strings.Join(names, ", "))
 	}
 	res := replaceResult{Member: m.Name, ID: m.ID, DryRun: o.dryRun}
-	if votes(m) {
+	if m.Votes() {
 		return o.Print(res)
 	}
 	res.Changed = !o.dryRun
@@ -128,11 +128,6 @@ func runReplace(ctx context.Context, o *replaceOptions) error {
 		return err
 	}
 	return o.Print(res)
-}
-
-// votes says whether a member is as it should be.
-func votes(m cluster.StoreMember) bool {
-	return m.Role == cluster.Voter && m.State == cluster.MemberHealthy
 }
 
 // onItsWay says whether a member becomes a voter by itself: it is out of the
@@ -174,7 +169,7 @@ func (o *replaceOptions) wait(ctx context.Context) (id string, err error) {
 		if err == nil {
 			m, _ = st.Member(o.member)
 		}
-		if votes(m) {
+		if m.Votes() {
 			return m.ID, nil
 		}
 		if now := strings.TrimSpace(m.State + " " + m.Role); now != told {
