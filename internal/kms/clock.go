@@ -216,22 +216,27 @@ func (s *Service) ClockFault() error {
 	return nil
 }
 
+// stands is both times, and how they stand to each other.
+func (c *clock) stands() (now, wall time.Time, state string) {
+	now, wall, ahead := c.look()
+	c.mu.Lock()
+	starting := c.starting
+	c.mu.Unlock()
+	switch {
+	case ahead && starting:
+		return now, wall, kmsapi.ClockStarting
+	case ahead:
+		return now, wall, kmsapi.ClockIsAhead
+	case now.Sub(wall) > c.jump:
+		return now, wall, kmsapi.ClockBehind
+	}
+	return now, wall, kmsapi.ClockRight
+}
+
 // ClockState is how the machine's clock stands to the time of the KMS.
 func (s *Service) ClockState() (state string, ahead time.Duration) {
-	now, wall, isAhead := s.clock.look()
-	s.clock.mu.Lock()
-	starting := s.clock.starting
-	s.clock.mu.Unlock()
-	state, ahead = kmsapi.ClockRight, wall.Sub(now)
-	switch {
-	case isAhead && starting:
-		state = kmsapi.ClockStarting
-	case isAhead:
-		state = kmsapi.ClockIsAhead
-	case -ahead > s.clock.jump:
-		state = kmsapi.ClockBehind
-	}
-	return state, ahead
+	now, wall, state := s.clock.stands()
+	return state, wall.Sub(now)
 }
 
 // ClockAhead is how far the machine's clock is ahead of the time of the KMS.
@@ -260,9 +265,8 @@ func (s *Service) ClockStatus(ctx context.Context) (kmsapi.ClockStatus, error) {
 	if err != nil {
 		return kmsapi.ClockStatus{}, err
 	}
-	state, ahead := s.ClockState()
-	now, wall, _ := s.clock.look()
-	out := kmsapi.ClockStatus{State: state, Machine: wall.UTC(), Time: now.UTC(), AheadSeconds: int64(ahead / time.Second),
+	now, wall, state := s.clock.stands()
+	out := kmsapi.ClockStatus{State: state, Machine: wall.UTC(), Time: now.UTC(), AheadSeconds: int64(wall.Sub(now) / time.Second),
 		ConfirmedAt: have.ConfirmedAt, ConfirmedBy: have.ConfirmedBy}
 	instances, err := s.Instances(ctx)
 	if err != nil {
