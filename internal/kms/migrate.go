@@ -377,28 +377,20 @@ const placedNamed = 10 // keys that a refusal names; it counts the others
 // refusePlaced refuses to go on while there are keys that stay in the old token.
 func (r *Rotation) refusePlaced(ctx context.Context, old func(ctx context.Context, blob []byte) (bool, error)) error {
 	var found []string
-	type version struct {
-		Blob []byte `json:"blob"`
-	}
 	err := r.Store.Dump(ctx, func(int64) error { return nil }, func(raw record.Raw) error {
 		dir, rest, _ := strings.Cut(raw.Path, "/")
 		if dir != "keys" && dir != "versions" {
 			return nil
 		}
-		var k struct {
-			version
-			Version *version `json:"version"`
-		}
+		var k naming
 		if err := json.Unmarshal(record.Body(raw.Value), &k); err != nil {
 			return fault.New(fault.BadContent, "read record", raw.Path, err)
 		}
-		if k.Version != nil {
-			k.Blob = k.Version.Blob
-		}
-		if !hsm.InToken(k.Blob) {
+		blob := k.blob()
+		if !hsm.InToken(blob) {
 			return nil
 		}
-		is, err := old(ctx, k.Blob)
+		is, err := old(ctx, blob)
 		if parts := strings.Split(rest, "/"); is && len(parts) > 1 && !slices.Contains(found, parts[1]) {
 			found = append(found, parts[1])
 		}
