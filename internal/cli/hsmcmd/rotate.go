@@ -122,7 +122,7 @@ func runRotate(ctx context.Context, o *rotateOptions) error {
 	}
 	do := func(method, path string, in any) (s masterStatus, err error) {
 		err = c.Do(ctx, method, "/kmsctl/v1/master"+path, in, &s.MasterStatus)
-		err = o.ClientError(o.verb+" "+o.job(), "the "+o.object(), err)
+		err = o.ClientError(o.verb+" "+o.job(), o.object(), err)
 		if f := new(fault.Error); o.command == migrate && fault.KindOf(err) == fault.Conflict && errors.As(err, &f) {
 			_ = f.WithHint("nothing has begun; `kmsctl hsm migrate --help` says what a move needs, and what --leave-placed leaves behind")
 		}
@@ -164,9 +164,9 @@ func (o *rotateOptions) job() string {
 
 func (o *rotateOptions) object() string {
 	if o.command == migrate {
-		return "keys"
+		return "the keys"
 	}
-	return "master keys"
+	return "the master keys"
 }
 
 // absence is how long the KMS may be away while somebody waits for it: longer
@@ -180,7 +180,7 @@ func (o *rotateOptions) await(ctx context.Context, s masterStatus, err error, do
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
 	changed := s.Changed
-	op, object := "wait for "+o.job(), "the "+o.object()
+	op, object := "wait for "+o.job(), o.object()
 	var away time.Time // since then it does not answer
 	for {
 		switch r := s.Rotation; {

@@ -92,16 +92,12 @@ func createRegistrationVerb() verb {
 			c.Flags().BoolVar(&in.PreventKeyDeletion, "prevents-deletion", false, "the key cannot be deleted, not even by --force, while this stands")
 		},
 		run: func(ctx context.Context, o *keyOptions, c *kmsclient.Client) (any, error) {
-			return register(ctx, o, c, http.MethodPost, in)
+			var out kmsapi.Collection[kmsapi.Registration]
+			if err := c.Do(ctx, http.MethodPost, o.path("registrations", o.args[1]), in, &out); err != nil || len(out.Resources) == 0 {
+				return nil, err
+			}
+			return registrationResult(out.Resources[0]), nil
 		}}
-}
-
-func register(ctx context.Context, o *keyOptions, c *kmsclient.Client, method string, in any) (any, error) {
-	var out kmsapi.Collection[kmsapi.Registration]
-	if err := c.Do(ctx, method, o.path("registrations", o.args[1]), in, &out); err != nil || len(out.Resources) == 0 {
-		return nil, err
-	}
-	return registrationResult(out.Resources[0]), nil
 }
 
 func deleteRegistrationVerb() verb {
