@@ -38,11 +38,7 @@ func newReplicas(t *testing.T, aside func(c *cluster) []string, flags ...string)
 	c.storage(t)
 	other := *c
 	other.socket = filepath.Join(c.dir, "other.sock")
-	admin := c.file("admin.json")
-	key, hash := adminKey(t)
-	if err := os.WriteFile(admin, []byte(hash), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	key, admin := c.admin(t)
 	c.connector(t, "a-phrase", flags...)
 	r := &replicas{t: t, a: c.api(t, append(aside(c), "--admin-key-hash-file", admin)...)}
 	r.h = r.a.client(t)

@@ -97,6 +97,17 @@ func (c *cluster) storage(t *testing.T) (stop func()) {
 		"--cert-file", c.file("etcd.pem"), "--key-file", c.file("etcd-key.pem"), "--ca-file", c.file("ca.pem"))
 }
 
+// admin makes an administrator: the API key, and the file of its hash.
+func (c *cluster) admin(t *testing.T) (key, file string) {
+	t.Helper()
+	key, hash := adminKey(t)
+	file = c.file("admin.json")
+	if err := os.WriteFile(file, []byte(hash), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return key, file
+}
+
 // awaitReady waits until each of them is ready.
 func awaitReady(t *testing.T, h *http.Client, all ...*running) {
 	t.Helper()
@@ -215,11 +226,7 @@ func TestTwoReplicas(t *testing.T) {
 	c := newCluster(t)
 	c.storage(t)
 	c.connector(t, "a-phrase")
-	admin := c.file("admin.json")
-	key, hash := adminKey(t)
-	if err := os.WriteFile(admin, []byte(hash), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	key, admin := c.admin(t)
 	a := c.api(t, "--admin-key-hash-file", admin)
 	b := c.api(t, "--admin-key-hash-file", admin, "--audit-dir", c.file("audit-b"))
 	h := a.client(t)

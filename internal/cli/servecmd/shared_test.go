@@ -30,11 +30,7 @@ func TestImportTokensOfTwoReplicas(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c := newCluster(t)
 			c.storage(t)
-			key, hash := adminKey(t)
-			admin := c.file("admin.json")
-			if err := os.WriteFile(admin, []byte(hash), 0o600); err != nil {
-				t.Fatal(err)
-			}
+			key, admin := c.admin(t)
 			flags := append([]string{"--admin-key-hash-file", admin}, s.flags...)
 			client := func(r *running) *kmsclient.Client {
 				k, err := kmsclient.New(kmsclient.Config{Server: r.url, CAFile: c.file("ca.pem"), APIKey: []byte(key)})

@@ -17,11 +17,7 @@ func TestSigningKeyOfTwoReplicas(t *testing.T) {
 	c := newCluster(t)
 	c.storage(t)
 	c.connector(t, "a-phrase")
-	admin := c.file("admin.json")
-	key, hash := adminKey(t)
-	if err := os.WriteFile(admin, []byte(hash), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	key, admin := c.admin(t)
 	flags := []string{"--admin-key-hash-file", admin, "--signing-key-period", "1s", "--window", "expiry=1s"}
 	a := c.api(t, flags...)
 	b := c.api(t, append(flags, "--audit-dir", c.file("audit-b"), "--name", "b")...)
